@@ -1,0 +1,110 @@
+"""Defines every op in its namespaces and makes autograd functions from one description.
+
+Namespaces (one schema each):
+
+* `maskaccel`: the public op. Differentiable, works on every device: the native kernel where there is one, else Triton
+  (CUDA) or the reference (CPU).
+* `maskaccel_raw`: the native kernels alone. No autograd key, hence the cheapest call; used by the Python API when no input
+  needs a gradient, and inside the autograd functions.
+* `maskaccel_triton`: the Triton kernels alone.
+
+The native library implements `maskaccel` and `maskaccel_raw` for the keys CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NAMESPACES = ("maskaccel", "maskaccel_raw", "maskaccel_triton")
+_LIBRARIES = {ns: torch.library.Library(ns, "FRAGMENT") for ns in NAMESPACES}
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op: its schema, how shapes come out, and how it is differentiated.
+
+    Attributes:
+        name: Name within each namespace.
+        schema: Arguments and results, without the name.
+        fake: Shape function, same arguments as the op.
+        save: `(inputs, output) -> tensors` that backward needs, in the order `backward` takes them after the gradients,
+            or None for an op without a derivative.
+        backward: `(namespace, inputs, saved, grads) -> gradients`, one entry per input.
+    """
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    save: Callable[[tuple, Any], Sequence[torch.Tensor | None]] | None = None
+    backward: Callable[..., tuple] | None = None
+
+
+SPECS: dict[str, OpSpec] = {}
+
+
+def define(spec: OpSpec) -> None:
+    """Define `spec` in all namespaces, with its fake and (in `maskaccel`) its derivative."""
+    SPECS[spec.name] = spec
+    for ns, library in _LIBRARIES.items():
+        library.define(spec.name + spec.schema)
+        torch.library.register_fake(f"{ns}::{spec.name}", spec.fake, lib=library)
+    if spec.backward is not None:
+        function = _autograd_parts(spec, "maskaccel")
+        torch.library.register_autograd(
+            f"maskaccel::{spec.name}", function.backward_rule, setup_context=function.setup, lib=_LIBRARIES["maskaccel"]
+        )
+
+
+def implement(namespace: str, name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Register a Python kernel for one dispatch key ("CPU", "CUDA")."""
+    _LIBRARIES[namespace].impl(name, kernel, key)
+
+
+def op(namespace: str, name: str) -> Any:
+    """The overload `torch.ops.<namespace>.<name>.default`."""
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+@dataclass(frozen=True)
+class _Parts:
+    setup: Callable[..., None]
+    backward_rule: Callable[..., tuple]
+
+
+def _autograd_parts(spec: OpSpec, namespace: str) -> _Parts:
+    save, backward = spec.save, spec.backward
+    assert save is not None and backward is not None
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.save_for_backward(*save(inputs, output))
+        # Saving the inputs as such would keep tensors alive that the backward does not read.
+        ctx.plain = tuple(None if isinstance(value, torch.Tensor) else value for value in inputs)
+        ctx.is_tensor = tuple(isinstance(value, torch.Tensor) for value in inputs)
+
+    def backward_rule(ctx: Any, *grads: Any) -> tuple:
+        return backward(namespace, ctx.plain, ctx.is_tensor, ctx.needs_input_grad, ctx.saved_tensors, grads)
+
+    return _Parts(setup, backward_rule)
+
+
+@functools.cache
+def autograd_function(namespace: str, name: str) -> type[torch.autograd.Function]:
+    """The op of `namespace` as an autograd function (half the cost of the dispatcher's autograd key)."""
+    spec = SPECS[name]
+    parts, kernel = _autograd_parts(spec, namespace), op(namespace, name)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return kernel(*args)
+
+        setup_context = staticmethod(parts.setup)
+        backward = staticmethod(parts.backward_rule)
+
+    Function.__name__ = Function.__qualname__ = f"{name}_{namespace}"
+    return Function

@@ -1,0 +1,17 @@
+"""Schemas of the cached-feature ops; the namespaces and rules are those of `maskaccel.ops.adaln.schema`.
+
+`relative_difference(x, reference, base)`: `x`, `reference`, `base` are `(B, ...)` of one shape and dtype (fp32, bf16, fp16),
+contiguous. With `v = x - base` (or `x`): returns fp32 `(B, 2)`: sum |v - reference| and sum |reference| of each sample,
+in one pass, deterministic, without a synchronisation.
+
+`combine_history(history, weights, x, gate)`: `history` `(K, B, N, D)` of fp32, bf16, fp16 (dense in N and D; any stride
+of K and B), K <= 16, `weights` fp32 contiguous `(K,)` or `(K, D)` on the same device, `x` `(B, N, D)` or None (dense),
+`gate` `(B|1, F, D)` as the modulation of the adaLN ops (x.dtype or fp32) or None:
+`out = x + gate * sum_k weights[k] * history[k]`, in fp32, rounded once to the dtype of `x` (of `history` without `x`).
+K = 0 is not allowed. Neither op is differentiable: the API refuses inputs that require grad.
+"""
+
+SCHEMAS = {
+    "relative_difference": "(Tensor x, Tensor reference, Tensor? base) -> Tensor",
+    "combine_history": "(Tensor history, Tensor weights, Tensor? x, Tensor? gate) -> Tensor",
+}
