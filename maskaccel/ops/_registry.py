@@ -34,7 +34,8 @@ class OpSpec:
         fake: Shape function, same arguments as the op.
         save: `(inputs, output) -> tensors` that backward needs, in the order `backward` takes them after the gradients,
             or None for an op without a derivative.
-        backward: `(namespace, inputs, saved, grads) -> gradients`, one entry per input.
+        backward: `(namespace, plain, needs, saved, grads) -> gradients`, one entry per input; `plain` are the inputs with
+            None in place of tensors.
     """
 
     name: str
@@ -84,10 +85,10 @@ def _autograd_parts(spec: OpSpec, namespace: str) -> _Parts:
         ctx.save_for_backward(*save(inputs, output))
         # Saving the inputs as such would keep tensors alive that the backward does not read.
         ctx.plain = tuple(None if isinstance(value, torch.Tensor) else value for value in inputs)
-        ctx.is_tensor = tuple(isinstance(value, torch.Tensor) for value in inputs)
+        ctx.set_materialize_grads(False)
 
     def backward_rule(ctx: Any, *grads: Any) -> tuple:
-        return backward(namespace, ctx.plain, ctx.is_tensor, ctx.needs_input_grad, ctx.saved_tensors, grads)
+        return backward(namespace, ctx.plain, ctx.needs_input_grad, ctx.saved_tensors, grads)
 
     return _Parts(setup, backward_rule)
 

@@ -1,0 +1,124 @@
+"""Which backend runs a call, and why not the others.
+
+A backend is `cuda`, `cpu` (the native library), `triton`, or `reference` (plain torch). `backend=None` takes the first of
+that order that can run; naming one that cannot run is an error that gives the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from .._native import native
+from . import _registry
+
+BACKENDS = ("cuda", "cpu", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_MODULES = ("maskaccel.ops.adaln.triton", "maskaccel.ops.steps.triton")
+
+
+@functools.cache
+def _triton_reason() -> str | None:
+    """None once the Triton kernels are registered, else why they cannot be."""
+    for name in _TRITON_MODULES:
+        module = importlib.import_module(name)
+        reason = module.available()
+        if reason is not None:
+            return str(reason)
+        module.register()
+    return None
+
+
+def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run on tensors of this device and dtype; None if it can."""
+    if backend not in BACKENDS:
+        return f"unknown backend {backend!r}; allowed are {', '.join(BACKENDS)}"
+    if backend == "reference":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"dtype {dtype} is not served by kernels (float32, bfloat16, float16)"
+    if backend == "triton":
+        reason = _triton_reason()
+        if reason is None and device.type == "cpu" and not _interpreting():
+            return "Triton runs on GPUs; on CPU only interpreted (TRITON_INTERPRET=1)"
+        return reason
+    if device.type != backend:
+        return f"the tensors are on {device.type}"
+    if native.state != "loaded":
+        return f"native library {native.state}: {native.reason}"
+    if backend == "cpu":
+        return None if native.has_cpu else "the native library was built without CPU kernels"
+    return _cuda_reason(device.index or 0)
+
+
+def _interpreting() -> bool:
+    import os
+
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _cuda_reason(index: int) -> str | None:
+    if not native.has_cuda:
+        return "the native library was built without CUDA kernels"
+    major, minor = torch.cuda.get_device_capability(index)
+    # A cubin runs on its own major version and later minors; 90a runs on 9.0 alone; the newest target carries PTX.
+    built = [(int(a.rstrip("af")) // 10, int(a.rstrip("af")) % 10) for a in native.cuda_archs]
+    if any(major == have and minor >= low for have, low in built) or (built and (major, minor) > max(built)):
+        return None
+    return f"no kernels for sm_{major}{minor}; built for {', '.join('sm_' + a for a in native.cuda_archs)}"
+
+
+def reasons(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Every backend with None (can run) or the reason it cannot."""
+    return {backend: refusal(backend, device, dtype) for backend in BACKENDS}
+
+
+def select(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs, by request or automatically.
+
+    Raises:
+        ValueError: `backend` names none, or one that cannot run here; the message gives the reason.
+    """
+    if backend is None:
+        return next(name for name in BACKENDS if refusal(name, device, dtype) is None)
+    reason = refusal(backend, device, dtype)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot run this call: {reason}")
+    return backend
+
+
+select_while_tracing = torch.compiler.assume_constant_result(select)
+
+
+def namespace(backend: str) -> str:
+    """The op namespace that holds the kernels of a backend other than the reference."""
+    return "maskaccel_triton" if backend == "triton" else "maskaccel_raw"
+
+
+@functools.cache
+def automatic_namespace(device_type: str, index: int | None) -> str | None:
+    """Namespace that `backend=None` uses for fp32, bf16 and fp16 on a device; None means the reference."""
+    chosen = select(None, torch.device(device_type, index), torch.float32)
+    return None if chosen == "reference" else namespace(chosen)
+
+
+def implement_fallbacks(references: dict[str, Callable]) -> None:
+    """Give `torch.ops.maskaccel` kernels for the devices that the native library does not serve."""
+    for name, function in references.items():
+        if not native.has_cpu:
+            _registry.implement("maskaccel", name, function, "CPU")
+        if not native.has_cuda:
+            _registry.implement("maskaccel", name, _triton_or(name, function), "CUDA")
+
+
+def _triton_or(name: str, function: Callable) -> Callable:
+    def kernel(*args):
+        if _triton_reason() is None:
+            return _registry.op("maskaccel_triton", name)(*args)
+        return function(*args)
+
+    return kernel

@@ -1,0 +1,32 @@
+"""Plain-torch forms of the cached-feature ops: oracle of the tests, and fallback of every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relative_difference(x: Tensor, reference: Tensor, base: Tensor | None = None) -> Tensor:
+    """Per sample: sum |x - base - reference| and sum |reference|, fp32 (fp64 for fp64)."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    value = x.to(wide) if base is None else x.to(wide) - base.to(wide)
+    stored = reference.to(wide)
+    return torch.stack([(value - stored).abs().flatten(1).sum(1), stored.abs().flatten(1).sum(1)], 1)
+
+
+def combine_history(history: Tensor, weights: Tensor, x: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    """`x + gate * sum_k weights[k] * history[k]`, fp32 inside (fp64 for fp64)."""
+    wide = torch.float64 if history.dtype == torch.float64 else torch.float32
+    w = weights.to(wide)
+    total = torch.einsum("k,kbnd->bnd" if w.dim() == 1 else "kd,kbnd->bnd", w, history.to(wide))
+    if gate is not None:
+        g = gate.to(wide)
+        g = g[:, None] if g.dim() == 2 else g
+        n = history.shape[2]
+        total = total * (g if g.shape[1] in (1, n) else g.repeat_interleave(n // g.shape[1], dim=1))
+    if x is not None:
+        return (x.to(wide) + total).to(x.dtype).contiguous()
+    return total.to(history.dtype).contiguous()
+
+
+KERNELS = {"relative_difference": relative_difference, "combine_history": combine_history}
