@@ -1,0 +1,95 @@
+# Every target makes .venv on its first run and reuses it. Needs Python 3.10 or newer, gcc/g++ and git; cmake and ninja come
+# from pip. Variables: PYTHON (which interpreter makes .venv), MASKACCEL_CUDA=0|1, MAX_JOBS, PYTEST_ARGS, OUT.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip install --disable-pip-version-check --no-warn-script-location --quiet
+# cmake and ninja of the environment, before any of the system
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_NO_INPUT := 1
+
+.PHONY: help demo test bench wheel gpu lint docs native inspect clean
+
+help:
+	@echo "make demo     patch the trained example, sample with and without, write demo.png and demo.json"
+	@echo "make test     build the native library, run the tests"
+	@echo "make bench    CPU microbenchmarks into benchmarks/results (OUT=folder for another place)"
+	@echo "make wheel    the wheel into dist/"
+	@echo "make gpu      GPU checks and microbenchmarks with the machine's own Python and torch"
+	@echo "make lint     ruff and mypy"
+	@echo "make docs     the site into site/"
+	@echo "make native   the native library into maskaccel/lib (MASKACCEL_CUDA=1: with CUDA kernels)"
+	@echo "make inspect  the developer module for looking at compiled kernels (needs nvcc)"
+	@echo "make clean    remove what builds made; .venv stays"
+
+# torch first and alone: nothing after it may choose another. No torchvision: it would bring a torch of its own choice.
+$(VENV)/.torch: requirements/torch.txt requirements/build.txt
+	@echo "== $(VENV): torch and build tools"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "maskaccel needs Python 3.10 or newer")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/torch.txt
+	$(PIP) -r requirements/build.txt
+	touch $@
+
+$(VENV)/.base: $(VENV)/.torch requirements/runtime.txt requirements/test.txt requirements/triton.txt pyproject.toml setup.py
+	@echo "== $(VENV): runtime and test packages"
+	$(PIP) -r requirements/torch.txt -r requirements/runtime.txt -r requirements/test.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) -r requirements/triton.txt
+	MASKACCEL_BUILD=pure $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.base requirements/lint.txt
+	$(PIP) -r requirements/lint.txt
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base requirements/docs.txt
+	$(PIP) -r requirements/docs.txt
+	touch $@
+
+$(VENV)/.cuda: $(VENV)/.torch requirements/cuda.txt
+	$(PIP) --no-deps -r requirements/cuda.txt
+	touch $@
+
+# Not a stamp: ninja knows better what changed.
+native: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
+	@echo "== native library"
+	$(PY) setup.py --quiet build_ext --inplace
+
+demo: native
+	$(PY) -m maskaccel demo
+
+test: native
+	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+OUT ?= benchmarks/results
+bench: native
+	$(PY) -m maskaccel.bench --suite cpu --out $(OUT)
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q $(PYTEST_ARGS)
+
+wheel: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
+	@echo "== wheel"
+	rm -rf dist build/lib build/bdist.* build/wheelhouse
+	$(PY) -m pip wheel --disable-pip-version-check --quiet --no-build-isolation --no-deps -w build/wheelhouse .
+	$(PY) tools/audit_wheel.py --repair dist build/wheelhouse/*.whl
+
+gpu:
+	$(PYTHON) benchmarks/gpu/run.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+inspect: $(VENV)/.base
+	$(PY) csrc/inspect/build.py
+
+clean:
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .benchmarks maskaccel/lib/*.so *.egg-info
