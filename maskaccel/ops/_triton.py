@@ -62,36 +62,41 @@ def launch(kernel: Any, grid: tuple, like: Tensor, *args: Any, **options: Any) -
         launcher(kernel, grid, args, options)
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise the RuntimeError by which a raw op says that its contract is broken."""
-    if not condition:
-        raise RuntimeError(message)
 
 
 def check_activation(name: str, t: Tensor, like: Tensor | None = None, dims: int = 3) -> None:
     """Check rank, dtype, last stride and, against `like`, shape, dtype and device."""
-    require(t.dim() == dims, f"{name} must have {dims} dims, got shape {tuple(t.shape)}")
-    require(t.dtype in _DTYPES, f"{name} must be fp32, bf16 or fp16, got {t.dtype}")
-    require(t.shape[-1] <= 1 or t.stride(-1) == 1, f"{name} must be contiguous in its last dim, got {t.stride()}")
-    require(0 < t.shape[-1] <= MAX_WIDTH, f"the last dim of {name} must be 1 to {MAX_WIDTH}, got {t.shape[-1]}")
+    if not (t.dim() == dims):
+        raise RuntimeError(f"{name} must have {dims} dims, got shape {tuple(t.shape)}")
+    if not (t.dtype in _DTYPES):
+        raise RuntimeError(f"{name} must be fp32, bf16 or fp16, got {t.dtype}")
+    if not (t.shape[-1] <= 1 or t.stride(-1) == 1):
+        raise RuntimeError(f"{name} must be contiguous in its last dim, got {t.stride()}")
+    if not (0 < t.shape[-1] <= MAX_WIDTH):
+        raise RuntimeError(f"the last dim of {name} must be 1 to {MAX_WIDTH}, got {t.shape[-1]}")
     if like is not None:
         same = t.shape == like.shape and t.dtype == like.dtype and t.device == like.device
-        require(same, f"{name} must be {like.dtype} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}")
+        if not (same):
+            raise RuntimeError(f"{name} must be {like.dtype} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}")
 
 
 def check_vector(name: str, t: Tensor | None, width: int, x: Tensor) -> None:
     """Check an optional contiguous `(width,)` operand of `x.dtype` or fp32."""
     if t is None:
         return
-    require(t.shape == (width,) and t.is_contiguous(), f"{name} must be contiguous ({width},), got {tuple(t.shape)}")
-    require(t.dtype in (x.dtype, torch.float32), f"{name} must be {x.dtype} or fp32, got {t.dtype}")
-    require(t.device == x.device, f"{name} must be on {x.device}, got {t.device}")
+    if not (t.shape == (width,) and t.is_contiguous()):
+        raise RuntimeError(f"{name} must be contiguous ({width},), got {tuple(t.shape)}")
+    if not (t.dtype in (x.dtype, torch.float32)):
+        raise RuntimeError(f"{name} must be {x.dtype} or fp32, got {t.dtype}")
+    if not (t.device == x.device):
+        raise RuntimeError(f"{name} must be on {x.device}, got {t.device}")
 
 
 def one_dtype(what: str, *tensors: Tensor | None) -> None:
     """Check that the given operands share a dtype."""
     found = {t.dtype for t in tensors if t is not None}
-    require(len(found) <= 1, f"{what} must be of one dtype, got {sorted(map(str, found))}")
+    if not (len(found) <= 1):
+        raise RuntimeError(f"{what} must be of one dtype, got {sorted(map(str, found))}")
 
 
 def power_of_two(n: int) -> int:

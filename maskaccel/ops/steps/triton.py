@@ -1,2 +1,91 @@
-def available():
-    return "not here yet"
+"""The Triton backend of the cached-feature ops. Importing this never imports triton; calling a kernel does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import _triton as host
+
+MAX_HISTORY = 16
+_BLOCK = 1024
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def relative_difference(x: Tensor, reference: Tensor, base: Tensor | None) -> Tensor:
+    if x.dtype not in _DTYPES or x.dim() == 0:
+        raise RuntimeError(f"x must be (B, ...) of fp32, bf16 or fp16, got {x.dtype} {tuple(x.shape)}")
+    for name, t in (("x", x), ("reference", reference), ("base", base)):
+        if t is None:
+            continue
+        if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device or not t.is_contiguous():
+            raise RuntimeError(f"{name} must be contiguous {x.dtype} {tuple(x.shape)}, got {t.dtype} {tuple(t.shape)}")
+    batch = x.shape[0]
+    if x.numel() == 0:
+        return x.new_zeros(batch, 2, dtype=torch.float32)
+
+    from .triton_kernels import difference_partials
+
+    size = x.numel() // batch
+    # a run is a whole number of blocks, so that every load but the last of a sample is aligned and full
+    blocks, chunks = host.runs(math.ceil(size / _BLOCK) * batch, math.ceil(size / _BLOCK), least=2)
+    partials = x.new_empty(batch, chunks, 2, dtype=torch.float32)
+    host.launch(difference_partials, (chunks, batch), x, x, reference, base, partials, size, blocks * _BLOCK,
+                BLOCK=_BLOCK, num_warps=4)  # fmt: skip
+    return host.reduce_partials(partials, batch, 1).view(batch, 2)
+
+
+def _gate_operand(gate: Tensor, like: Tensor) -> tuple[Tensor, int, int, int]:
+    """(tensor, batch stride, row stride, tokens of a row)."""
+    batch, n, width = like.shape
+    fits = gate.dim() == 3 and gate.shape[0] in (1, batch) and gate.shape[1] > 0 and gate.shape[2] == width
+    if not fits or n % gate.shape[1] or (width > 1 and gate.stride(2) != 1):
+        raise RuntimeError(f"gate must be ({batch} or 1, F, {width}), F a divisor of {n}, with a contiguous last dim, got "
+                           f"{tuple(gate.shape)} of strides {gate.stride()}")  # fmt: skip
+    of_batch = 0 if gate.shape[0] == 1 else gate.stride(0)
+    return gate, of_batch, gate.stride(1), max(n // gate.shape[1], 1)
+
+
+def combine_history(history: Tensor, weights: Tensor, x: Tensor | None, gate: Tensor | None) -> Tensor:
+    if history.dim() != 4 or history.dtype not in _DTYPES or not 1 <= history.shape[0] <= MAX_HISTORY:
+        raise RuntimeError(f"history must be (1 to {MAX_HISTORY}, B, N, D) of fp32, bf16 or fp16, got {history.dtype} "
+                           f"{tuple(history.shape)}")  # fmt: skip
+    steps, batch, n, width = history.shape
+    like = history[0] if x is None else x
+    if (width > 1 and history.stride(3) != 1) or (n > 1 and history.stride(2) != width):
+        raise RuntimeError(f"history must be dense in N and D, got strides {history.stride()}")
+    if weights.shape not in ((steps,), (steps, width)) or weights.dtype != torch.float32 or not weights.is_contiguous():
+        raise RuntimeError(f"weights must be contiguous fp32 ({steps},) or ({steps}, {width}), got {weights.dtype} "
+                           f"{tuple(weights.shape)}")  # fmt: skip
+    if x is not None and (x.shape != history.shape[1:] or x.dtype not in _DTYPES or not x.is_contiguous()):
+        raise RuntimeError(f"x must be contiguous {tuple(history.shape[1:])}, got {x.dtype} {tuple(x.shape)}")
+    if gate is not None and gate.dtype not in (like.dtype, torch.float32):
+        raise RuntimeError(f"gate must be {like.dtype} or fp32, got {gate.dtype}")
+    if any(t is not None and t.device != history.device for t in (weights, x, gate)):
+        raise RuntimeError(f"weights, x and gate must be on {history.device}")
+    operand = None if gate is None else _gate_operand(gate, like)
+    out = like.new_empty(like.shape)
+    if out.numel():
+        from .triton_kernels import combine
+
+        block, warps = host.block_and_warps(min(width, _BLOCK), 8)
+        host.launch(combine, (batch * n, math.ceil(width / block)), history, history, weights, x, operand, out,
+                    history.stride(0), history.stride(1), width if weights.dim() == 2 else 1, n, width, K=steps,
+                    PER_CHANNEL=weights.dim() == 2, BLOCK=block, num_warps=warps)  # fmt: skip
+    return out
+
+
+KERNELS: dict[str, Callable] = {"relative_difference": relative_difference, "combine_history": combine_history}
+
+
+def available() -> str | None:
+    """None if these kernels can run in this process, else the reason they cannot."""
+    return host.available()
+
+
+def register() -> None:
+    """Implement `torch.ops.maskaccel_triton` for CUDA, and for CPU under TRITON_INTERPRET=1."""
+    host.register(KERNELS)

@@ -1,0 +1,68 @@
+"""Eager baselines: the lines that diffusers 0.42 runs at each site, on the same tensors as our ops.
+
+Nothing here is tuned for or against eager. Each function says where its lines come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Inputs = dict[str, Any]
+
+
+def norm_modulate(i: Inputs) -> tuple[Tensor, ...]:
+    """`AdaLayerNormZero.forward` (DiT, SD3, Flux): LayerNorm without affine, then modulation."""
+    x = i["x"]
+    return (F.layer_norm(x, (x.shape[-1],), None, None, 1e-6) * (1 + i["scale"][:, None]) + i["shift"][:, None],)
+
+
+def gate_residual_norm_modulate(i: Inputs) -> tuple[Tensor, ...]:
+    """Middle of `JointTransformerBlock.forward` and `FluxTransformerBlock.forward`: gate, residual, norm2, modulation."""
+    r = i["x"] + i["gate"].unsqueeze(1) * i["a"]
+    n = F.layer_norm(r, (r.shape[-1],), None, None, 1e-6)
+    return r, n * (1 + i["scale"][:, None]) + i["shift"][:, None]
+
+
+def gate_residual(i: Inputs) -> tuple[Tensor, ...]:
+    """Last lines of the same blocks."""
+    return (i["x"] + i["gate"].unsqueeze(1) * i["a"],)
+
+
+def qk_norm_rope(i: Inputs) -> tuple[Tensor, ...]:
+    """`FluxAttnProcessor`: `torch.nn.RMSNorm` of q and k, then `apply_rotary_emb(..., sequence_dim=1)`."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    rotary = (i["cos"], i["sin"])
+    q, k = i["norm_q"](i["q"]), i["norm_k"](i["k"])
+    return apply_rotary_emb(q, rotary, sequence_dim=1), apply_rotary_emb(k, rotary, sequence_dim=1)
+
+
+def swiglu(i: Inputs) -> tuple[Tensor, ...]:
+    """`SwiGLU.forward` after its projection."""
+    hidden, gate = i["x"].chunk(2, dim=-1)
+    return (hidden * F.silu(gate),)
+
+
+def geglu(i: Inputs) -> tuple[Tensor, ...]:
+    """`GEGLU.forward` after its projection."""
+    hidden, gate = i["x"].chunk(2, dim=-1)
+    return (hidden * F.gelu(gate),)
+
+
+def relative_difference(i: Inputs) -> tuple[Tensor, ...]:
+    """The comparison in diffusers' first-block cache (mean |x - ref| against mean |ref|), as the two sums of each sample."""
+    difference = (i["x"] - i["reference"]).abs().flatten(1).sum(1, dtype=torch.float32)
+    return (torch.stack((difference, i["reference"].abs().flatten(1).sum(1, dtype=torch.float32)), dim=1),)
+
+
+def combine_history(i: Inputs) -> tuple[Tensor, ...]:
+    """The prediction of diffusers' TaylorSeer cache (a running sum from zeros), then the gated residual of the block."""
+    history = i["history"]
+    total = torch.zeros_like(history[0])
+    for k, coefficient in enumerate(i["coefficients"]):
+        total = total + history[k] * coefficient
+    return (i["x"] + i["gate"].unsqueeze(1) * total,)

@@ -1,0 +1,5 @@
+"""What to compute: plain data and its algebra."""
+
+from .schedule import Schedule
+
+__all__ = ["Schedule"]

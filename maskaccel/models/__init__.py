@@ -1,0 +1,61 @@
+"""One file per model family: which classes it knows, and their fused replacements."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+from ._adapter import Adapter, class_key, fingerprint
+
+
+@functools.cache
+def _tables(kind: str) -> dict[str, Adapter]:
+    found: dict[str, Adapter] = {}
+    for info in pkgutil.iter_modules(__path__):
+        if not info.name.startswith("_"):
+            found.update(getattr(importlib.import_module(f"{__name__}.{info.name}"), kind, {}))
+    return found
+
+
+def block_adapter(instance: Any) -> Adapter | None:
+    """The adapter of a transformer block, or None."""
+    return _tables("BLOCKS").get(class_key(instance))
+
+
+def norm_adapter(instance: Any) -> Adapter | None:
+    """The adapter of an adaLN norm module, or None."""
+    return _tables("NORMS").get(class_key(instance))
+
+
+def processor_adapter(instance: Any) -> Adapter | None:
+    """The adapter of an attention processor, or None."""
+    return _tables("PROCESSORS").get(class_key(instance))
+
+
+def known_blocks() -> dict[str, Adapter]:
+    """Every block adapter by class key."""
+    return dict(_tables("BLOCKS"))
+
+
+def known_norms() -> dict[str, Adapter]:
+    """Every norm adapter by class key."""
+    return dict(_tables("NORMS"))
+
+
+def known_processors() -> dict[str, Adapter]:
+    """Every attention processor adapter by class key."""
+    return dict(_tables("PROCESSORS"))
+
+
+__all__ = [
+    "Adapter",
+    "block_adapter",
+    "fingerprint",
+    "known_blocks",
+    "known_norms",
+    "known_processors",
+    "norm_adapter",
+    "processor_adapter",
+]

@@ -1,0 +1,33 @@
+"""Which models a patch target holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .transaction import PatchError
+
+
+def find_models(target: Any) -> tuple[list[nn.Module], Any | None]:
+    """The transformers of a pipeline, or the module itself.
+
+    Returns:
+        The models, and the pipeline (None for a module).
+
+    Raises:
+        PatchError: The target is neither, or the pipeline holds no transformer.
+    """
+    if isinstance(target, nn.Module):
+        return [target], None
+    components = getattr(target, "components", None)
+    if not isinstance(components, dict):
+        raise PatchError(
+            f"target is a {type(target).__name__}; allowed are a diffusers pipeline (anything with `components`) "
+            "or a torch.nn.Module"
+        )
+    models = [m for name, m in components.items() if isinstance(m, nn.Module) and "transformer" in name]
+    if not models:
+        names = ", ".join(f"{name} ({type(value).__name__})" for name, value in components.items())
+        raise PatchError(f"{type(target).__name__} holds no component named transformer*; it holds {names}")
+    return models, target

@@ -1,0 +1,120 @@
+"""Edits of live objects that are made together and undone exactly."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+_MISSING: Any = object()
+PREVIOUS = "_maskaccel_previous_forward"
+
+
+class PatchError(RuntimeError):
+    """A patch could not be applied; nothing was changed."""
+
+
+@dataclass
+class _Edit:
+    """One instance attribute: its new value, and what its `__dict__` held before."""
+
+    owner: Any
+    name: str
+    value: Any
+    before: Any = _MISSING
+    applied: bool = False
+
+    def apply(self) -> None:
+        self.before = self.owner.__dict__.get(self.name, _MISSING)
+        # Written to __dict__: nn.Module.__setattr__ would register modules and parameters.
+        self.owner.__dict__[self.name] = self.value
+        self.applied = True
+
+    def undo(self) -> str | None:
+        """Restore, unless somebody else replaced our value since; then say so and leave theirs."""
+        if self.owner.__dict__.get(self.name, _MISSING) is not self.value:
+            return f"{type(self.owner).__name__}.{self.name} was replaced by someone else after the patch; left as it is"
+        if self.before is _MISSING:
+            del self.owner.__dict__[self.name]
+        else:
+            self.owner.__dict__[self.name] = self.before
+        self.applied = False
+        return None
+
+
+@dataclass
+class Transaction:
+    """A list of edits. `commit` applies all or none; `undo` restores all in reverse order."""
+
+    edits: list[_Edit] = field(default_factory=list)
+    claimed: dict[tuple[int, str], str] = field(default_factory=dict)
+
+    def set(self, owner: Any, name: str, value: Any, claimant: str) -> None:
+        """Plan `owner.<name> = value` on the instance. Two claimants of one attribute are an error."""
+        key = (id(owner), name)
+        if key in self.claimed:
+            raise PatchError(
+                f"{claimant} and {self.claimed[key]} both want {name} of one {type(owner).__name__}; use one of them"
+            )
+        self.claimed[key] = claimant
+        self.edits.append(_Edit(owner, name, value))
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any], claimant: str) -> None:
+        """Plan a new forward for this instance; `forward(self, *args, **kwargs)` is a plain function.
+
+        A bound method survives deepcopy (it is bound to the copy), and pickling where `forward` is importable.
+        """
+        if "forward" in module.__dict__:
+            raise PatchError(hooked(module))
+        self.set(module, "forward", types.MethodType(forward, module), claimant)
+
+    def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any], claimant: str) -> None:
+        """Plan a wrapper, `wrapper(self, *args, **kwargs)`, that calls `original(self)`; hooks below it keep working."""
+        if "forward" in module.__dict__:
+            self.set(module, PREVIOUS, module.__dict__["forward"], claimant)
+        self.set(module, "forward", types.MethodType(_signed(wrapper, type(module)), module), claimant)
+
+    def commit(self) -> None:
+        """Apply every edit, or none if one fails."""
+        try:
+            for edit in self.edits:
+                edit.apply()
+        except Exception:
+            self.undo()
+            raise
+
+    def undo(self) -> list[str]:
+        """Restore everything; returns what could not be restored, in words."""
+        notes = [edit.undo() for edit in reversed(self.edits) if edit.applied]
+        return [note for note in notes if note is not None]
+
+
+@functools.cache
+def _signed(wrapper: Callable[..., Any], cls: type[nn.Module]) -> Callable[..., Any]:
+    """The wrapper with the signature of the class's forward: callers inspect it to choose what to pass."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(self, *args, **kwargs)
+
+    return forward
+
+
+def original(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a wrapper stands before."""
+    previous = module.__dict__.get(PREVIOUS)
+    return previous if previous is not None else types.MethodType(type(module).forward, module)
+
+
+def hooked(module: nn.Module) -> str:
+    """Why a module with a forward of its own is not replaced."""
+    held = module.__dict__["forward"]
+    by = type(held).__module__.split(".")[0] if not isinstance(held, types.MethodType) else held.__func__.__module__
+    return (
+        f"{type(module).__name__} already has a forward of its own (set by {by}): a hook for offload, caching or casting, "
+        "or another patch. Patch first, then enable the hook"
+    )
