@@ -55,6 +55,7 @@ def register(kernels: Mapping[str, Callable]) -> None:
 
 def launch(kernel: Any, grid: tuple, like: Tensor, *args: Any, **options: Any) -> None:
     """Run `kernel` on the device of `like`."""
+    options.setdefault("enable_fp_fusion", True)  # Triton versions differ in the default
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
             launcher(kernel, grid, args, options)
@@ -66,17 +67,17 @@ def launch(kernel: Any, grid: tuple, like: Tensor, *args: Any, **options: Any) -
 
 def check_activation(name: str, t: Tensor, like: Tensor | None = None, dims: int = 3) -> None:
     """Check rank, dtype, last stride and, against `like`, shape, dtype and device."""
-    if not (t.dim() == dims):
+    if t.dim() != dims:
         raise RuntimeError(f"{name} must have {dims} dims, got shape {tuple(t.shape)}")
-    if not (t.dtype in _DTYPES):
+    if t.dtype not in _DTYPES:
         raise RuntimeError(f"{name} must be fp32, bf16 or fp16, got {t.dtype}")
-    if not (t.shape[-1] <= 1 or t.stride(-1) == 1):
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
         raise RuntimeError(f"{name} must be contiguous in its last dim, got {t.stride()}")
-    if not (0 < t.shape[-1] <= MAX_WIDTH):
+    if not 0 < t.shape[-1] <= MAX_WIDTH:
         raise RuntimeError(f"the last dim of {name} must be 1 to {MAX_WIDTH}, got {t.shape[-1]}")
     if like is not None:
         same = t.shape == like.shape and t.dtype == like.dtype and t.device == like.device
-        if not (same):
+        if not same:
             raise RuntimeError(f"{name} must be {like.dtype} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}")
 
 
@@ -84,18 +85,18 @@ def check_vector(name: str, t: Tensor | None, width: int, x: Tensor) -> None:
     """Check an optional contiguous `(width,)` operand of `x.dtype` or fp32."""
     if t is None:
         return
-    if not (t.shape == (width,) and t.is_contiguous()):
+    if t.shape != (width,) or not t.is_contiguous():
         raise RuntimeError(f"{name} must be contiguous ({width},), got {tuple(t.shape)}")
-    if not (t.dtype in (x.dtype, torch.float32)):
+    if t.dtype not in (x.dtype, torch.float32):
         raise RuntimeError(f"{name} must be {x.dtype} or fp32, got {t.dtype}")
-    if not (t.device == x.device):
+    if t.device != x.device:
         raise RuntimeError(f"{name} must be on {x.device}, got {t.device}")
 
 
 def one_dtype(what: str, *tensors: Tensor | None) -> None:
     """Check that the given operands share a dtype."""
     found = {t.dtype for t in tensors if t is not None}
-    if not (len(found) <= 1):
+    if len(found) > 1:
         raise RuntimeError(f"{what} must be of one dtype, got {sorted(map(str, found))}")
 
 

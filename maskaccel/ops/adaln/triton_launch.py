@@ -23,22 +23,22 @@ def _modulation(name: str, m: Tensor | None, x: Tensor, rows: Tensor | None) -> 
     if m is None:
         return None
     batch, n, width = x.shape
-    if not (m.device == x.device):
+    if m.device != x.device:
         raise RuntimeError(f"{name} must be on {x.device}, got {m.device}")
-    if not (m.dtype in (x.dtype, torch.float32)):
+    if m.dtype not in (x.dtype, torch.float32):
         raise RuntimeError(f"{name} must be {x.dtype} or fp32, got {m.dtype}")
-    if not (m.dim() in (2, 3) and m.shape[-1] == width):
+    if m.dim() not in (2, 3) or m.shape[-1] != width:
         raise RuntimeError(f"{name} must end in {width}, got {tuple(m.shape)}")
-    if not (width == 1 or m.stride(-1) == 1):
+    if width > 1 and m.stride(-1) != 1:
         raise RuntimeError(f"{name} must be contiguous in its last dim, got {m.stride()}")
     if rows is not None:
-        if not (m.dim() == 2):
+        if m.dim() != 2:
             raise RuntimeError(f"{name} must be (R, {width}) with rows, got {tuple(m.shape)}")
         return m, 0, m.stride(0), 1
-    if not (m.shape[0] in (1, batch)):
+    if m.shape[0] not in (1, batch):
         raise RuntimeError(f"{name} must have batch 1 or {batch}, got {tuple(m.shape)}")
     groups = m.shape[1] if m.dim() == 3 else 1
-    if not (groups > 0 and n % groups == 0):
+    if groups == 0 or n % groups:
         raise RuntimeError(f"{name} must have a row count that divides {n}, got {tuple(m.shape)}")
     of_batch = 0 if m.shape[0] == 1 else m.stride(0)
     return (m, of_batch, m.stride(1), n // groups) if groups > 1 else (m, of_batch, 0, max(n, 1))
@@ -49,11 +49,11 @@ def _check_rows(rows: Tensor | None, x: Tensor) -> int:
     if rows is None:
         return 0
     batch, n, _ = x.shape
-    if not (rows.dtype == torch.int32 and rows.is_contiguous()):
+    if rows.dtype != torch.int32 or not rows.is_contiguous():
         raise RuntimeError(f"rows must be contiguous int32, got {rows.dtype}")
-    if not (rows.shape in ((n,), (batch, n))):
+    if rows.shape not in ((n,), (batch, n)):
         raise RuntimeError(f"rows must be ({n},) or ({batch}, {n}), got {tuple(rows.shape)}")
-    if not (rows.device == x.device):
+    if rows.device != x.device:
         raise RuntimeError(f"rows must be on {x.device}, got {rows.device}")
     return n if rows.dim() == 2 else 0
 
@@ -77,10 +77,10 @@ class _Call:
             host.check_vector(name, t, width, x)
         host.one_dtype("modulation and tables", gate, scale, shift, scale2, shift2, *self.tables)
         host.one_dtype("weight, bias and post_weight", *self.vectors)
-        if not (flags & 3 < 3):
+        if flags & 3 == 3:
             raise RuntimeError(f"flags name no norm: {flags}")
         # without FMA contraction no product escapes the rounding that the narrow law asks for
-        self.options = {"enable_fp_fusion": False} if flags & _NARROW else {}
+        self.options = {"enable_fp_fusion": not flags & _NARROW}
 
 
 def _forward(x: Tensor, a: Tensor | None, call: _Call, outputs: Sequence[Tensor | None], eps: float, post_eps: float,

@@ -101,7 +101,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, 
             qk_forward, (max(q_tokens, k_tokens), 2), q, q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias,
             *rope.tables, q.stride()[:3], k.stride()[:3], q_tokens, k_tokens, q.shape[1], k.shape[1], q.shape[2],
             k.shape[2], q.shape[3], eps, **_shape(q, k, rope, flags, 16),
-            **({"enable_fp_fusion": False} if flags & _NARROW else {}),
+            enable_fp_fusion=not flags & _NARROW,
         )  # fmt: skip
     return q_out, k_out
 

@@ -33,7 +33,7 @@ def relative_difference(x: Tensor, reference: Tensor, base: Tensor | None) -> Te
     # a run is a whole number of blocks, so that every load but the last of a sample is aligned and full
     blocks, chunks = host.runs(math.ceil(size / _BLOCK) * batch, math.ceil(size / _BLOCK), least=2)
     partials = x.new_empty(batch, chunks, 2, dtype=torch.float32)
-    host.launch(difference_partials, (chunks, batch), x, x, reference, base, partials, size, blocks * _BLOCK,
+    host.launch(difference_partials, (batch, chunks), x, x, reference, base, partials, size, blocks * _BLOCK,
                 BLOCK=_BLOCK, num_warps=4)  # fmt: skip
     return host.reduce_partials(partials, batch, 1).view(batch, 2)
 

@@ -11,8 +11,8 @@ from .._triton_lib import load
 @triton.jit
 def difference_partials(x, reference, base, partials, size, run, BLOCK: tl.constexpr):
     """(sum |x - base - reference|, sum |reference|) of one run of elements of one sample."""
-    b = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(0)
+    b = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
     start = chunk.to(tl.int64) * run
     lanes = tl.arange(0, BLOCK)
     moved = tl.zeros([BLOCK], tl.float32)
@@ -26,7 +26,7 @@ def difference_partials(x, reference, base, partials, size, run, BLOCK: tl.const
             value -= load(base + b * size, at, mask)
         moved += tl.abs(value - stored)
         total += tl.abs(stored)
-    out = partials + (b * tl.num_programs(0) + chunk) * 2
+    out = partials + (b * tl.num_programs(1) + chunk) * 2
     tl.store(out, tl.sum(moved, 0))
     tl.store(out + 1, tl.sum(total, 0))
 
