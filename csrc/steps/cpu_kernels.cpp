@@ -1,0 +1,101 @@
+// Compiled once per instruction set; see common/isa.h.
+#include "../common/vec.h"
+#include "cpu_args.h"
+
+namespace maskaccel {
+namespace MASKACCEL_ISA {
+namespace {
+
+template <class T, bool BASE>
+MASKACCEL_INLINE void difference_chunk(const T* x, const T* reference, const T* base, int64_t n, float* out) {
+  Sum change = Sum::zero(), size = Sum::zero();
+  sweep(n, [&](int64_t i, auto part, auto chain) {
+    V v = load(x + i, part);
+    if constexpr (BASE) v = sub(v, load(base + i, part));
+    const V r = load(reference + i, part);
+    change.part[chain.k] = add(change.part[chain.k], vabs(sub(v, r)));
+    size.part[chain.k] = add(size.part[chain.k], vabs(r));
+  });
+  out[0] = change.total();
+  out[1] = size.total();
+}
+
+template <class T>
+void difference_chunks(const RelativeDifference& s, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t b = c / s.chunks, from = (c - b * s.chunks) * s.chunk;
+    const int64_t n = s.size - from < s.chunk ? s.size - from : s.chunk, at = b * s.size + from;
+    const T *x = static_cast<const T*>(s.x) + at, *reference = static_cast<const T*>(s.reference) + at;
+    if (s.base != nullptr) {
+      difference_chunk<T, true>(x, reference, static_cast<const T*>(s.base) + at, n, s.partial + 2 * c);
+    } else {
+      difference_chunk<T, false>(x, reference, x, n, s.partial + 2 * c);
+    }
+  }
+}
+
+void relative_difference(const RelativeDifference& s, int64_t begin, int64_t end) {
+  switch (s.dtype) {
+    case Dtype::bf16:
+      return difference_chunks<bf16>(s, begin, end);
+    case Dtype::f16:
+      return difference_chunks<f16>(s, begin, end);
+    default:
+      return difference_chunks<float>(s, begin, end);
+  }
+}
+
+template <class H, class T>
+void combine_rows(const CombineHistory& s, int64_t begin, int64_t end) {
+  const H* past[CombineHistory::kMost];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / s.N, n = row - b * s.N;
+    for (int64_t k = 0; k < s.K; ++k)
+      past[k] = static_cast<const H*>(s.history) + k * s.stride_k + b * s.stride_b + n * s.stride_n;
+    const T* x = s.x != nullptr ? static_cast<const T*>(s.x) + b * s.x_b + n * s.x_n : nullptr;
+    const int64_t gate_at = b * s.gate_b + n / s.group * s.gate_row;
+    const Source gate{s.gate == nullptr ? nullptr : static_cast<const char*>(s.gate) + gate_at * size_of(s.gate_dtype),
+                      s.gate_dtype};
+    T* const out = static_cast<T*>(s.out) + row * s.D;
+    sweep(s.D, [&](int64_t i, auto part, auto) {
+      V v = set1(0.0f);
+      for (int64_t k = 0; k < s.K; ++k) {
+        const V w = s.weight_stride != 0 ? load(s.weights + k * s.weight_stride + i, part) : set1(s.weights[k]);
+        v = fma(w, load(past[k] + i, part), v);
+      }
+      if (gate.data != nullptr) v = mul(v, load(gate, i, part));
+      if (x != nullptr) v = add(v, load(x + i, part));
+      store(out + i, v, part);
+    });
+  }
+}
+
+template <class H>
+void combine_from(const CombineHistory& s, int64_t begin, int64_t end) {
+  switch (s.dtype) {
+    case Dtype::bf16:
+      return combine_rows<H, bf16>(s, begin, end);
+    case Dtype::f16:
+      return combine_rows<H, f16>(s, begin, end);
+    default:
+      return combine_rows<H, float>(s, begin, end);
+  }
+}
+
+void combine_history(const CombineHistory& s, int64_t begin, int64_t end) {
+  switch (s.history_dtype) {
+    case Dtype::bf16:
+      return combine_from<bf16>(s, begin, end);
+    case Dtype::f16:
+      return combine_from<f16>(s, begin, end);
+    default:
+      return combine_from<float>(s, begin, end);
+  }
+}
+
+}  // namespace
+
+const StepsKernels steps_kernels = {relative_difference, combine_history};
+
+}  // namespace MASKACCEL_ISA
+}  // namespace maskaccel
