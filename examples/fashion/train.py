@@ -24,10 +24,16 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-CONFIG = dict(
-    num_attention_heads=6, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=6, patch_size=2,
-    sample_size=32, num_embeds_ada_norm=NULL_CLASS,
-)  # fmt: skip
+CONFIG = {
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_layers": 6,
+    "patch_size": 2,
+    "sample_size": 32,
+    "num_embeds_ada_norm": NULL_CLASS,
+}
 
 
 def build_model() -> DiTTransformer2DModel:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -191,43 +190,12 @@ def check_exact(pipe: Any, patched: Callable[[], Any]) -> dict[str, float]:
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of each image in dB, for values in 0..1 (99 dB where they are equal)."""
+    if images.shape != reference.shape:
+        raise ValueError(
+            f"images and reference must have one shape, got {tuple(images.shape)}, {tuple(reference.shape)}"
+        )
     error = (images.double() - reference.double()).square().flatten(1).mean(1)
     return (-10 * error.clamp_min(1e-10).log10()).clamp_max(99.0)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What the numbers depend on: processor, libraries, threads."""
-    import diffusers
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    facts = {
-        "cpu": cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "platform": platform.platform(),
-    }
-    if device.startswith("cuda"):
-        facts["gpu"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = torch.version.cuda
-    return facts
-
-
-def _report_dict(report: Any) -> Any:
-    """A patch report as plain data."""
-    for name in ("to_dict", "as_dict"):
-        if hasattr(report, name):
-            return getattr(report, name)()
-    return dict(report) if hasattr(report, "keys") else str(report)
 
 
 @dataclass
@@ -262,7 +230,7 @@ def _sample_in_turns(
             else:
                 with patched() as patch:
                     took, result = _timed(sample, part, device)
-                    report = _report_dict(patch.report())
+                    report = patch.report().as_dict()
             runs[name].seconds.append(took)
             runs[name].images.append(result)
             bar.update(len(part))
@@ -327,6 +295,7 @@ def run_demo(
 
     import maskaccel
     from maskaccel import methods
+    from maskaccel.bench.fingerprint import fingerprint
 
     diffusers.utils.logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -383,8 +352,8 @@ def run_demo(
         **_quality(results, judge, len(names)),
         "classifier": judge_facts,
         "exactness_of_fused_adaln": errors,
-        "report": report,
-        "environment": environment(device),
+        "report_of_last_chunk": report,
+        "environment": {**fingerprint(), "load_average": [round(value, 2) for value in os.getloadavg()]},
     }
     png = Path(out) if Path(out).suffix == ".png" else Path(out) / "demo.png"
     _write(data, results, names, png)
