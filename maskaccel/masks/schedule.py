@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Schedule:
     """A rule known before the run: no signal, no synchronisation.
 
-    A step is computed if it is among the first `first` or the last `last`, if its number is a multiple of `interval`, or if
-    `computed` (when given, instead of the interval) is true at it.
+    A step is computed if it is among the first `first` or the last `last`, if its number is a multiple of `interval`,
+    or if `computed` (when given, instead of the interval) is true at it.
 
     Attributes:
         interval: Compute every `interval`-th step, counted from step 0.
@@ -31,7 +31,8 @@ class Schedule:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r} must be an integer, {low} or more")
         if self.computed is not None:
-            if not self.computed or not all(isinstance(c, bool) for c in self.computed):
+            entries = self.computed if isinstance(self.computed, tuple) else ()
+            if not entries or not all(isinstance(c, bool) for c in entries):
                 raise ValueError("computed must be a non-empty tuple of bools, one a step (True = compute)")
             if not self.computed[0]:
                 raise ValueError("computed[0] is False; the first step has nothing to reuse and must be computed")
@@ -59,6 +60,12 @@ class Schedule:
                 raise ValueError(f"computed has {len(self.computed)} entries; the run has {num_steps} steps")
             return step >= len(self.computed) or self.computed[step]
         return step % self.interval == 0
+
+    def reuses(self, num_steps: int) -> bool:
+        """Whether any step of a run of `num_steps` takes the feature from memory."""
+        if self.computed is not None:
+            return not all(self.computed[:num_steps])
+        return not all(self.plan(num_steps))
 
     def plan(self, num_steps: int) -> list[bool]:
         """The whole mask for a run of `num_steps`."""

@@ -1,7 +1,7 @@
 """FORA: fast-forward caching (Selvaraju et al. 2024, arXiv 2407.01425).
 
-Attention and MLP outputs of every layer are computed on every N-th step and held in between; the adaLN gates are always those
-of the current step: `x += gate_msa(t) * attn_cached`, `x += gate_mlp(t) * mlp_cached`.
+Attention and MLP outputs of every layer are computed on every N-th step and held in between; the adaLN gates are
+always those of the current step: `x += gate_msa(t) * attn_cached`, `x += gate_mlp(t) * mlp_cached`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..models import block_adapter
 from ..models._adapter import children_of
 from ..patching.patch import Context
 from ..patching.transaction import PatchError
+from ..state.generation import STATE, Generation
 from ..state.site import SITE, Site, remember
 
 # Children of blocks that no adapter describes, by the names that diffusers and the original DiT use.
@@ -51,29 +52,37 @@ class FORA:
     def attach(self, context: Context) -> None:
         """Plan a memory for the attention and MLP of every block."""
         blocks = [block for children in _block_lists(context.model) for block in children]
-        generation = None
+        generation: Generation | None = None
         for block in blocks:
             adapter = block_adapter(block)
             sites = children_of(block, adapter.sites if adapter is not None else _USUAL_SITES)
             if not sites:
                 context.skip(self.name, block, f"it has no child named {', '.join(_USUAL_SITES)}")
             for module in sites:
-                generation = generation or context.track_generation(self.name)
+                if generation is None:
+                    generation = context.track_generation(self.name)
+                    generation.schedules[self.name] = self.schedule
                 remember(module, Site(generation, self.schedule), context.transaction, self.name)
                 context.done(self.name, module, f"remembered in {type(block).__name__}")
         if not blocks:
             raise PatchError(f"{self.name}: {type(context.model).__name__} has no list of blocks (an nn.ModuleList)")
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now."""
+        """Calls computed and reused, and bytes held now and at most."""
         sites: list[Site] = [m.__dict__[SITE] for m in model.modules() if SITE in m.__dict__]
         found: dict[str, Any] = {
             "computed": sum(s.computed for s in sites),
             "reused": sum(s.reused for s in sites),
             "resets": sum(s.resets for s in sites),
             "bytes held": sum(s.nbytes for s in sites),
+            "peak bytes": model.__dict__[STATE].peak_bytes if STATE in model.__dict__ else 0,
         }
-        if sites and found["computed"] and not found["reused"]:
+        if any(s.refused for s in sites):
+            found["warning"] = (
+                "the model ran several times a step in one guidance branch, where nothing can be reused; "
+                "name the branches: `with run.branch(...)`"
+            )
+        elif found["computed"] and not found["reused"]:
             found["warning"] = "never reused anything"
         return found
 

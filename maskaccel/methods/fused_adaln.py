@@ -1,7 +1,7 @@
 """FusedAdaLN: the norm, modulate, gate, residual, QK-norm and RoPE sites of a model on fused kernels. Exact.
 
-Blocks of known families get a whole fused forward (and fused attention processors); adaLN norm modules anywhere else are
-replaced one by one.
+Blocks of known families get a whole fused forward (and fused attention processors); adaLN norm modules anywhere else
+are replaced one by one.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class FusedAdaLN:
             context.skip(self.name, module, refusal)
             return False
         context.transaction.replace_forward(module, _counted(adapter.forward), self.name)
+        context.transaction.set(module, CALLS, [0], self.name)
         context.done(self.name, module, action)
         return True
 
@@ -73,7 +74,7 @@ class FusedAdaLN:
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Calls of fused forwards since the patch (calls inside a compiled graph are not counted)."""
-        return {"fused calls": sum(module.__dict__.get(CALLS, 0) for module in model.modules())}
+        return {"fused calls": sum(m.__dict__[CALLS][0] for m in model.modules() if CALLS in m.__dict__)}
 
 
 @functools.cache
@@ -81,7 +82,7 @@ def _counted(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            self.__dict__[CALLS] = self.__dict__.get(CALLS, 0) + 1
+            self.__dict__[CALLS][0] += 1
         return forward(self, *args, **kwargs)
 
     return counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -10,19 +11,22 @@ import torch
 from torch import nn
 
 from ..ops._backends import KERNEL_DTYPES, select
-from ..state.generation import Generation, track
+from ..state.follow import follow_pipeline, is_followed
+from ..state.generation import Generation, Run, track
 from .report import PatchReport
 from .targets import find_models
 from .transaction import PatchError, Transaction
 
 OWNER = "_maskaccel_patch"
+_REPLACED = "the pipeline's scheduler was replaced after the patch, so nothing is reused: remove() and patch again"
 
 
 class Method(Protocol):
     """What `patch` asks of a method: a hashable recipe that plans edits and later tells what it did."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """How reports and errors call it."""
 
     def attach(self, context: Context) -> None:
         """Plan edits through `context`; raise PatchError if the method cannot work on the model."""
@@ -37,7 +41,7 @@ class Context:
     def __init__(self, model: nn.Module, transaction: Transaction, report: PatchReport, generation: Generation) -> None:
         self.model, self.transaction, self.report, self.generation = model, transaction, report, generation
         self.planned = 0
-        self._tracked = False
+        self.tracked = False
 
     def done(self, method: str, module: Any, action: str) -> None:
         """Count a patched site."""
@@ -50,9 +54,9 @@ class Context:
 
     def track_generation(self, method: str) -> Generation:
         """The model's generation, advanced by the model's own calls from now on."""
-        if not self._tracked:
+        if not self.tracked:
             track(self.model, self.generation, self.transaction, method)
-            self._tracked = True
+            self.tracked = True
         return self.generation
 
 
@@ -60,34 +64,61 @@ class Patch:
     """A patched target. Use it as a context manager, or call `remove()`."""
 
     def __init__(self, target: Any, methods: tuple[Method, ...], models: list[nn.Module], transaction: Transaction,
-                 report: PatchReport, generations: list[Generation]) -> None:  # fmt: skip
+                 report: PatchReport, generations: list[Generation], follows: bool) -> None:  # fmt: skip
         self.target, self.methods, self.models = target, methods, models
         self._transaction, self._report, self._generations = transaction, report, generations
+        self._follows = follows
         self.active = True
 
     def report(self) -> PatchReport:
-        """What was patched, on which backend, what was left and why, and what the methods did since."""
-        for method in self.methods:
-            totals: dict[str, Any] = {}
-            for model in self.models:
-                for key, value in method.activity(model).items():
-                    totals[key] = totals[key] + value if isinstance(totals.get(key), int | float) else value
-            self._report.activity[method.name] = totals
+        """What was patched, on which backend, what was left and why; what the methods did since, until `remove()`."""
+        if self.active:
+            for method in self.methods:
+                self._report.activity[method.name] = _total([method.activity(model) for model in self.models])
+            scheduler = getattr(self.target, "scheduler", None)
+            if self._follows and not is_followed(scheduler) and _REPLACED not in self._report.notes:
+                self._report.notes.append(_REPLACED)
         return self._report
 
     def remove(self) -> None:
         """Restore the target exactly. Calling it again does nothing."""
         if not self.active:
             return
+        self.report()
+        for one in self._generations:
+            one.end()
         self._report.notes += self._transaction.undo()
         self.active = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        # Reached while a patched model (or the whole target) is being copied: the copy gets a patch of its own. What
+        # lies outside the copied models, such as the rest of their pipeline, is not copied along.
+        whole = id(self.target) in memo
+        models = [model for model in self.models if whole or id(model) in memo]
+        inside = {id(module) for model in models for module in model.modules()}
+        if whole:
+            inside |= {id(self.target), id(getattr(self.target, "scheduler", None))}
+        edits = [edit for edit in self._transaction.edits if id(edit.owner) in inside]
+        new = memo[id(self)] = object.__new__(Patch)
+        new.methods, new.active, new._follows = self.methods, self.active, self._follows and whole
+        new.models = copy.deepcopy(models, memo)
+        new.target = memo[id(self.target)] if whole else new.models[0] if len(models) == 1 else new.models
+        new._report = copy.deepcopy(self._report, memo)
+        new._generations = [
+            copy.deepcopy(g, memo) for m, g in zip(self.models, self._generations, strict=True) if m in models
+        ]
+        new._transaction = Transaction(copy.deepcopy(edits, memo))
+        return new
+
+    def __reduce__(self) -> Any:
+        raise PatchError("a patched model cannot be pickled: remove() the patch first, or save its state_dict()")
+
     @contextlib.contextmanager
-    def generation(self, num_steps: int | None = None) -> Iterator[Generation]:
+    def generation(self, num_steps: int | None = None) -> Iterator[Run]:
         """One denoising run of a loop of your own (a pipeline does this by itself).
 
-        Call `step()` of the yielded object after each step. A model that runs several times a step, once per guidance branch,
-        names the branch: `with run.branch("cond"):`.
+        Call `step()` of the yielded object after each step. A model that runs several times a step, once per guidance
+        branch, names the branch: `with run.branch("cond"):`.
 
         Args:
             num_steps: Steps of the run, if known.
@@ -98,7 +129,7 @@ class Patch:
         for one in self._generations:
             one.begin(num_steps)
         try:
-            yield GenerationGroup(self._generations)
+            yield Run(self._generations)
         finally:
             for one in self._generations:
                 one.end()
@@ -114,23 +145,13 @@ class Patch:
         return f"Patch([{names}] on {type(self.target).__name__}, {'active' if self.active else 'removed'})"
 
 
-class GenerationGroup(Generation):
-    """The generations of all models of a target, moved together."""
-
-    def __init__(self, members: list[Generation]) -> None:
-        super().__init__()
-        self._members = members
-
-    def step(self) -> None:
-        for one in self._members:
-            one.step()
-
-    @contextlib.contextmanager
-    def branch(self, name: str) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for one in self._members:
-                stack.enter_context(one.branch(name))
-            yield
+def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The activity of one method on several models: numbers are added."""
+    total: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total[key] + value if isinstance(total.get(key), int | float) else value
+    return total
 
 
 def patch(target: Any, methods: Method | Sequence[Method] | None = None) -> Patch:
@@ -141,13 +162,13 @@ def patch(target: Any, methods: Method | Sequence[Method] | None = None) -> Patc
         methods: What to apply, such as `[methods.FORA(interval=3), methods.FusedAdaLN()]`. None is `FusedAdaLN()`.
 
     Returns:
-        The patch, with `report()`, `remove()`, `generation()`; also a context manager. Patching again with the same methods
-        returns the patch that is there.
+        The patch, with `report()`, `remove()`, `generation()`; also a context manager. Patching again with the same
+        methods returns the patch that is there.
 
     Raises:
         TypeError: `methods` holds something that is no method.
-        PatchError: The target is patched with other methods, a method matches nothing in it, or two methods want one site.
-            The target is unchanged.
+        PatchError: The target is patched with other methods, a method matches nothing in it, or two methods want one
+            site. The target is unchanged.
     """
     chosen = _as_methods(methods)
     models, pipeline = find_models(target)
@@ -157,7 +178,7 @@ def patch(target: Any, methods: Method | Sequence[Method] | None = None) -> Patc
             if held.methods == chosen and held.target is target:
                 return held
             names = ", ".join(method.name for method in held.methods)
-            raise PatchError(f"{type(model).__name__} is already patched with [{names}]; call remove() of that patch first")
+            raise PatchError(f"{type(model).__name__} is already patched with [{names}]; remove() that patch first")
 
     transaction, report = Transaction(), PatchReport()
     generations = [Generation() for _ in models]
@@ -170,11 +191,10 @@ def patch(target: Any, methods: Method | Sequence[Method] | None = None) -> Patc
             raise PatchError(_nothing_matched(method, models, report))
     report.models = [type(model).__name__ for model in models]
     report.backend = _backend_of(models[0])
-    if pipeline is not None and any(context._tracked for context in contexts):
-        from ..state.generation import follow_scheduler
-
-        follow_scheduler(pipeline, generations, transaction)
-    result = Patch(target, chosen, models, transaction, report, generations)
+    follows = pipeline is not None and any(context.tracked for context in contexts)
+    if follows:
+        follow_pipeline(pipeline, generations, transaction)
+    result = Patch(target, chosen, models, transaction, report, generations, follows)
     for model in models:
         transaction.set(model, OWNER, result, "maskaccel")
     transaction.commit()
@@ -191,11 +211,11 @@ def _as_methods(methods: Method | Sequence[Method] | None) -> tuple[Method, ...]
         raise TypeError("methods is empty; pass at least one method, such as methods.FusedAdaLN()")
     for method in chosen:
         if isinstance(method, type) or not hasattr(method, "attach"):
-            raise TypeError(f"methods holds {method!r}, which is no method; pass instances such as methods.FusedAdaLN()")
+            raise TypeError(f"methods holds {method!r}, which is no method; pass instances like methods.FusedAdaLN()")
     kinds = [type(method) for method in chosen]
     if len(set(kinds)) != len(kinds):
         raise TypeError(f"methods names {', '.join(k.__name__ for k in kinds)}: each kind may be given once")
-    return chosen  # type: ignore[return-value]  # the union above is narrowed by the loop
+    return chosen
 
 
 def _nothing_matched(method: Method, models: list[nn.Module], report: PatchReport) -> str:
@@ -204,7 +224,8 @@ def _nothing_matched(method: Method, models: list[nn.Module], report: PatchRepor
     text = f"{method.name} found nothing to patch in {', '.join(type(m).__name__ for m in models)}"
     if reasons:
         return f"{text}: {'; '.join(reasons)}"
-    return f"{text}: it knows no module in it (its children are {', '.join(seen) or 'none'}). Is it a diffusion transformer?"
+    children = ", ".join(seen) or "none"
+    return f"{text}: it knows no module in it (its children are {children}). Is it a diffusion transformer?"
 
 
 def _backend_of(model: nn.Module) -> str:

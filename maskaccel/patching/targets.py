@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .transaction import PatchError
@@ -16,10 +17,10 @@ def find_models(target: Any) -> tuple[list[nn.Module], Any | None]:
         The models, and the pipeline (None for a module).
 
     Raises:
-        PatchError: The target is neither, or the pipeline holds no transformer.
+        PatchError: The target is neither, the pipeline holds no transformer, or a model is compiled.
     """
     if isinstance(target, nn.Module):
-        return [target], None
+        return [_not_compiled(target)], None
     components = getattr(target, "components", None)
     if not isinstance(components, dict):
         raise PatchError(
@@ -30,4 +31,12 @@ def find_models(target: Any) -> tuple[list[nn.Module], Any | None]:
     if not models:
         names = ", ".join(f"{name} ({type(value).__name__})" for name, value in components.items())
         raise PatchError(f"{type(target).__name__} holds no component named transformer*; it holds {names}")
-    return models, target
+    return [_not_compiled(model) for model in models], target
+
+
+def _not_compiled(model: nn.Module) -> nn.Module:
+    """The model, or PatchError: compiled code does not see a patch that comes after it."""
+    for module in model.modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise PatchError(f"{type(model).__name__}: {type(module).__name__} is compiled; patch first, compile after")
+    return model

@@ -10,12 +10,15 @@ from typing import Any
 
 from torch import nn
 
-_MISSING: Any = object()
 PREVIOUS = "_maskaccel_previous_forward"
 
 
 class PatchError(RuntimeError):
     """A patch could not be applied; nothing was changed."""
+
+
+class _MISSING:
+    """In place of a value: the attribute was not there. A class, because copies of an object() lose their identity."""
 
 
 @dataclass
@@ -37,7 +40,7 @@ class _Edit:
     def undo(self) -> str | None:
         """Restore, unless somebody else replaced our value since; then say so and leave theirs."""
         if self.owner.__dict__.get(self.name, _MISSING) is not self.value:
-            return f"{type(self.owner).__name__}.{self.name} was replaced by someone else after the patch; left as it is"
+            return f"{type(self.owner).__name__}.{self.name} was replaced by someone else after the patch; left alone"
         if self.before is _MISSING:
             del self.owner.__dict__[self.name]
         else:
@@ -73,10 +76,13 @@ class Transaction:
         self.set(module, "forward", types.MethodType(forward, module), claimant)
 
     def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any], claimant: str) -> None:
-        """Plan a wrapper, `wrapper(self, *args, **kwargs)`, that calls `original(self)`; hooks below it keep working."""
+        """Plan a wrapper, `wrapper(self, *args, **kwargs)`, that calls `original(self)`; hooks below it keep
+        working.
+        """
         if "forward" in module.__dict__:
             self.set(module, PREVIOUS, module.__dict__["forward"], claimant)
-        self.set(module, "forward", types.MethodType(_signed(wrapper, type(module)), module), claimant)
+        kind: Any = type(module)
+        self.set(module, "forward", types.MethodType(_signed(wrapper, kind), module), claimant)
 
     def commit(self) -> None:
         """Apply every edit, or none if one fails."""
@@ -115,6 +121,6 @@ def hooked(module: nn.Module) -> str:
     held = module.__dict__["forward"]
     by = type(held).__module__.split(".")[0] if not isinstance(held, types.MethodType) else held.__func__.__module__
     return (
-        f"{type(module).__name__} already has a forward of its own (set by {by}): a hook for offload, caching or casting, "
-        "or another patch. Patch first, then enable the hook"
+        f"{type(module).__name__} already has a forward of its own (set by {by}): a hook for offload, caching or "
+        "casting, or another patch. Patch first, then enable the hook"
     )

@@ -15,7 +15,8 @@ class History:
     """A ring of raw tensors with the steps at which they were computed.
 
     It copies what is pushed (so nothing it holds is aliased by a caller) into one preallocated buffer, and stores no
-    derivatives: a forecast is a weighted sum of raw values. A push of another shape, dtype or device clears it first.
+    derivatives: a forecast is a weighted sum of raw values. A push of another shape, dtype or device clears it first
+    (so does one outside inference mode after one inside).
 
     Args:
         capacity: Values kept, 1 to 16.
@@ -45,7 +46,9 @@ class History:
     def push(self, value: Tensor, stamp: float) -> None:
         """Remember a copy of `value` (any shape) as of step `stamp`."""
         ring = self._ring
-        if ring is None or ring.shape[1:] != value.shape or ring.dtype != value.dtype or ring.device != value.device:
+        # A ring made in inference mode cannot be written to outside it.
+        frozen = ring is not None and ring.is_inference() and not torch.is_inference_mode_enabled()
+        if ring is None or frozen or not _alike(ring[0], value):
             self.clear()
             ring = self._ring = value.new_empty((self.capacity, *value.shape))
         self._head = (self._head + 1) % self.capacity
@@ -84,3 +87,7 @@ class History:
     def clear(self) -> None:
         """Forget everything and free the buffer."""
         self._ring, self._stamps, self._head = None, [], 0
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,61 +16,97 @@ from .history import History
 SITE = "_maskaccel_site"
 
 
+@dataclass
+class _Held:
+    """What one guidance branch remembers of a module."""
+
+    key: tuple  # shape, dtype and device of the input
+    is_tuple: bool
+    histories: list[History]
+    used: int  # last step at which it was written or read
+
+
 class Site:
     """The memory of one module: a history for each guidance branch and each tensor it returns.
+
+    A module that runs twice within one step of one branch has no single output to remember; from then on that branch
+    computes until the run ends. That is the case of a guided model whose calls nobody names: nothing says which call
+    is which.
 
     Attributes:
         computed: Calls that ran the module.
         reused: Calls answered from memory.
         resets: Times the memory was dropped because the input changed its shape, dtype or device.
+        refused: Times a branch was given up because it ran twice in a step.
     """
 
     def __init__(self, generation: Generation, schedule: Schedule) -> None:
         self.generation, self.schedule = generation, schedule
-        self.computed = self.reused = self.resets = 0
-        self._memory: dict[str, tuple[tuple, bool, list[History]]] = {}  # branch -> (input key, was a tuple, histories)
+        self.computed = self.reused = self.resets = self.refused = 0
+        self._memory: dict[str, _Held] = {}
+        self._given_up: set[str] = set()
         generation.memories.append(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model starts without the features of the original.
+        return {**self.__dict__, "_memory": {}, "_given_up": set()}
 
     def clear(self) -> None:
         """Forget every branch."""
         self._memory.clear()
+        self._given_up.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return sum(h.nbytes for _, _, histories in self._memory.values() for h in histories)
+        return sum(h.nbytes for held in self._memory.values() for h in held.histories)
 
     def recall(self, x: Tensor) -> Any | None:
         """The remembered output if this step reuses it, else None. A view of the memory: not to be written to."""
         generation = self.generation
         if not generation.active or torch.is_grad_enabled():
             return None
-        held = self._memory.get(generation.branch_key)
+        branch = generation.branch_key
+        held = self._memory.get(branch)
         if held is None or self.schedule.computes(generation.index, generation.num_steps):
             return None
-        key, is_tuple, histories = held
-        if key != _key(x):
+        if held.key != _key(x):
             self.resets += 1
-            self.clear()
+            self._memory.clear()
             return None
+        if held.used == generation.index:
+            self._give_up(branch)
+            return None
+        held.used = generation.index
         self.reused += 1
-        return tuple(h.newest() for h in histories) if is_tuple else histories[0].newest()
+        return tuple(h.newest() for h in held.histories) if held.is_tuple else held.histories[0].newest()
 
     def store(self, x: Tensor, output: Any) -> None:
         """Remember the output of a computed call."""
         self.computed += 1
         generation = self.generation
-        if not generation.active or torch.is_grad_enabled():
+        branch = generation.branch_key
+        if not generation.active or torch.is_grad_enabled() or branch in self._given_up:
             return
         tensors = output if isinstance(output, tuple) else (output,)
         if not all(isinstance(t, Tensor) for t in tensors):
             return
-        branch, key = generation.branch_key, _key(x)
+        key = _key(x)
         held = self._memory.get(branch)
-        if held is None or held[0] != key or len(held[2]) != len(tensors):
-            held = self._memory[branch] = (key, isinstance(output, tuple), [History() for _ in tensors])
-        for history, tensor in zip(held[2], tensors, strict=True):
+        if held is not None and held.used == generation.index:
+            self._give_up(branch)
+            return
+        if held is None or held.key != key or len(held.histories) != len(tensors):
+            histories = [History() for _ in tensors]
+            held = self._memory[branch] = _Held(key, isinstance(output, tuple), histories, generation.index)
+        held.used = generation.index
+        for history, tensor in zip(held.histories, tensors, strict=True):
             history.push(tensor, generation.index)
+
+    def _give_up(self, branch: str) -> None:
+        self.refused += 1
+        self._given_up.add(branch)
+        del self._memory[branch]
 
 
 def _key(x: Tensor) -> tuple:
@@ -93,11 +130,12 @@ def recall(module: nn.Module, x: Tensor) -> Any | None:
 
 def _remembered_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     site: Site = self.__dict__[SITE]
-    x = args[0] if args else kwargs["hidden_states"]
-    found = site.recall(x)
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    found = None if x is None else site.recall(x)
     if found is not None:
         # The caller is not ours and may write to what it gets.
         return tuple(t.clone() for t in found) if isinstance(found, tuple) else found.clone()
     output = original(self)(*args, **kwargs)
-    site.store(x, output)
+    if x is not None:
+        site.store(x, output)
     return output
