@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import gate_residual, gate_residual_norm_modulate
+from ..ops import gate_residual, gate_residual_norm_modulate, norm_modulate
 from ..state import recall
+from ._attention import hooked
 
 
 def norm_options(norm: nn.Module) -> dict[str, Any]:
@@ -37,11 +38,96 @@ def add_gated(x: Tensor, a: Tensor, gate: Tensor | None = None, **options: Any) 
 
 
 def add_gated_then_norm(
-    x: Tensor, a: Tensor, gate: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, **options: Any
+    x: Tensor,
+    a: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    **options: Any,
 ) -> Any:
     """`gate_residual_norm_modulate` for tensors that may differ in dtype."""
     x, a = one_dtype(x, a)
     return gate_residual_norm_modulate(x, a, gate, scale, shift, **options)
 
 
-__all__ = ["add_gated", "add_gated_then_norm", "norm_options", "one_dtype", "recall"]
+# Norm classes with a fused form: kind, and the law under which the fused op rounds where the class does, or less often.
+_KNOWN_NORMS = {
+    ("torch.nn.modules.normalization", "LayerNorm"): ("layer", "narrow"),
+    ("torch.nn.modules.normalization", "RMSNorm"): ("rms", "fp32"),
+    ("diffusers.models.normalization", "FP32LayerNorm"): ("layer", "narrow"),
+    ("diffusers.models.normalization", "RMSNorm"): ("rms", "narrow"),
+}
+
+
+def exact_norm_options(norm: nn.Module, x: Tensor) -> dict[str, Any] | None:
+    """Arguments of the fused ops, law included, that reproduce `norm(x)`; None where only calling the module does.
+
+    An affine weight of another dtype changes the dtype or the rounding of the result, a norm without a fixed eps takes
+    that of its input, and hooks would not run.
+    """
+    known = _KNOWN_NORMS.get((type(norm).__module__, type(norm).__name__))
+    if known is None or getattr(norm, "eps", None) is None or hooked(norm):
+        return None
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if type(norm).__name__ != "FP32LayerNorm" and weight is not None and weight.dtype != x.dtype:
+        return None
+    return {"norm": known[0], "weight": weight, "bias": bias, "eps": norm.eps, "law": known[1]}
+
+
+def over_tokens(m: Tensor) -> Tensor:
+    """A modulation row `(B, D)` as `(B, 1, D)`; others as they are."""
+    return m.unsqueeze(1) if m.dim() == 2 else m
+
+
+def modulated_norm(norm: nn.Module, x: Tensor, scale: Tensor | None, shift: Tensor | None = None) -> Tensor:
+    """`norm(x) * (1 + scale) + shift`, fused wherever that gives what the modules would give."""
+    options = exact_norm_options(norm, x) if x.dim() == 3 else None
+    mods = [m for m in (scale, shift) if m is not None]
+    if options is not None and all(torch.promote_types(m.dtype, x.dtype) == x.dtype for m in mods):
+        return norm_modulate(x, scale, shift, **options)
+    y = norm(x)
+    y = y if scale is None else y * (1 + over_tokens(scale))
+    return y if shift is None else y + over_tokens(shift)
+
+
+def add_gated_then_mlp(
+    x: Tensor,
+    a: Tensor,
+    gate: Tensor,
+    norm: nn.Module,
+    mlp: nn.Module,
+    mods: tuple[Tensor, ...],
+    clip: bool = False,
+) -> Tensor:
+    """Second half of an adaLN-Zero block: `x += gate * a; x += mlp_gate * mlp(norm(x) * (1 + scale) + shift)`.
+
+    Args:
+        x: Residual stream.
+        a: Output of attention.
+        gate: Gate of `a`.
+        norm: Norm before the MLP.
+        mlp: The MLP, a cached site.
+        mods: Shift, scale and gate of the MLP.
+        clip: Clamp the result to the range of fp16, if it is fp16.
+    """
+    shift, scale, mlp_gate = mods
+    out = recall(mlp, x)
+    if out is None:
+        x, y = add_gated_then_norm(x, a, gate, scale, shift, law="narrow", **norm_options(norm))
+        out = mlp(y)
+    else:
+        x = add_gated(x, a, gate, law="narrow")
+    return add_gated(x, out, mlp_gate, law="narrow", clip=clip and x.dtype == torch.float16)
+
+
+__all__ = [
+    "add_gated",
+    "add_gated_then_mlp",
+    "add_gated_then_norm",
+    "exact_norm_options",
+    "modulated_norm",
+    "norm_options",
+    "one_dtype",
+    "over_tokens",
+    "recall",
+]

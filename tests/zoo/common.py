@@ -1,7 +1,8 @@
 """Shared by the tests of all model families.
 
-A builder is a function without arguments that returns `(model, kwargs)` in fp32, made with `made`. `check_parity(builder)`
-then compares the patched model with the original under the error rule, outputs and gradients, and the promises of `patch`.
+A builder is a function without arguments that returns `(model, kwargs)` in fp32, made with `made`.
+`check_parity(builder)` then compares the patched model with the original under the error rule, outputs and gradients,
+and checks the promises of `patch`.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def randint(high: int, *shape: int, seed: int = 0) -> Tensor:
 def made(cls: Callable[..., nn.Module], seed: int = 0, *, spread: float = 0.2, **config: Any) -> nn.Module:
     """`cls(**config)` in eval mode with reproducible weights, none of them zero.
 
-    Models start with zero gates and unit norm weights, which hide errors: every parameter that is all zero is randomised,
-    and norm weights that are all one are spread around one.
+    Models start with zero gates and unit norm weights, which hide errors: every parameter that is all zero is
+    randomised, and norm weights that are all one are spread around one.
     """
     torch.manual_seed(seed)
     model = cls(**config).eval()
@@ -125,7 +126,7 @@ def _run_without_gradients(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple
 def assert_gradients_close(got: Mapping[str, Tensor], plain: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
     """The error rule for named gradients, in units of each gradient's own RMS.
 
-    Small tensors have too few elements for their own error to be a fair yardstick, so each may use the RMS error of all.
+    Small tensors have too few elements for their own error to be a fair yardstick, so each may use the error of all.
     """
     assert set(got) == set(plain) == set(truth), set(got) ^ set(truth)
     errors: dict[str, tuple[float, float]] = {}
@@ -144,7 +145,7 @@ def assert_gradients_close(got: Mapping[str, Tensor], plain: Mapping[str, Tensor
     for name, (mine, theirs) in errors.items():
         slack = 4 * torch.finfo(got[name].dtype).eps
         allowed = FACTOR * max(theirs, typical) + slack
-        assert mine <= allowed, f"gradient of {name}: error {mine:.3e}, plain torch {theirs:.3e} ({typical:.3e} overall)"
+        assert mine <= allowed, f"gradient of {name}: error {mine:.3e}, plain torch {theirs:.3e} ({typical:.3e} of all)"
 
 
 def check_parity(
