@@ -1,0 +1,501 @@
+"""Every Triton kernel against the fp64 reference, run by `test_triton_kernels.py` with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+import maskaccel
+from maskaccel.ops import _registry, _triton
+from maskaccel.ops.adaln import fallback, schema
+from maskaccel.ops.adaln import triton as adaln
+from maskaccel.ops.steps import reference as steps_reference
+from maskaccel.ops.steps import schema as steps_schema
+from maskaccel.ops.steps import triton as steps
+
+from _numerics import assert_all_close_to_truth
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (FP32, BF16, FP16)
+ALL_NEEDS = (1 << 10) - 1
+_EMULATED_CAST = interpreter._convert_float
+
+
+def _cast(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
+    """fp32 <-> bf16 to nearest even, as every GPU does it; Triton's interpreter drops the low half instead."""
+    if source == tl.float32 and target == tl.bfloat16:
+        t = torch.from_numpy(np.ascontiguousarray(data)).to(BF16)
+        return t.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+    if source == tl.bfloat16 and target == tl.float32:
+        return (np.ascontiguousarray(data).astype(np.uint32) << 16).view(np.uint32)
+    return _EMULATED_CAST(data, source, target, mode)
+
+
+interpreter._convert_float = _cast
+adaln.register()
+steps.register()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so an element that a kernel forgets fails the comparison."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        out = new_empty(self, *args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+def _double(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _tuple(value: object) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def check(name: str, *args: object) -> tuple[Tensor, ...]:
+    """Run an adaLN op by Triton, plain torch and in fp64; apply the error rule to every result."""
+    got = _tuple(adaln.KERNELS[name](*args))
+    plain = _tuple(fallback.KERNELS[name](*args))
+    truth = _tuple(fallback.KERNELS[name](*map(_double, args)))
+    assert_all_close_to_truth(got, plain, [t.double() for t in truth], what=name)
+    assert all(t.is_contiguous() for t in got)
+    return got
+
+
+class Case:
+    """Seeded random operands of one shape."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, shape: tuple[int, int, int], mod_dtype: torch.dtype | None = None) -> None:
+        self.g = torch.Generator().manual_seed(seed)
+        self.dtype, self.shape, self.mod_dtype = dtype, shape, mod_dtype or dtype
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.g).to(dtype or self.dtype)
+
+    def x(self, layout: str = "dense") -> Tensor:
+        batch, n, width = self.shape
+        if layout == "sliced":  # a slice of tokens of a wider, longer tensor
+            return self.normal(batch, n + 3, width + 8)[:, 2 : n + 2, :width]
+        if layout == "transposed":
+            return self.normal(n, batch, width).transpose(0, 1)
+        if layout == "expanded":
+            return self.normal(1, n, width).expand(batch, n, width)
+        return self.normal(*self.shape)
+
+    def mod(self, form: str | None) -> Tensor | None:
+        """A modulation tensor; forms are those of the contract, `chunk` a strided view of a projection."""
+        batch, n, width = self.shape
+        if form is None:
+            return None
+        if form == "rows":
+            return self.normal(5, width, dtype=self.mod_dtype)
+        if form == "chunk":
+            return self.normal(batch, 3 * width, dtype=self.mod_dtype).chunk(3, dim=1)[1]
+        if form == "chunk3":
+            return self.normal(batch, n, 2, width, dtype=self.mod_dtype)[:, :, 1]
+        if form == "expanded":
+            return self.normal(1, 1, width, dtype=self.mod_dtype).expand(batch, n, width)
+        lead = {"BD": (batch,), "1D": (1,), "B1D": (batch, 1), "BFD": (batch, 3), "1FD": (1, 3), "BHD": (batch, n // 2),
+                "BND": (batch, n), "1ND": (1, n)}[form]  # fmt: skip
+        return self.normal(*lead, width, dtype=self.mod_dtype)
+
+    def table(self, wanted: bool = True) -> Tensor | None:
+        return self.normal(self.shape[2], dtype=self.mod_dtype) if wanted else None
+
+    def vector(self, wanted: bool = True, dtype: torch.dtype | None = None) -> Tensor | None:
+        return self.normal(self.shape[2], dtype=dtype) if wanted else None
+
+    def rows(self, form: str | None) -> Tensor | None:
+        if form is None:
+            return None
+        batch, n, _ = self.shape
+        shape = (n,) if form == "N" else (batch, n)
+        return torch.randint(0, 5, shape, generator=self.g, dtype=torch.int32)
+
+
+def whole(case: Case, *, norm: int = 0, flags: int = 0, layout: str = "dense", gate: str | None = "BD", scale: str | None = "BD",
+          shift: str | None = "BD", scale2: str | None = None, shift2: str | None = None, rows: str | None = None,
+          tables: tuple[bool, bool, bool] = (False, False, False), weight: bool = False, bias: bool = False, post: bool = False,
+          weight_dtype: torch.dtype | None = None, offset: float = 1.0, needs: int = ALL_NEEDS) -> None:  # fmt: skip
+    """The three op families of adaLN, forward and backward, on one set of operands."""
+    flags |= norm
+    x, a = case.x(layout), case.x()
+    mods = [case.mod("rows" if rows and form else form) for form in (gate, scale, shift, scale2, shift2)]
+    index = case.rows(rows)
+    gate_table, scale_table, shift_table = (case.table(t) for t in tables)
+    w, b, pw = (case.vector(v, weight_dtype) for v in (weight, bias, post))
+    g, *scale_shift, s2, b2 = mods
+    pair = (s2, b2) if s2 is not None or b2 is not None else ()
+    suffix = "_pair" if pair else ""
+    rest = (w, b, scale_table, shift_table, index)
+    gating = (g, gate_table, pw)
+    check("norm_modulate" + suffix, x, *scale_shift, *pair, *rest, 1e-6, offset, flags)
+    check("gate_residual", x, a, *gating, index, 1e-5, flags)
+    out = check("gate_residual_norm_modulate" + suffix, x, a, *gating, *scale_shift, *pair, *rest, 1e-6, 1e-5, offset, flags)
+    r = case.x() if flags & schema.CLIP else out[0]
+    dy, dr = case.x(), case.x(layout)
+    dy2 = case.x() if pair else None
+    check("norm_modulate_backward", dy, dy2, x, *scale_shift, s2, b2, *rest, 1e-6, offset, flags, needs)
+    check("gate_residual_backward", dr, a, *gating, index, 1e-5, flags, needs)
+    check("gate_residual_norm_modulate_backward", dr, dy, dy2, r, a, *gating, *scale_shift, s2, b2, *rest, 1e-6, 1e-5,
+          offset, flags, needs | schema.NEED_X)  # fmt: skip
+
+
+NARROW = schema.LAWS["narrow"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("law", [0, NARROW])
+@pytest.mark.parametrize("norm", [0, 1, 2])
+def test_norms_and_laws(norm: int, law: int, dtype: torch.dtype) -> None:
+    whole(Case(norm, dtype, (2, 6, 40)), norm=norm, flags=law, weight=True, bias=True)
+
+
+@pytest.mark.parametrize("law", [0, NARROW])
+@pytest.mark.parametrize("norm", [0, 1])
+def test_weight_offset_of_each_weight_dtype(norm: int, law: int) -> None:
+    for dtype in (BF16, FP32):
+        whole(Case(1, BF16, (1, 4, 24)), norm=norm, flags=law | schema.WEIGHT_PLUS_ONE | 64, weight=True, post=True,
+              weight_dtype=dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("law", [0, NARROW])
+@pytest.mark.parametrize("act", sorted(schema.GATE_ACTS))
+def test_gate_activations(act: str, law: int) -> None:
+    for dtype, mod_dtype in ((FP32, FP32), (BF16, BF16), (BF16, FP32)):
+        whole(Case(3, dtype, (2, 4, 40), mod_dtype), flags=schema.GATE_ACTS[act] | law, tables=(True, False, False))
+
+
+def test_tanh_keeps_the_digits_of_small_gates() -> None:
+    gate = torch.logspace(-8, 1.5, 96)[None] * torch.tensor([1.0, -1.0]).repeat(48)
+    x, a = torch.zeros(1, 1, 96), torch.ones(1, 1, 96)
+    out = adaln.KERNELS["gate_residual"](x, a, gate, None, None, None, 1e-6, schema.GATE_ACTS["tanh"])
+    truth = gate.double().tanh()
+    assert ((out[0] - truth) / truth).abs().max() < 4e-7
+
+
+@pytest.mark.parametrize("law", [0, NARROW])
+@pytest.mark.parametrize("post", ["rms", "layer"])
+def test_post_norms(post: str, law: int) -> None:
+    for dtype, with_weight in ((FP32, True), (BF16, True), (BF16, False)):
+        whole(Case(4, dtype, (2, 5, 24)), norm=1, flags=schema.POST_NORMS[post] | law, post=with_weight, weight=True)
+
+
+@pytest.mark.parametrize("form", ["BD", "1D", "B1D", "BFD", "1FD", "BHD", "BND", "1ND", "chunk", "chunk3", "expanded"])
+def test_modulation_forms(form: str) -> None:
+    whole(Case(5, FP32, (2, 18, 24)), gate=form, scale=form, shift=form)
+    whole(Case(6, BF16, (3, 6, 24), FP32), flags=NARROW, gate=form, scale="BD", shift=form, scale2="1FD", shift2=form, weight=True)
+
+
+@pytest.mark.parametrize("rows", ["N", "BN"])
+def test_indexed_rows(rows: str) -> None:
+    whole(Case(7, FP32, (2, 11, 24)), rows=rows, tables=(True, True, True), weight=True, bias=True)
+    whole(Case(8, BF16, (2, 11, 24)), rows=rows, flags=NARROW, scale2="BD", shift2="BD")
+    # a table without its tensor is shared by all tokens, also beside indexed operands
+    whole(Case(8, FP32, (2, 11, 24)), rows=rows, gate=None, shift=None, tables=(True, False, True))
+
+
+def test_tables() -> None:
+    for law in (0, NARROW):
+        whole(Case(9, BF16, (2, 9, 40)), flags=law, tables=(True, True, True), scale="BFD", shift="B1D")
+        whole(Case(9, BF16, (2, 9, 40)), flags=law, tables=(True, True, True), gate=None, scale=None, shift=None)
+
+
+def test_missing_operands() -> None:
+    for seed, (gate, scale, shift) in enumerate([(None, None, None), (None, "BD", None), ("BD", None, "BD")]):
+        whole(Case(seed, FP32, (2, 4, 24)), gate=gate, scale=scale, shift=shift)
+    whole(Case(10, BF16, (2, 4, 24)), scale=None, scale2=None, shift2="BD", flags=NARROW)
+    whole(Case(10, BF16, (2, 4, 24)), scale="BD", shift="BD", scale2="B1D", offset=0.0)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded"])
+def test_strides(layout: str) -> None:
+    for dtype in (FP32, BF16):
+        whole(Case(11, dtype, (2, 7, 40)), layout=layout, scale2="BD", shift2="BND")
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 31, 33, 130])
+def test_widths(width: int) -> None:
+    for norm in (0, 1):
+        # LayerNorm of one element is 0 / sqrt(eps): nothing to compare but zeros
+        whole(Case(12, FP32, (2, 3, width)), norm=norm, weight=True, bias=True, flags=64 if width > 1 else 0, post=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 24), (1, 41, 24), (3, 17, 24), (2, 40, 24)])
+def test_reductions_over_several_programs(shape: tuple[int, int, int]) -> None:
+    """Runs with ragged tails, gradients that sum over the batch, and groups of a length that runs do not divide."""
+    case = Case(13, FP32, shape)
+    whole(case, norm=1, gate="1D", scale="BD", shift="1ND", weight=True, bias=True, post=True, flags=64)
+    groups = {40: 4, 17: 17, 41: 1, 1: 1}[shape[1]]
+    batch, n, width = shape
+    scale, shift = case.normal(1, groups, width), case.normal(batch, groups, width)
+    empty = (None,) * 5
+    check("norm_modulate_backward", case.x(), None, case.x(), scale, shift, None, None, *empty, 1e-6, 1.0, 0, ALL_NEEDS)
+
+
+def test_clip() -> None:
+    for law in (0, NARROW):
+        x = torch.tensor([6e4, -6e4, 1.0, float("nan")], dtype=FP16).expand(1, 2, 4)
+        args = (x, x, None, None, None, None, 1e-6, law | schema.CLIP | 2)
+        got, plain = adaln.KERNELS["gate_residual"](*args), fallback.KERNELS["gate_residual"](*args)
+        torch.testing.assert_close(got, plain, rtol=0, atol=0, equal_nan=True)
+        assert got[0, 0, 0] == 65504.0
+    whole(Case(14, FP16, (1, 3, 24)), flags=schema.CLIP)
+
+
+def test_no_residual() -> None:
+    case = Case(15, BF16, (2, 3, 24))
+    args = (case.x(), case.x(), case.mod("BD"), None, None, case.mod("BD"), case.mod("BD"), *(None,) * 5, 1e-6, 1e-6, 1.0)
+    r, y = adaln.KERNELS["gate_residual_norm_modulate"](*args, schema.NO_RESIDUAL)
+    assert r.numel() == 0
+    assert torch.equal(y, adaln.KERNELS["gate_residual_norm_modulate"](*args, 0)[1])
+
+
+@pytest.mark.parametrize("bit", range(10))
+def test_each_gradient_alone(bit: int) -> None:
+    whole(Case(16, FP32, (2, 5, 24)), norm=1, flags=64, scale2="BD", shift2="BND", weight=True, bias=True,
+          post=True, needs=1 << bit)  # fmt: skip
+
+
+def test_gradient_of_y_alone() -> None:
+    case = Case(17, BF16, (2, 5, 24))
+    check("gate_residual_norm_modulate_backward", None, case.x(), None, case.x(), case.x(), case.mod("BD"), None, None,
+          case.mod("BD"), case.mod("BD"), *(None,) * 7, 1e-6, 1e-6, 1.0, 0, ALL_NEEDS)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_combinations(seed: int) -> None:
+    pick = random.Random(seed)
+    dtype = pick.choice(DTYPES)
+    shape = (pick.choice([1, 2, 3]), pick.choice([6, 12, 18]), pick.choice([8, 24, 33, 48]))
+    forms = [None, "BD", "1D", "B1D", "BFD", "1FD", "BHD", "BND", "1ND", "chunk", "chunk3"]
+    coin = lambda: pick.random() < 0.4  # noqa: E731
+    whole(
+        Case(seed, dtype, shape, pick.choice([dtype, FP32])), norm=pick.choice([0, 1, 2]),
+        flags=pick.choice([0, NARROW]) | pick.choice([0, 8]) | pick.choice([0, 16, 32, 48]) | pick.choice([0, 64, 128]),
+        layout=pick.choice(["dense", "sliced", "transposed", "expanded"]), gate=pick.choice(forms), scale=pick.choice(forms),
+        shift=pick.choice(forms), scale2=pick.choice(forms), shift2=pick.choice(forms), rows=pick.choice([None, None, "N", "BN"]),
+        tables=(coin(), coin(), coin()), weight=coin(), bias=coin(), post=coin(), weight_dtype=pick.choice([dtype, FP32]),
+        offset=pick.choice([0.0, 1.0]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 24), (2, 0, 24), (0, 0, 24)])
+def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
+    case = Case(18, BF16, shape)
+    whole(case, gate="B1D", scale="BD", shift="1D", weight=True, bias=True, post=True, flags=64)
+    q = case.normal(*shape[:2], 2, 24)
+    weight = case.vector()
+    check("qk_norm_rope", q, q, weight, weight, None, None, None, None, None, 1e-6, 1)
+    check("qk_norm_rope_backward", q, q, q, q, weight, weight, None, None, None, None, None, 1e-6, 1, 63)
+
+
+# --------------------------------------------------------------------------------------------- QK norm and RoPE
+HALF, ACROSS = schema.ROPE_HALF, schema.ACROSS_HEADS
+
+
+def rope_case(seed: int, dtype: torch.dtype, flags: int, *, shape: tuple[int, ...] = (2, 5, 3, 2, 12), table: str | None = "ST",
+              full: bool = False, table_dtype: torch.dtype = FP32, positions: str | None = None, weights: bool = True,
+              bias: bool = False, weight_dtype: torch.dtype | None = None, keys: int | None = None, eps: float = 1e-6,
+              needs: int = 63) -> None:  # fmt: skip
+    """qk_norm_rope and its backward; shape is (B, S, heads of q, heads of k, head dim)."""
+    batch, tokens, heads, k_heads, width = shape
+    case = Case(seed, dtype, (batch, tokens, width))
+    fused = case.normal(batch, tokens, heads + k_heads, width)  # q and k as views of one projection
+    q, k = fused[:, :, :heads], fused[:, :, heads:]
+    if keys is not None:
+        k = case.normal(batch, keys, k_heads, width)
+    of = [w * width if flags & ACROSS else width for w in (heads, k_heads)]
+    vectors = [case.normal(n, dtype=weight_dtype) if wanted else None for wanted in (weights, bias) for n in of]
+    cos = sin = index = None
+    if table is not None:
+        length = tokens if positions is None else tokens + 3
+        last = width if full else width // 2
+        lead = {"ST": (length,), "1ST": (1, length), "BST": (batch, length), "BS1T": (batch, length, 1),
+                "1SHT": (1, length, heads), "BSHT": (batch, length, heads)}[table]  # fmt: skip
+        both = case.normal(*lead, last, 2, dtype=table_dtype)  # as the real view of a complex table
+        cos, sin = both[..., 0], both[..., 1]
+        if positions is not None:
+            at = (tokens,) if positions == "S" else (batch, tokens)
+            index = torch.randint(0, length, at, generator=case.g, dtype=torch.int32)
+    tail = (cos, sin, index, eps, flags)
+    got = check("qk_norm_rope", q, k, *vectors, *tail)
+    dq, dk = (case.normal(*t.shape) for t in got)
+    check("qk_norm_rope_backward", dq, dk, q, k, *vectors, *tail, needs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("half", [0, HALF])
+@pytest.mark.parametrize("norm", [0, 1, 2])
+def test_qk_norm_rope(norm: int, half: int, dtype: torch.dtype) -> None:
+    for law in (0, NARROW):
+        rope_case(20, dtype, norm | half | law, bias=norm == 0)
+        rope_case(21, dtype, norm | half | law | ACROSS, bias=True)
+
+
+@pytest.mark.parametrize("half", [0, HALF])
+@pytest.mark.parametrize("table", ["ST", "1ST", "BST", "BS1T", "1SHT", "BSHT", None])
+def test_rope_tables(table: str | None, half: int) -> None:
+    for full in (False, True):
+        shape = (2, 5, 3, 3, 12) if table in ("1SHT", "BSHT") else (2, 5, 3, 1, 12)
+        rope_case(22, FP32, 1 | half, table=table, full=full, shape=shape)
+        rope_case(23, BF16, 1 | half, table=table, full=full, shape=shape, table_dtype=BF16)
+
+
+@pytest.mark.parametrize("positions", ["S", "BS"])
+def test_rope_positions(positions: str) -> None:
+    for table in ("ST", "BST", "BSHT"):
+        rope_case(24, FP32, 1, table=table, positions=positions, shape=(2, 5, 3, 3, 8))
+
+
+@pytest.mark.parametrize("width", [1, 2, 6, 24, 64, 72])
+def test_head_dims(width: int) -> None:
+    table = None if width % 2 else "ST"
+    for flags in (1, HALF | 1, ACROSS):
+        rope_case(25, FP32, flags, shape=(1, 3, 2, 5, width), table=table, bias=width > 1)
+
+
+def test_qk_options() -> None:
+    rope_case(26, BF16, 1 | schema.WEIGHT_PLUS_ONE | NARROW, weight_dtype=FP32)
+    rope_case(27, BF16, 1 | schema.WEIGHT_PLUS_ONE | NARROW)
+    rope_case(28, FP32, 1, weights=False)
+    rope_case(29, FP32, 1, table=None, keys=9)  # keys of another length
+    rope_case(30, FP32, 1, eps=0.0, shape=(1, 3, 3, 5, 12))  # heads that pad the tile divide 0 by 0
+    rope_case(31, FP32, ACROSS, shape=(2, 21, 3, 1, 6), bias=True)  # several programs, ragged tail
+    rope_case(32, FP32, 1, shape=(3, 17, 1, 1, 6), bias=True)
+    for bit in range(6):
+        rope_case(33, FP32, 1, bias=True, needs=1 << bit)
+
+
+# --------------------------------------------------------------------------------------------------- activations
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flags", [0, 1, 2, 4, 5])
+def test_gated_activation(flags: int, dtype: torch.dtype) -> None:
+    for width in (2, 34, 2060):
+        case = Case(40, dtype, (1, 3, width))
+        x = (3 * case.normal(3, width + 6))[:, 2 : width + 2]
+        y = check("gated_activation", x, flags)[0]
+        check("gated_activation_backward", case.normal(*y.shape), x, flags)
+    check("gated_activation", x[:0], flags)
+    check("gated_activation_backward", y[:0], x[:0], flags)
+
+
+# --------------------------------------------------------------------------------------------------------- steps
+def check_step(name: str, *args: object) -> None:
+    got = steps.KERNELS[name](*args)
+    plain = steps_reference.KERNELS[name](*args)
+    truth = steps_reference.KERNELS[name](*map(_double, args))
+    assert_all_close_to_truth([got], [plain], [truth], what=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relative_difference(dtype: torch.dtype) -> None:
+    for shape in ((2, 5, 7), (3, 9000), (1, 1), (0, 4), (2, 0)):
+        x, reference, base = torch.randn(3, *shape, generator=torch.Generator().manual_seed(50)).to(dtype)
+        check_step("relative_difference", x, reference, None)
+        check_step("relative_difference", x, reference, base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [None, "B1D", "1FD", "BND", "chunk3"])
+def test_combine_history(gate: str | None, dtype: torch.dtype) -> None:
+    case = Case(51, dtype, (2, 6, 24), FP32 if gate == "1FD" else None)
+    history = case.normal(2, 5, 6, 24).transpose(0, 1)[:3]  # strides of K and B are free
+    for weights in (case.normal(3, dtype=FP32), case.normal(3, 24, dtype=FP32)):
+        for x in (None, case.x()):
+            check_step("combine_history", history, weights, x, case.mod(gate))
+    check_step("combine_history", history[:1, :0], weights[:1], None, None)
+
+
+# ------------------------------------------------------------------------------------------- contract and wiring
+@pytest.mark.parametrize("name", sorted({**schema.SCHEMAS, **steps_schema.SCHEMAS}))
+def test_signature_is_the_schema(name: str) -> None:
+    text = {**schema.SCHEMAS, **steps_schema.SCHEMAS}[name]
+    wanted = [part.split()[-1] for part in text[1 : text.index(")")].split(",")]
+    kernel = {**adaln.KERNELS, **steps.KERNELS}[name]
+    assert list(inspect.signature(kernel).parameters) == wanted
+
+
+def _opcheck_arguments() -> dict[str, tuple]:
+    case = Case(60, BF16, (2, 6, 24))
+    x, m, g, w = case.x(), case.mod("BFD"), case.mod("B1D"), case.vector()
+    q, cos = case.normal(2, 6, 3, 8), case.normal(6, 4)
+    norm = (w, None, case.table(), None, None)
+    wide = case.normal(4, 48)
+    weights = case.normal(8)
+    return {
+        "norm_modulate": (x, m, g, *norm, 1e-6, 1.0, 0),
+        "norm_modulate_pair": (x, m, g, g, m, *norm, 1e-6, 1.0, 1),
+        "norm_modulate_backward": (x, x, x, m, g, g, m, *norm, 1e-6, 1.0, 0, ALL_NEEDS),
+        "gate_residual": (x, x, g, None, w, None, 1e-6, 64),
+        "gate_residual_backward": (x, x, g, None, w, None, 1e-6, 64, ALL_NEEDS),
+        "gate_residual_norm_modulate": (x, x, g, None, w, m, g, *norm, 1e-6, 1e-6, 1.0, 64),
+        "gate_residual_norm_modulate_pair": (x, x, g, None, w, m, g, m, g, *norm, 1e-6, 1e-6, 1.0, 64 | schema.NO_RESIDUAL),
+        "gate_residual_norm_modulate_backward": (x, x, x, x, x, g, None, w, m, g, m, g, *norm, 1e-6, 1e-6, 1.0, 64, ALL_NEEDS),
+        "qk_norm_rope": (q, q, weights, weights, None, None, cos, cos, None, 1e-6, 1),
+        "qk_norm_rope_backward": (q, q, q, q, weights, weights, None, None, cos, cos, None, 1e-6, 1, 63),
+        "gated_activation": (wide, 0),
+        "gated_activation_backward": (wide[:, :24].contiguous(), wide, 0),
+        "relative_difference": (x, x, None),
+        "combine_history": (case.normal(2, 2, 6, 24), torch.ones(2), x, g),
+    }
+
+
+@pytest.mark.parametrize("name", sorted({**schema.SCHEMAS, **steps_schema.SCHEMAS}))
+def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # opcheck compares runs bit by bit, and poisoned empty results never equal themselves
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(_registry.op("maskaccel_triton", name), _opcheck_arguments()[name], test_utils=tests)
+
+
+BAD = [
+    (("x", 0), lambda x: x.double(), "x must be fp32"),
+    (("x", 0), lambda x: x[0], "x must have 3 dims"),
+    (("x", 0), lambda x: x.transpose(1, 2), "contiguous in its last dim"),
+    (("scale", 1), lambda m: m[..., :-1], "scale must end in 24"),
+    (("scale", 1), lambda m: m.to(FP16), "scale must be"),
+    (("scale", 1), lambda m: m.to(FP32), "one dtype"),
+    (("scale", 1), lambda m: m[:, :1].expand(-1, 4, -1), "row count that divides 6"),
+    (("shift", 2), lambda m: m.expand(2, 1, 24)[[0, 1, 0]], "batch 1 or 2"),
+    (("weight", 3), lambda w: w[:-1], "weight must be contiguous"),
+    (("rows", 7), lambda _: torch.zeros(5, dtype=torch.int32), "rows must be"),
+    (("rows", 7), lambda _: torch.zeros(6, dtype=torch.int64), "rows must be contiguous int32"),
+]
+
+
+@pytest.mark.parametrize(("where", "spoil", "message"), BAD)
+def test_broken_contract_raises(where: tuple[str, int], spoil, message: str) -> None:
+    args = list(_opcheck_arguments()["norm_modulate"])
+    args[where[1]] = spoil(args[where[1]])
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        adaln.KERNELS["norm_modulate"](*args)
+
+
+def test_runs_cover_every_row_once() -> None:
+    for segment in (1, 7, 8, 9, 100, 4096, 4608):
+        for batch in (1, 3, 8):
+            run, count = _triton.runs(batch * segment, segment)
+            assert (count - 1) * run < segment <= count * run
+
+
+def test_public_api_with_gradients() -> None:
+    case = Case(70, FP32, (2, 6, 24))
+    leaves = [t.requires_grad_() for t in (case.x(), case.x(), case.mod("BD"), case.mod("BFD"), case.mod("B1D"))]
+    results = []
+    for backend in ("triton", "reference"):
+        r, y = maskaccel.ops.gate_residual_norm_modulate(*leaves, norm="rms", gate_act="tanh", backend=backend)
+        results.append((r, y, *torch.autograd.grad((r * y).sum(), leaves)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
