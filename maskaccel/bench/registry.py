@@ -22,6 +22,7 @@ Shape = tuple[int, ...]
 Outputs = tuple[Tensor, ...]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPE_NAMES = {**DTYPES, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # (batch, tokens, width) of the residual stream: text and image rows together where a block holds both in one tensor
 TOKENS: dict[str, Shape] = {
@@ -265,6 +266,13 @@ _ALL = (
     ),
 )  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for op in _ALL}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name (`bf16` or `bfloat16`), or ValueError."""
+    if name not in _DTYPE_NAMES:
+        raise ValueError(f"dtype {name!r} is not known; allowed are {', '.join(_DTYPE_NAMES)}")
+    return _DTYPE_NAMES[name]
 
 
 def find(name: str) -> Op:

@@ -1,0 +1,5 @@
+"""`python -m maskaccel`."""
+
+from .cli import main
+
+main()
