@@ -90,6 +90,19 @@ def modulated_norm(norm: nn.Module, x: Tensor, scale: Tensor | None, shift: Tens
     return y if shift is None else y + over_tokens(shift)
 
 
+def modulated_norm_pair(
+    norm: nn.Module, x: Tensor, mods: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Two modulated outputs of one norm; `mods` are scale and shift of the first, then of the second."""
+    scale, shift, scale2, shift2 = mods
+    options = exact_norm_options(norm, x) if x.dim() == 3 else None
+    if options is not None and all(torch.promote_types(m.dtype, x.dtype) == x.dtype for m in mods):
+        return norm_modulate(x, scale, shift, scale2=scale2, shift2=shift2, **options)  # type: ignore[return-value]
+    y = norm(x)
+    first, second = (y * (1 + over_tokens(a)) + over_tokens(b) for a, b in ((scale, shift), (scale2, shift2)))
+    return first, second
+
+
 def add_gated_then_mlp(
     x: Tensor,
     a: Tensor,
@@ -98,6 +111,7 @@ def add_gated_then_mlp(
     mlp: nn.Module,
     mods: tuple[Tensor, ...],
     clip: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Second half of an adaLN-Zero block: `x += gate * a; x += mlp_gate * mlp(norm(x) * (1 + scale) + shift)`.
 
@@ -109,15 +123,16 @@ def add_gated_then_mlp(
         mlp: The MLP, a cached site.
         mods: Shift, scale and gate of the MLP.
         clip: Clamp the result to the range of fp16, if it is fp16.
+        rows: Row of `gate` and `mods` that each token reads.
     """
     shift, scale, mlp_gate = mods
     out = recall(mlp, x)
     if out is None:
-        x, y = add_gated_then_norm(x, a, gate, scale, shift, law="narrow", **norm_options(norm))
+        x, y = add_gated_then_norm(x, a, gate, scale, shift, law="narrow", rows=rows, **norm_options(norm))
         out = mlp(y)
     else:
-        x = add_gated(x, a, gate, law="narrow")
-    return add_gated(x, out, mlp_gate, law="narrow", clip=clip and x.dtype == torch.float16)
+        x = add_gated(x, a, gate, law="narrow", rows=rows)
+    return add_gated(x, out, mlp_gate, law="narrow", clip=clip and x.dtype == torch.float16, rows=rows)
 
 
 __all__ = [
@@ -126,6 +141,7 @@ __all__ = [
     "add_gated_then_norm",
     "exact_norm_options",
     "modulated_norm",
+    "modulated_norm_pair",
     "norm_options",
     "one_dtype",
     "over_tokens",
