@@ -1,0 +1,163 @@
+// Runs CUDA kernels on the host, one CTA at a time, each thread a fiber. Only built with MASKACCEL_EMULATE.
+//
+// It lets the kernels, their launch plans and their argument checks be tested where there is no GPU. It keeps the
+// semantics the kernels rely on (barriers, shuffles, shared memory, launch geometry), not the timing or the memory
+// model: a missing barrier may go unseen, a wrong index does not.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace maskaccel::emulation {
+
+struct Barrier {
+  int size = 0, arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Fiber {
+  jmp_buf state;
+};
+
+struct Machine {
+  uint3 thread{0, 0, 0}, block{0, 0, 0};
+  dim3 block_dim, grid_dim;
+  std::vector<float> dynamic_shared;
+  std::vector<Fiber> fibers;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<char> done;
+  std::vector<Barrier> warps;
+  std::vector<std::vector<float>> slots;  // two slots per thread: consecutive shuffles need one barrier each
+  std::vector<int> parity;
+  Barrier cta;
+  jmp_buf scheduler;
+  ucontext_t main_context, entry;
+  std::function<void()> body;
+  long progress = 0;
+};
+
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+inline int current() { return static_cast<int>(machine().thread.x); }
+
+inline void yield() {
+  Machine& m = machine();
+  if (_setjmp(m.fibers[current()].state) == 0) _longjmp(m.scheduler, 1);
+}
+
+inline void wait(Barrier& barrier) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ++machine().progress;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+inline void sync_threads() { wait(machine().cta); }
+
+inline float shuffle(float value, int source_lane) {
+  Machine& m = machine();
+  const int tid = current(), base = tid & ~31;
+  const int at = m.parity[tid] ^= 1;
+  m.slots[tid][at] = value;
+  wait(m.warps[tid / 32]);
+  return m.slots[base + source_lane][at];
+}
+
+inline void fiber_main() {
+  Machine& m = machine();
+  m.body();
+  m.done[current()] = 1;
+  ++m.progress;
+  yield();
+}
+
+inline void run_cta(int threads) {
+  Machine& m = machine();
+  constexpr size_t kStack = 64 * 1024;
+  m.fibers.resize(threads);
+  m.done.assign(threads, 0);
+  m.parity.assign(threads, 0);
+  m.slots.assign(threads, std::vector<float>(2, 0.f));
+  m.warps.assign((threads + 31) / 32, Barrier{});
+  for (size_t w = 0; w < m.warps.size(); ++w) m.warps[w].size = std::min(32, threads - static_cast<int>(w) * 32);
+  m.cta = Barrier{threads, 0, 0};
+  while (m.stacks.size() < static_cast<size_t>(threads)) m.stacks.push_back(std::make_unique<char[]>(kStack));
+  std::vector<char> started(threads, 0);
+  for (volatile int left = threads; left > 0;) {
+    const volatile long before = m.progress;
+    for (volatile int t = 0; t < threads; t = t + 1) {
+      if (m.done[t]) continue;
+      m.thread.x = t;
+      if (_setjmp(m.scheduler) == 0) {
+        if (started[t]) _longjmp(m.fibers[t].state, 1);
+        started[t] = 1;
+        getcontext(&m.entry);  // only to get onto a new stack; later switches save no signal mask and so need no system call
+        m.entry.uc_stack.ss_sp = m.stacks[t].get();
+        m.entry.uc_stack.ss_size = kStack;
+        m.entry.uc_link = nullptr;
+        makecontext(&m.entry, fiber_main, 0);
+        swapcontext(&m.main_context, &m.entry);
+      }
+      left = left - m.done[m.thread.x];
+    }
+    if (m.progress == before) {
+      std::fprintf(stderr, "emulation: CTA deadlocked: a barrier or shuffle not reached by all its threads\n");
+      std::abort();
+    }
+  }
+}
+
+inline void run_grid(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body) {
+  Machine& m = machine();
+  m.grid_dim = grid;
+  m.block_dim = dim3(threads);
+  m.body = std::move(body);
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        m.block = uint3{x, y, z};
+        // As on a device, shared memory starts undefined: NaN makes a read before a write visible.
+        m.dynamic_shared.assign(shared_bytes / sizeof(float) + 1, std::nanf(""));
+        run_cta(threads);
+      }
+}
+
+}  // namespace maskaccel::emulation
+
+#include <cutlass/array.h>
+#include <cutlass/numeric_types.h>
+
+#undef __shared__
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __shared__ static
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define threadIdx (::maskaccel::emulation::machine().thread)
+#define blockIdx (::maskaccel::emulation::machine().block)
+#define blockDim (::maskaccel::emulation::machine().block_dim)
+#define gridDim (::maskaccel::emulation::machine().grid_dim)

@@ -1,0 +1,119 @@
+// Cached-feature ops: the relative change of a tensor, and a weighted sum of remembered ones.
+#pragma once
+
+#include "../common/cuda_common.cuh"
+
+namespace maskaccel::cuda {
+
+struct DifferenceParams {
+  const void *x = nullptr, *reference = nullptr, *base = nullptr;
+  int64_t count = 0;      // elements of a sample
+  int64_t per_chunk = 0;  // elements of a CTA, a multiple of 8
+  int chunks = 1;
+  bool vec = false;
+  float* partial = nullptr;  // (B, chunks, 2)
+  float* out = nullptr;      // (B, 2)
+};
+
+/// Elements [d, d + 8) of a long run, masked by an end that may pass 2^31.
+template <typename T>
+__device__ __forceinline__ Floats load_run(const T* from, int64_t at, int64_t end, bool vec) {
+  const int left = end - at < kVec ? static_cast<int>(end - at) : kVec;
+  return to_floats<T>(load_pack(from + at, 0, left, vec && left == kVec));
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) difference_kernel(const __grid_constant__ DifferenceParams p) {
+  __shared__ Two reduce_buffer[2][kWarp];
+  RowReduce<true> reduce{reduce_buffer};
+  const int64_t sample = int64_t(blockIdx.x) * p.count, begin = blockIdx.y * p.per_chunk;
+  const int64_t end = begin + p.per_chunk < p.count ? begin + p.per_chunk : p.count;
+  const T* x = static_cast<const T*>(p.x) + sample;
+  const T* reference = static_cast<const T*>(p.reference) + sample;
+  const T* base = p.base != nullptr ? static_cast<const T*>(p.base) + sample : nullptr;
+  float change = 0.f, size = 0.f;
+#pragma unroll 2
+  for (int64_t at = begin + threadIdx.x * kVec; at < end; at += blockDim.x * kVec) {
+    Floats v = load_run(x, at, end, p.vec);
+    const Floats r = load_run(reference, at, end, p.vec);
+    const Floats o = base != nullptr ? load_run(base, at, end, p.vec) : zeros();
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      change += fabsf(v[i] - o[i] - r[i]);
+      size += fabsf(r[i]);
+    }
+  }
+  const Two sums = reduce.sum(change, size);
+  if (threadIdx.x == 0) {
+    float* out = p.partial + (int64_t(blockIdx.x) * p.chunks + blockIdx.y) * 2;
+    out[0] = sums.a;
+    out[1] = sums.b;
+  }
+}
+
+static __global__ void __launch_bounds__(256) difference_sum_kernel(const __grid_constant__ DifferenceParams p) {
+  __shared__ Two reduce_buffer[2][kWarp];
+  RowReduce<true> reduce{reduce_buffer};
+  float change = 0.f, size = 0.f;
+  const float* in = p.partial + int64_t(blockIdx.x) * p.chunks * 2;
+  for (int k = threadIdx.x; k < p.chunks; k += blockDim.x) {
+    change += in[2 * k];
+    size += in[2 * k + 1];
+  }
+  const Two sums = reduce.sum(change, size);
+  if (threadIdx.x == 0) {
+    p.out[blockIdx.x * 2] = sums.a;
+    p.out[blockIdx.x * 2 + 1] = sums.b;
+  }
+}
+
+struct HistoryParams {
+  const void *history = nullptr, *x = nullptr, *gate = nullptr;
+  const float* weights = nullptr;
+  void* out = nullptr;
+  int64_t history_k = 0, history_b = 0, x_b = 0, x_n = 0, gate_b = 0, gate_g = 0;
+  int terms = 0, batch = 0, tokens = 0, width = 0, group = 1;
+  bool per_channel = false;  // weights are (K, D)
+  bool gate_wide = false, history_vec = false, x_vec = false, gate_vec = false, weights_vec = false, out_vec = false;
+};
+
+/// H: dtype of the history; T: dtype of x and of the result.
+template <typename H, typename T>
+__global__ void __launch_bounds__(256) history_kernel(const __grid_constant__ HistoryParams p) {
+  const int vectors = (p.width + kVec - 1) / kVec;
+  const int64_t total = int64_t(p.batch) * p.tokens * vectors;
+  for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < total; k += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t row = k / vectors;
+    const int d = static_cast<int>(k % vectors) * kVec, b = static_cast<int>(row / p.tokens);
+    const int n = static_cast<int>(row % p.tokens);
+    const H* history = static_cast<const H*>(p.history) + b * p.history_b + int64_t(n) * p.width;
+    Floats sum = zeros();
+    for (int t = 0; t < p.terms; ++t) {
+      const Floats h = to_floats<H>(load_pack(history + t * p.history_k, d, p.width, p.history_vec));
+      if (p.per_channel) {
+        const Floats w = to_floats<float>(load_pack(p.weights + int64_t(t) * p.width, d, p.width, p.weights_vec));
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) sum[i] += w[i] * h[i];
+      } else {
+        const float w = p.weights[t];
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) sum[i] += w * h[i];
+      }
+    }
+    if (p.gate != nullptr) {
+      const int64_t at = b * p.gate_b + (n / p.group) * p.gate_g;
+      const Floats g = load_operand<T>(p.gate, at, p.gate_wide, d, p.width, p.gate_vec);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum[i] *= g[i];
+    }
+    if (p.x != nullptr) {
+      const T* x = static_cast<const T*>(p.x) + b * p.x_b + n * p.x_n;
+      const Floats v = to_floats<T>(load_pack(x, d, p.width, p.x_vec));
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum[i] += v[i];
+    }
+    store_pack(static_cast<T*>(p.out) + row * p.width, d, p.width, p.out_vec, to_pack<T>(sum));
+  }
+}
+
+}  // namespace maskaccel::cuda

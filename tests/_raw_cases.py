@@ -1,0 +1,222 @@
+"""Random calls of every raw op, over the whole contract of the schemas; shared by the emulated and the GPU kernel tests.
+
+Needs torch alone, so that `benchmarks/gpu/run.py` can use it where pytest is not installed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskaccel.ops.adaln import fallback
+from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL
+from maskaccel.ops.steps import reference as steps_reference
+
+WIDTHS = (3, 7, 8, 24, 72, 130, 256, 520, 1000, 1024, 1032, 1152, 1536)
+OPS = (
+    "norm_modulate", "norm_modulate_pair", "norm_modulate_backward", "gate_residual_norm_modulate",
+    "gate_residual_norm_modulate_pair", "gate_residual_norm_modulate_backward", "gate_residual",
+    "gate_residual_backward", "qk_norm_rope", "qk_norm_rope_backward", "gated_activation", "gated_activation_backward",
+    "relative_difference", "combine_history",
+)  # fmt: skip
+
+
+def plain(op: str) -> Callable[..., Any]:
+    """The op in plain torch: the fallback, which also runs in fp64."""
+    return steps_reference.KERNELS[op] if op in steps_reference.KERNELS else getattr(fallback, op)
+
+
+def run_plain(op: str, args: tuple) -> tuple[Tensor, ...]:
+    """The results of plain torch. Gradients of activations are always formed there: the plain form builds on them."""
+    if op.endswith("_backward") and op != "gated_activation_backward":
+        args = (*args[:-1], args[-1] | NEED_X | NEED_A)
+    out = plain(op)(*args)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def wanted(got: tuple[Tensor, ...], *others: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Leaves out results that the op under test was not asked for."""
+    at = [i for i, g in enumerate(got) if g.numel() or not others[0][i].numel()]
+    return [tuple(t[i] for i in at) for t in (got, *others)]
+
+
+def widened(args: tuple) -> tuple:
+    """The same call in fp64."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+class Draw:
+    """Draws the operands of one call."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = WIDTHS) -> None:
+        self.rng, self.dtype, self.device = random.Random(seed), dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.widths = widths
+        self.other = self.rng.choice([dtype, torch.float32])  # dtype of modulation
+        self.affine = self.rng.choice([dtype, torch.float32])
+
+    def maybe(self, make: Callable[..., Tensor], *args: Any, p: float = 0.7) -> Tensor | None:
+        return make(*args) if self.rng.random() < p else None
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, strided: bool = True) -> Tensor:
+        """Random values, contiguous or as the views models pass: chunks, swapped leading dims, odd offsets."""
+        form = self.rng.choice(["dense", "dense", "chunk", "swapped", "odd"]) if strided else "dense"
+        *lead, last = shape
+        if form == "swapped" and len(shape) > 2:
+            lead = [lead[1], lead[0], *lead[2:]]
+        extra = {"chunk": 3 * last, "odd": last + 3}.get(form, last)
+        base = (torch.randn(*lead, extra, generator=self.generator) * scale).to(dtype).to(self.device)
+        if form == "chunk":
+            base = base[..., last : 2 * last]
+        elif form == "odd":
+            base = base[..., 1 : last + 1]
+        return base.transpose(0, 1) if form == "swapped" and len(shape) > 2 else base
+
+    def vector(self, size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return self.tensor((size,), dtype, scale, strided=False)
+
+    def adaln_shape(self) -> tuple[int, int, int]:
+        return self.rng.choice([1, 2, 3]), self.rng.choice([1, 4, 6, 12]), self.rng.choice(self.widths)
+
+    def modulation(self, shape: tuple[int, int, int], rows: Tensor | None, count: int, scale: float = 0.5) -> Tensor:
+        batch, n, d = shape
+        if rows is not None:
+            return self.tensor((count, d), self.other, scale)
+        b = self.rng.choice([1, batch])
+        frames = self.rng.choice([f for f in range(1, n + 1) if n % f == 0])
+        return self.tensor(self.rng.choice([(b, d), (b, 1, d), (b, frames, d), (b, n, d)]), self.other, scale)
+
+    def rows(self, shape: tuple[int, int, int], count: int) -> Tensor | None:
+        if self.rng.random() < 0.75:
+            return None
+        size = self.rng.choice([(shape[1],), shape[:2]])
+        return torch.randint(0, count, size, generator=self.generator, dtype=torch.int32).to(self.device)
+
+    def norm_flags(self) -> int:
+        return self.rng.choice([0, 1, 2]) | self.rng.choice([0, 4]) | self.rng.choice([0, 8])
+
+    def gate_flags(self, allow_clip: bool) -> int:
+        return self.rng.choice([0, 16, 32, 48]) | self.rng.choice([0, 64, 128]) | (CLIP if allow_clip else 0)
+
+
+def _norm_operands(d: Draw, shape: tuple, pair: bool, rows: Tensor | None, count: int) -> tuple[list, list]:
+    width = shape[2]
+    modulation = [d.maybe(d.modulation, shape, rows, count) for _ in range(4 if pair else 2)]
+    rest = [d.maybe(d.vector, width, d.affine, p=0.4), d.maybe(d.vector, width, d.affine, p=0.3)]
+    rest += [d.maybe(d.vector, width, d.other, 0.5, p=0.3) for _ in range(2)]
+    return modulation, [*rest, rows]
+
+
+def _gate_operands(d: Draw, shape: tuple, rows: Tensor | None, count: int) -> list:
+    return [
+        d.maybe(d.modulation, shape, rows, count, 1.5),
+        d.maybe(d.vector, shape[2], d.other, p=0.3),
+        d.maybe(d.vector, shape[2], d.affine, p=0.5),
+    ]
+
+
+def _needs(d: Draw, bits: int) -> int:
+    return (1 << bits) - 1 if d.rng.random() < 0.6 else d.rng.randrange(1 << bits)
+
+
+def _adaln(op: str, d: Draw) -> tuple:
+    shape, count = d.adaln_shape(), 5
+    rows = d.rows(shape, count)
+    pair, backward, gated = op.endswith("_pair"), op.endswith("_backward"), op.startswith("gate")
+    normed = "norm" in op
+    second = pair or (backward and normed and d.rng.random() < 0.4)
+    if normed:
+        modulation, rest = _norm_operands(d, shape, True, rows, count)
+        scalars = [1e-5, *([1e-6] if gated else []), d.rng.choice([1.0, 0.0])]
+    x = d.tensor(shape, d.dtype) + (d.rng.choice([0.0, 4.0]))
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    flags = d.norm_flags() | (d.gate_flags(not backward) if gated else 0)
+    grads = [d.tensor(shape, d.dtype) for _ in range(3)]
+    gate = _gate_operands(d, shape, rows, count) if gated else []
+    a = d.tensor(shape, d.dtype)
+    if not normed:
+        if backward:
+            return (grads[0], a, *gate, rows, 1e-6, flags, _needs(d, 10))
+        return (x, a, *gate, rows, 1e-6, flags)
+    if backward:
+        if not second:
+            modulation[2:] = [None, None]
+        dy2 = grads[2] if second else None
+        needs = _needs(d, 10) & ~(0 if second else 32 | 64)
+        head = [d.maybe(lambda: grads[0], p=0.7)] if gated else []
+        return (*head, grads[1], dy2, x, *([a] if gated else []), *gate, *modulation, *rest, *scalars, flags, needs)
+    if gated and d.rng.random() < 0.3:
+        flags |= NO_RESIDUAL
+    return (x, *([a] if gated else []), *gate, *modulation[: 4 if pair else 2], *rest, *scalars, flags)
+
+
+def _qk(op: str, d: Draw) -> tuple:
+    across = d.rng.random() < 0.4
+    batch, tokens = d.rng.choice([1, 2]), d.rng.choice([1, 5, 9])
+    heads, dim = d.rng.choice([1, 2, 3, 8]), d.rng.choice([2, 6, 8, 16, 36, 64, 72, 128, 264])
+    with_rope = d.rng.random() < 0.8
+    k_heads, k_tokens = (heads, tokens) if with_rope else (d.rng.choice([1, heads]), d.rng.choice([tokens, 3]))
+    q, k = d.tensor((batch, tokens, heads, dim), d.dtype), d.tensor((batch, k_tokens, k_heads, dim), d.dtype)
+    widths = [h * dim if across else dim for h in (heads, k_heads)]
+    vectors = [d.maybe(d.vector, w, d.affine, p=p) for p in (0.6, 0.3) for w in widths]
+    cos = sin = positions = None
+    if with_rope:
+        table = d.rng.choice([dim, dim // 2])
+        length = tokens
+        if d.rng.random() < 0.4:
+            length = tokens + 3
+            size = d.rng.choice([(tokens,), (batch, tokens)])
+            positions = torch.randint(0, length, size, generator=d.generator, dtype=torch.int32).to(d.device)
+        b, h = d.rng.choice([1, batch]), d.rng.choice([1, heads])
+        shape = d.rng.choice([(length, table), (b, length, table), (b, length, h, table)])
+        cos, sin = d.tensor(shape, d.other), d.tensor(shape, d.other)
+        if d.rng.random() < 0.3:  # the two parts of a complex table
+            both = torch.view_as_real(torch.complex(cos.float(), sin.float()))
+            cos, sin = both[..., 0], both[..., 1]
+    flags = d.norm_flags() | (16 if across else 0) | d.rng.choice([0, 32])
+    if op == "qk_norm_rope":
+        return (q, k, *vectors, cos, sin, positions, 1e-6, flags)
+    grads = [d.tensor(tuple(t.shape), d.dtype) for t in (q, k)]
+    return (*grads, q, k, *vectors, cos, sin, positions, 1e-6, flags, _needs(d, 6))
+
+
+def _activation(op: str, d: Draw) -> tuple:
+    kind, width, rows = d.rng.choice([0, 1, 2]), d.rng.choice(d.widths), d.rng.choice([1, 5, 40])
+    x = d.tensor((rows, width * (1 if kind == 2 else 2)), d.dtype, 2.0)
+    flags = kind | (d.rng.choice([0, 4]) if kind < 2 else 0)
+    return (x, flags) if op == "gated_activation" else (d.tensor((rows, width), d.dtype), x, flags)
+
+
+def _steps(op: str, d: Draw) -> tuple:
+    batch, n, width = d.adaln_shape()
+    if op == "relative_difference":
+        shape = d.rng.choice([(batch, n, width), (batch, width), (batch, 3, n, width)])
+        x, reference = (d.tensor(shape, d.dtype, strided=False) for _ in range(2))
+        return x, reference, d.maybe(d.tensor, shape, d.dtype, 1.0, False)
+    terms = d.rng.choice([1, 2, 5, 16])
+    history = d.tensor((terms, batch, n, width), d.dtype, strided=False)
+    weights = d.tensor(d.rng.choice([(terms,), (terms, width)]), torch.float32, strided=False)
+    x = d.maybe(d.tensor, (batch, n, width), d.dtype, 1.0, False)
+    return history, weights, x, d.maybe(d.modulation, (batch, n, width), None, 0)
+
+
+def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = WIDTHS) -> tuple:
+    """Arguments of one random call of a raw op."""
+    d = Draw(seed, dtype, device, widths)
+    if op in ("relative_difference", "combine_history"):
+        return _steps(op, d)
+    if op.startswith("qk"):
+        return _qk(op, d)
+    return _activation(op, d) if op.startswith("gated_activation") else _adaln(op, d)
+
+
+def describe(args: tuple) -> str:
+    """One line for a failure message."""
+    return ", ".join(
+        f"{str(a.dtype).removeprefix('torch.')}{tuple(a.shape)}/{tuple(a.stride())}" if isinstance(a, Tensor) else repr(a)
+        for a in args
+    )
