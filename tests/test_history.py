@@ -36,7 +36,9 @@ def test_a_push_copies():
 
 
 @pytest.mark.parametrize(
-    "other", [_value(1, shape=(2, 6, 8)), _value(1, torch.bfloat16), _value(1, shape=(1, 5, 8))], ids=["tokens", "dtype", "batch"]
+    "other",
+    [_value(1, shape=(2, 6, 8)), _value(1, torch.bfloat16), _value(1, shape=(1, 5, 8))],
+    ids=["tokens", "dtype", "batch"],
 )
 def test_another_kind_of_value_clears_it(other):
     history = History(2)

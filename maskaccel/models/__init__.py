@@ -5,28 +5,44 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from types import ModuleType
 from typing import Any
+
+from torch import nn
 
 from ._adapter import Adapter, class_key, fingerprint
 
 
 @functools.cache
+def _families() -> list[ModuleType]:
+    names = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")]
+    return [importlib.import_module(f"{__name__}.{name}") for name in names]
+
+
+@functools.cache
 def _tables(kind: str) -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
-    for info in pkgutil.iter_modules(__path__):
-        if not info.name.startswith("_"):
-            found.update(getattr(importlib.import_module(f"{__name__}.{info.name}"), kind, {}))
+    for family in _families():
+        found.update(getattr(family, kind, {}))
     return found
+
+
+def _by_structure(kind: str, instance: Any) -> Adapter | None:
+    """The adapter of a module of no known class that is built like one of a known kind."""
+    if not isinstance(instance, nn.Module):
+        return None
+    adapters = (adapter for family in _families() for adapter in getattr(family, kind, ()))
+    return next((adapter for adapter in adapters if adapter.matches(instance)), None)
 
 
 def block_adapter(instance: Any) -> Adapter | None:
     """The adapter of a transformer block, or None."""
-    return _tables("BLOCKS").get(class_key(instance))
+    return _tables("BLOCKS").get(class_key(instance)) or _by_structure("STRUCTURAL_BLOCKS", instance)
 
 
 def norm_adapter(instance: Any) -> Adapter | None:
     """The adapter of an adaLN norm module, or None."""
-    return _tables("NORMS").get(class_key(instance))
+    return _tables("NORMS").get(class_key(instance)) or _by_structure("STRUCTURAL_NORMS", instance)
 
 
 def processor_adapter(instance: Any) -> Adapter | None:
