@@ -1,0 +1,143 @@
+"""What the GPU benchmark measures: ops at shapes of real models, each with its plain-torch form and its least traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-6
+NEED_X, NEED_A, NEED_GATE, NEED_SCALE, NEED_SHIFT = 1, 2, 4, 8, 16
+RMS = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Attributes:
+        op: Raw op.
+        model: Where the shape comes from.
+        shape: `(B, N, D)`, or `(B, S, H, Dh)` for qk_norm_rope.
+        passes: Activation-sized tensors read or written at least once; times their bytes it is the least traffic.
+        operands: `(device, dtype) -> arguments of the raw op`.
+        eager: Plain torch on the arguments of the raw op (forward ops).
+        graph: For a backward op: `arguments -> (outputs, inputs, gradients)` for `torch.autograd.grad`; takes a function
+            that may be compiled as its second argument.
+    """
+
+    op: str
+    model: str
+    shape: tuple[int, ...]
+    passes: int
+    operands: Callable[..., tuple]
+    eager: Callable[..., Any]
+    graph: Callable[..., tuple] | None = None
+
+    @property
+    def name(self) -> str:
+        """Short name for tables."""
+        return f"{self.op} {'x'.join(map(str, self.shape))} ({self.model})"
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Least traffic of one call."""
+        size = torch.empty(0, dtype=dtype).element_size()
+        elements = 1
+        for s in self.shape:
+            elements *= s
+        return self.passes * elements * size
+
+
+def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+def _gated(x: Tensor, a: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    r = x + gate[:, None] * a
+    return r, _norm(r, scale, shift)
+
+
+def _qk(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def one(t: Tensor, weight: Tensor) -> Tensor:
+        n = F.rms_norm(t, t.shape[-1:], weight, EPS)
+        a, b = n.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-b, a], -1).flatten(-2)
+        return (n.float() * cos[:, None] + turned * sin[:, None]).to(t.dtype)
+
+    return one(q, q_weight), one(k, k_weight)
+
+
+def _chunks(shape: tuple[int, ...], count: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Modulation as models make it: chunks of one projection."""
+    return torch.randn(shape[0], count * shape[2], device=device, dtype=dtype).mul_(0.3).chunk(count, 1)
+
+
+def adaln_cases(model: str, shape: tuple[int, int, int]) -> list[Case]:
+    """norm_modulate and gate_residual_norm_modulate, forward and backward."""
+
+    def x(device: str, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def norm(device: str, dtype: torch.dtype) -> tuple:
+        scale, shift = _chunks(shape, 2, device, dtype)
+        return (x(device, dtype), scale, shift, None, None, None, None, None, EPS, 1.0, 0)
+
+    def gated(device: str, dtype: torch.dtype) -> tuple:
+        gate, scale, shift = _chunks(shape, 3, device, dtype)
+        none = (None,) * 5
+        return (x(device, dtype), x(device, dtype), gate, None, None, scale, shift, *none, EPS, EPS, 1.0, 0)
+
+    def norm_backward(device: str, dtype: torch.dtype) -> tuple:
+        x_, scale, shift, *rest = norm(device, dtype)
+        return (x(device, dtype), None, x_, scale, shift, None, None, *rest, NEED_X | NEED_SCALE | NEED_SHIFT)
+
+    def gated_backward(device: str, dtype: torch.dtype) -> tuple:
+        r, a, gate, _, _, scale, shift, *rest = gated(device, dtype)
+        needs = NEED_X | NEED_A | NEED_GATE | NEED_SCALE | NEED_SHIFT
+        grads = x(device, dtype), x(device, dtype)
+        return (*grads, None, r, a, gate, None, None, scale, shift, None, None, *rest, needs)
+
+    def norm_graph(args: tuple, run: Callable[..., Any]) -> tuple:
+        leaves = [t.detach().requires_grad_() for t in (args[2], args[3], args[4])]
+        return [run(*leaves)], leaves, [args[0]]
+
+    def gated_graph(args: tuple, run: Callable[..., Any]) -> tuple:
+        leaves = [t.detach().requires_grad_() for t in (args[3], args[4], args[5], args[8], args[9])]
+        return list(run(*leaves)), leaves, [args[0], args[1]]
+
+    return [
+        Case("norm_modulate", model, shape, 2, norm, lambda a: (_norm, a[:3])),
+        Case("gate_residual_norm_modulate", model, shape, 4, gated,
+             lambda a: (_gated, (a[0], a[1], a[2], a[5], a[6]))),
+        Case("norm_modulate_backward", model, shape, 3, norm_backward, lambda a: (_norm, ()), norm_graph),
+        Case("gate_residual_norm_modulate_backward", model, shape, 6, gated_backward, lambda a: (_gated, ()),
+             gated_graph),
+    ]  # fmt: skip
+
+
+def qk_case(model: str, shape: tuple[int, int, int, int]) -> Case:
+    """QK RMS norm per head and interleaved RoPE."""
+
+    def operands(device: str, dtype: torch.dtype) -> tuple:
+        _, tokens, _, dim = shape
+        q, k = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        weights = [torch.rand(dim, device=device, dtype=dtype) + 0.5 for _ in range(2)]
+        angle = torch.rand(tokens, dim // 2, device=device).mul_(6.28).repeat_interleave(2, 1)
+        return (q, k, *weights, None, None, angle.cos(), angle.sin(), None, EPS, RMS)
+
+    return Case("qk_norm_rope", model, shape, 4, operands, lambda a: (_qk, (*a[:4], a[6], a[7])))
+
+
+def all_cases(tiny: bool) -> list[Case]:
+    """Every case; `tiny` shapes walk the same code without a GPU."""
+    if tiny:
+        return [*adaln_cases("tiny", (2, 8, 64)), qk_case("tiny", (1, 8, 2, 16))]
+    shapes = {"target": (8, 4096, 3072), "FLUX": (1, 4608, 3072), "Wan 14B 480p": (1, 32760, 5120), "SD3.5-L": (2, 4429, 2432)}
+    heads = {"target": (8, 4096, 24, 128), "FLUX": (1, 4608, 24, 128), "Wan 14B 480p": (1, 32760, 40, 128),
+             "SD3.5-L": (2, 4429, 38, 64)}  # fmt: skip
+    cases = [case for model, shape in shapes.items() for case in adaln_cases(model, shape)]
+    return cases + [qk_case(model, shape) for model, shape in heads.items()]

@@ -1,0 +1,93 @@
+"""Every op of the CUDA library on a GPU against the fp64 reference, by the error rule. Skipped without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import maskaccel  # noqa: F401  (defines the ops, loads the library)
+from _numerics import assert_all_close_to_truth
+from _raw_cases import OPS, describe, draw, run_plain, wanted, widened
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REAL_WIDTHS = (256, 1152, 1536, 2432, 3072, 5120, 6144, 8192)
+
+
+def _op(name: str):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"maskaccel_raw::{name}", "CUDA"):
+        pytest.skip("the native library is not built with CUDA kernels")
+    return getattr(torch.ops.maskaccel_raw, name).default
+
+
+def _check(op: str, seed: int, dtype: torch.dtype, **options) -> None:
+    args = draw(op, seed, dtype, "cuda", **options)
+    got = _op(op)(*args)
+    got, plain, truth = wanted(
+        got if isinstance(got, tuple) else (got,), run_plain(op, args), run_plain(op, widened(args))
+    )
+    assert_all_close_to_truth(got, plain, truth, f"{op} seed {seed} ({describe(args)})")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_matches_reference(op, dtype):
+    """Random calls over the whole contract."""
+    for seed in range(60):
+        _check(op, seed, dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_real_widths(op):
+    """The widths of real models, and the general kernel beyond them."""
+    for seed in range(12):
+        _check(op, seed, torch.bfloat16, widths=REAL_WIDTHS)
+
+
+@pytest.mark.parametrize("op", ["norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward"])
+def test_deterministic(op):
+    """Two runs of a backward give the same bits."""
+    args = draw(op, 7, torch.bfloat16, "cuda", widths=(3072,))
+    first, second = _op(op)(*args), _op(op)(*args)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_offsets_beyond_int32():
+    """Rows past 2^31 elements are addressed."""
+    tokens, width = 720_000, 3072
+    if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
+        pytest.skip("needs 30 GiB of GPU memory")
+    x = torch.zeros(1, tokens, width, dtype=torch.bfloat16, device="cuda")
+    x[0, -1] = torch.randn(width, device="cuda")
+    y = _op("norm_modulate")(x, *[None] * 7, 1e-6, 1.0, 0)
+    expected = torch.nn.functional.layer_norm(x[0, -1:].float(), (width,), eps=1e-6).bfloat16()
+    assert torch.allclose(y[0, -1:], expected, atol=2e-2) and not y[0, :-1].any()
+
+
+def test_side_stream():
+    """The launch goes to the current stream."""
+    args = draw("norm_modulate", 3, torch.bfloat16, "cuda", widths=(3072,))
+    expected = _op("norm_modulate")(*args)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = _op("norm_modulate")(*args)
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+def test_cuda_graph():
+    """The op can be captured and replayed: no synchronisation, no host read."""
+    x = torch.randn(2, 64, 3072, device="cuda", dtype=torch.bfloat16)
+    scale = torch.randn(2, 3072, device="cuda", dtype=torch.bfloat16)
+    call = lambda: _op("norm_modulate")(x, scale, *[None] * 6, 1e-6, 1.0, 0)  # noqa: E731
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, call())

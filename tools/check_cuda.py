@@ -1,0 +1,175 @@
+"""Lists every CUDA kernel with its registers, spills, stack and shared memory; fails where a hot kernel spills.
+
+    python tools/check_cuda.py                    compile every .cu for sm_80 and sm_90a and check it
+    python tools/check_cuda.py --library FILE     check what a built library holds
+    python tools/check_cuda.py --archs 80,90a,120 --jobs 2 --json report.json
+
+Needs nvcc (not with --library) and cuobjdump (of the CUDA toolkit, or of the triton wheel); no GPU.
+Exit status: 0 all hot kernels clean, 1 a hot kernel spills or uses local memory, 2 something is missing or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(p for p in (ROOT / "csrc").rglob("cuda*.cu"))
+# Kernels for any width and alignment trade speed for generality: they may use local memory.
+GENERAL = re.compile(r"_any_kernel")
+FIELDS = re.compile(r"(\w+(?:\[\d+\])?):(\d+)")
+
+
+class Missing(Exception):
+    """A tool or header that the check needs is not there."""
+
+
+def _package(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def find_tool(name: str) -> str:
+    """Path of a CUDA tool: CUDA_HOME, PATH, then the triton wheel."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    triton = _package("triton")
+    places = [Path(home) / "bin" / name if home else None, shutil.which(name), Path("/usr/local/cuda/bin") / name]
+    places.append(triton / "backends" / "nvidia" / "bin" / name if triton else None)
+    for place in places:
+        if place and Path(place).is_file():
+            return str(place)
+    raise Missing(f"{name} not found in CUDA_HOME/bin, PATH, /usr/local/cuda/bin or the triton wheel")
+
+
+def compile_command(source: Path, arch: str, output: Path, nvcc: str) -> list[str]:
+    """The nvcc call for one source and target, with the flags of the build that decide code generation."""
+    torch, cutlass = _package("torch"), _package("cutlass_library")
+    if torch is None:
+        raise Missing("torch is not installed: its headers are needed")
+    if cutlass is None:
+        raise Missing("CUTLASS headers are not installed: pip install --no-deps -r requirements/cuda.txt")
+    return [
+        nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-w", "-cubin", f"-arch=sm_{arch}", "--expt-relaxed-constexpr", "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", f"-I{torch / 'include'}",
+        f"-I{cutlass / 'source' / 'include'}", "-o", str(output), str(source),
+    ]  # fmt: skip
+
+
+def parse_usage(text: str) -> list[dict[str, Any]]:
+    """Kernels of `cuobjdump --dump-resource-usage`."""
+    kernels, arch, name = [], "", ""
+    for line in text.splitlines():
+        line = line.strip()
+        if line.startswith("arch ="):
+            arch = line.split("=")[1].strip()
+        elif line.startswith("Function "):
+            name = line.removeprefix("Function ").rstrip(":")
+        elif line.startswith("REG:") and name:
+            fields = {key: int(value) for key, value in FIELDS.findall(line)}
+            kernels.append(
+                {"arch": arch, "kernel": name, "registers": fields["REG"], "stack": fields.get("STACK", 0),
+                 "local": fields.get("LOCAL", 0), "shared": fields.get("SHARED", 0)}
+            )  # fmt: skip
+            name = ""
+    return kernels
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    """Readable kernel names; the mangled ones where no c++filt is there."""
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None or not names:
+        return {n: n for n in names}
+    out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    short = [re.sub(r"^void ", "", re.sub(r"\(maskaccel::cuda::\w+\)$|maskaccel::cuda::", "", o)) for o in out]
+    short = [o.replace("cutlass::", "").replace("(int)", "").replace("(bool)", "") for o in short]
+    return dict(zip(names, short, strict=True))
+
+
+def usage(file: Path, cuobjdump: str) -> list[dict[str, Any]]:
+    """Resource usage of every kernel in a cubin, object or library."""
+    run = subprocess.run([cuobjdump, "--dump-resource-usage", str(file)], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise Missing(f"cuobjdump cannot read {file.name}: {run.stderr.strip()[-300:]}")
+    return parse_usage(run.stdout)
+
+
+def _compile_and_read(job: tuple[Path, str, Path, str, str]) -> tuple[list[dict[str, Any]], float]:
+    source, arch, folder, nvcc, cuobjdump = job
+    cubin = folder / f"{source.parent.name}_{source.stem}_{arch}.cubin"
+    begin = time.perf_counter()
+    run = subprocess.run(compile_command(source, arch, cubin, nvcc), capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - begin
+    if run.returncode != 0:
+        raise Missing(f"{source.relative_to(ROOT)} does not compile for sm_{arch}:\n{run.stderr[-2000:]}")
+    kernels = usage(cubin, cuobjdump) if cubin.is_file() else []
+    for k in kernels:
+        k["source"], k["arch"] = str(source.relative_to(ROOT)), f"sm_{arch}"
+    return kernels, seconds
+
+
+def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Kernels of the library, or of every source compiled now."""
+    cuobjdump = find_tool("cuobjdump")
+    if args.library:
+        kernels = usage(args.library, cuobjdump)
+        if not kernels:
+            raise Missing(f"{args.library.name} holds no CUDA kernels: it was built without MASKACCEL_CUDA=1")
+        return kernels
+    nvcc = find_tool("nvcc")
+    sources = [s for s in SOURCES if not args.only or args.only in s.name]
+    kernels = []
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [(s, a, Path(folder), nvcc, cuobjdump) for s in sources for a in args.archs]
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            for job, (found, seconds) in zip(jobs, pool.map(_compile_and_read, jobs), strict=True):
+                print(f"  {job[0].relative_to(ROOT)} sm_{job[1]}: {len(found)} kernels, {seconds:.0f} s", file=sys.stderr)
+                kernels += found
+    return kernels
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--archs", type=lambda s: re.split("[,;]", s), default=["80", "90a"], help="targets, such as 80,90a")
+    parser.add_argument("--library", type=Path, help="read a built library instead of compiling")
+    parser.add_argument("--only", help="only sources whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="write the table as JSON too")
+    args = parser.parse_args()
+    try:
+        kernels = collect(args)
+    except Missing as e:
+        print(f"check_cuda: {e}", file=sys.stderr)
+        return 2
+    names = demangle([k["kernel"] for k in kernels])
+    for k in kernels:
+        k["name"] = names[k["kernel"]]
+        k["hot"] = not GENERAL.search(k["name"])
+        # Spilled registers live on the stack or in local memory, and so does an array that is indexed at run time.
+        k["clean"] = k["stack"] == 0 and k["local"] == 0
+    width = max((len(k["name"]) for k in kernels), default=6)
+    print(f"{'arch':8} {'kernel':{width}} {'regs':>5} {'stack':>6} {'local':>6} {'shared':>7}")
+    for k in sorted(kernels, key=lambda k: (k["arch"], k["name"])):
+        mark = "" if k["clean"] else ("  SPILLS" if k["hot"] else "  (general kernel)")
+        print(f"{k['arch']:8} {k['name']:{width}} {k['registers']:5} {k['stack']:6} {k['local']:6} {k['shared']:7}{mark}")
+    bad = [k for k in kernels if k["hot"] and not k["clean"]]
+    hot = [k for k in kernels if k["hot"]]
+    print(f"{len(kernels)} kernels, {len(hot)} hot, {len(bad)} of them with spills or local memory")
+    if args.json:
+        args.json.write_text(json.dumps(kernels, indent=1) + "\n")
+    return 1 if bad or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
