@@ -26,7 +26,8 @@ from _numerics import assert_all_close_to_truth
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (FP32, BF16, FP16)
 ALL_NEEDS = (1 << 10) - 1
-_EMULATED_CAST = interpreter._convert_float
+_EMULATED_CAST, _PATCH_LANGUAGE = interpreter._convert_float, interpreter._patch_lang
+_PATCHED: set[tuple[str, ...]] = set()
 
 
 def _cast(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
@@ -39,7 +40,17 @@ def _cast(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) ->
     return _EMULATED_CAST(data, source, target, mode)
 
 
+def _patch_once(fn: object) -> object:
+    """The interpreter exchanges all of triton.language at every call of a device function: three quarters of its time."""
+    modules = tuple(sorted(name for name, value in fn.__globals__.items() if value in (tl, tl.core)))
+    if modules not in _PATCHED:
+        _PATCHED.add(modules)
+        _PATCH_LANGUAGE(fn)
+    return interpreter._LangPatchScope()  # empty: this process only interprets, so nothing is restored
+
+
 interpreter._convert_float = _cast
+interpreter._patch_lang = _patch_once
 adaln.register()
 steps.register()
 
@@ -107,7 +118,7 @@ class Case:
             return self.normal(batch, n, 2, width, dtype=self.mod_dtype)[:, :, 1]
         if form == "expanded":
             return self.normal(1, 1, width, dtype=self.mod_dtype).expand(batch, n, width)
-        lead = {"BD": (batch,), "1D": (1,), "B1D": (batch, 1), "BFD": (batch, 3), "1FD": (1, 3), "BHD": (batch, n // 2),
+        lead = {"BD": (batch,), "1D": (1,), "B1D": (batch, 1), "BFD": (batch, n // 2), "1FD": (1, n // 2),
                 "BND": (batch, n), "1ND": (1, n)}[form]  # fmt: skip
         return self.normal(*lead, width, dtype=self.mod_dtype)
 
@@ -128,8 +139,9 @@ class Case:
 def whole(case: Case, *, norm: int = 0, flags: int = 0, layout: str = "dense", gate: str | None = "BD", scale: str | None = "BD",
           shift: str | None = "BD", scale2: str | None = None, shift2: str | None = None, rows: str | None = None,
           tables: tuple[bool, bool, bool] = (False, False, False), weight: bool = False, bias: bool = False, post: bool = False,
-          weight_dtype: torch.dtype | None = None, offset: float = 1.0, needs: int = ALL_NEEDS) -> None:  # fmt: skip
-    """The three op families of adaLN, forward and backward, on one set of operands."""
+          weight_dtype: torch.dtype | None = None, offset: float = 1.0, needs: int = ALL_NEEDS,
+          fused_only: bool = True) -> None:  # fmt: skip
+    """Gated residual with norm and modulation, forward and backward; the other two op families are parts of it."""
     flags |= norm
     x, a = case.x(layout), case.x()
     mods = [case.mod("rows" if rows and form else form) for form in (gate, scale, shift, scale2, shift2)]
@@ -141,16 +153,18 @@ def whole(case: Case, *, norm: int = 0, flags: int = 0, layout: str = "dense", g
     suffix = "_pair" if pair else ""
     rest = (w, b, scale_table, shift_table, index)
     gating = (g, gate_table, pw)
-    check("norm_modulate" + suffix, x, *scale_shift, *pair, *rest, 1e-6, offset, flags)
-    check("gate_residual", x, a, *gating, index, 1e-5, flags)
     out = check("gate_residual_norm_modulate" + suffix, x, a, *gating, *scale_shift, *pair, *rest, 1e-6, 1e-5, offset, flags)
     r = case.x() if flags & schema.CLIP else out[0]
     dy, dr = case.x(), case.x(layout)
     dy2 = case.x() if pair else None
-    check("norm_modulate_backward", dy, dy2, x, *scale_shift, s2, b2, *rest, 1e-6, offset, flags, needs)
-    check("gate_residual_backward", dr, a, *gating, index, 1e-5, flags, needs)
     check("gate_residual_norm_modulate_backward", dr, dy, dy2, r, a, *gating, *scale_shift, s2, b2, *rest, 1e-6, 1e-5,
           offset, flags, needs | schema.NEED_X)  # fmt: skip
+    if fused_only:
+        return
+    check("norm_modulate" + suffix, x, *scale_shift, *pair, *rest, 1e-6, offset, flags)
+    check("norm_modulate_backward", dy, dy2, x, *scale_shift, s2, b2, *rest, 1e-6, offset, flags, needs)
+    check("gate_residual", x, a, *gating, index, 1e-5, flags)
+    check("gate_residual_backward", dr, a, *gating, index, 1e-5, flags, needs)
 
 
 NARROW = schema.LAWS["narrow"]
@@ -160,14 +174,14 @@ NARROW = schema.LAWS["narrow"]
 @pytest.mark.parametrize("law", [0, NARROW])
 @pytest.mark.parametrize("norm", [0, 1, 2])
 def test_norms_and_laws(norm: int, law: int, dtype: torch.dtype) -> None:
-    whole(Case(norm, dtype, (2, 6, 40)), norm=norm, flags=law, weight=True, bias=True)
+    whole(Case(norm, dtype, (2, 2, 40)), norm=norm, flags=law, weight=True, bias=True, fused_only=law == 0)
 
 
 @pytest.mark.parametrize("law", [0, NARROW])
 @pytest.mark.parametrize("norm", [0, 1])
 def test_weight_offset_of_each_weight_dtype(norm: int, law: int) -> None:
     for dtype in (BF16, FP32):
-        whole(Case(1, BF16, (1, 4, 24)), norm=norm, flags=law | schema.WEIGHT_PLUS_ONE | 64, weight=True, post=True,
+        whole(Case(1, BF16, (1, 2, 24)), norm=norm, flags=law | schema.WEIGHT_PLUS_ONE | 64, weight=True, post=True,
               weight_dtype=dtype)  # fmt: skip
 
 
@@ -175,7 +189,7 @@ def test_weight_offset_of_each_weight_dtype(norm: int, law: int) -> None:
 @pytest.mark.parametrize("act", sorted(schema.GATE_ACTS))
 def test_gate_activations(act: str, law: int) -> None:
     for dtype, mod_dtype in ((FP32, FP32), (BF16, BF16), (BF16, FP32)):
-        whole(Case(3, dtype, (2, 4, 40), mod_dtype), flags=schema.GATE_ACTS[act] | law, tables=(True, False, False))
+        whole(Case(3, dtype, (2, 2, 40), mod_dtype), flags=schema.GATE_ACTS[act] | law, tables=(True, False, False))
 
 
 def test_tanh_keeps_the_digits_of_small_gates() -> None:
@@ -190,59 +204,62 @@ def test_tanh_keeps_the_digits_of_small_gates() -> None:
 @pytest.mark.parametrize("post", ["rms", "layer"])
 def test_post_norms(post: str, law: int) -> None:
     for dtype, with_weight in ((FP32, True), (BF16, True), (BF16, False)):
-        whole(Case(4, dtype, (2, 5, 24)), norm=1, flags=schema.POST_NORMS[post] | law, post=with_weight, weight=True)
+        whole(Case(4, dtype, (1, 2, 24)), norm=1, flags=schema.POST_NORMS[post] | law, post=with_weight, weight=True)
 
 
-@pytest.mark.parametrize("form", ["BD", "1D", "B1D", "BFD", "1FD", "BHD", "BND", "1ND", "chunk", "chunk3", "expanded"])
+@pytest.mark.parametrize("form", ["BD", "1D", "B1D", "BFD", "1FD", "BND", "1ND", "chunk", "chunk3", "expanded"])
 def test_modulation_forms(form: str) -> None:
-    whole(Case(5, FP32, (2, 18, 24)), gate=form, scale=form, shift=form)
-    whole(Case(6, BF16, (3, 6, 24), FP32), flags=NARROW, gate=form, scale="BD", shift=form, scale2="1FD", shift2=form, weight=True)
+    whole(Case(5, FP32, (2, 4, 24)), gate=form, scale=form, shift=form)
+    whole(Case(6, BF16, (3, 2, 24), FP32), flags=NARROW, gate=form, scale="BD", shift=form, scale2="1FD", shift2=form, weight=True)
 
 
 @pytest.mark.parametrize("rows", ["N", "BN"])
 def test_indexed_rows(rows: str) -> None:
-    whole(Case(7, FP32, (2, 11, 24)), rows=rows, tables=(True, True, True), weight=True, bias=True)
-    whole(Case(8, BF16, (2, 11, 24)), rows=rows, flags=NARROW, scale2="BD", shift2="BD")
+    whole(Case(7, FP32, (2, 3, 24)), rows=rows, tables=(True, True, True), weight=True, bias=True, fused_only=False)
+    whole(Case(8, BF16, (2, 3, 24)), rows=rows, flags=NARROW, scale2="BD", shift2="BD")
     # a table without its tensor is shared by all tokens, also beside indexed operands
-    whole(Case(8, FP32, (2, 11, 24)), rows=rows, gate=None, shift=None, tables=(True, False, True))
+    whole(Case(8, FP32, (2, 3, 24)), rows=rows, gate=None, shift=None, tables=(True, False, True))
 
 
 def test_tables() -> None:
     for law in (0, NARROW):
-        whole(Case(9, BF16, (2, 9, 40)), flags=law, tables=(True, True, True), scale="BFD", shift="B1D")
-        whole(Case(9, BF16, (2, 9, 40)), flags=law, tables=(True, True, True), gate=None, scale=None, shift=None)
+        whole(Case(9, BF16, (2, 4, 40)), flags=law, tables=(True, True, True), scale="BFD", shift="B1D")
+        whole(Case(9, BF16, (2, 4, 40)), flags=law, tables=(True, True, True), gate=None, scale=None, shift=None)
 
 
 def test_missing_operands() -> None:
     for seed, (gate, scale, shift) in enumerate([(None, None, None), (None, "BD", None), ("BD", None, "BD")]):
-        whole(Case(seed, FP32, (2, 4, 24)), gate=gate, scale=scale, shift=shift)
-    whole(Case(10, BF16, (2, 4, 24)), scale=None, scale2=None, shift2="BD", flags=NARROW)
+        whole(Case(seed, FP32, (2, 2, 24)), gate=gate, scale=scale, shift=shift)
+    whole(Case(10, BF16, (2, 4, 24)), scale=None, scale2=None, shift2="BD", flags=NARROW, fused_only=False)
     whole(Case(10, BF16, (2, 4, 24)), scale="BD", shift="BD", scale2="B1D", offset=0.0)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded"])
 def test_strides(layout: str) -> None:
     for dtype in (FP32, BF16):
-        whole(Case(11, dtype, (2, 7, 40)), layout=layout, scale2="BD", shift2="BND")
+        whole(Case(11, dtype, (2, 3, 40)), layout=layout, scale2="BD", shift2="BND", fused_only=dtype == BF16)
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 31, 33, 130])
 def test_widths(width: int) -> None:
     for norm in (0, 1):
         # LayerNorm of one element is 0 / sqrt(eps): nothing to compare but zeros
-        whole(Case(12, FP32, (2, 3, width)), norm=norm, weight=True, bias=True, flags=64 if width > 1 else 0, post=True)
+        whole(Case(12, FP32, (1, 2, width)), norm=norm, weight=True, bias=True, flags=64 if width > 1 else 0, post=True)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 24), (1, 41, 24), (3, 17, 24), (2, 40, 24)])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (1, 21, 24), (3, 9, 24), (2, 20, 24)])
 def test_reductions_over_several_programs(shape: tuple[int, int, int]) -> None:
     """Runs with ragged tails, gradients that sum over the batch, and groups of a length that runs do not divide."""
     case = Case(13, FP32, shape)
-    whole(case, norm=1, gate="1D", scale="BD", shift="1ND", weight=True, bias=True, post=True, flags=64)
-    groups = {40: 4, 17: 17, 41: 1, 1: 1}[shape[1]]
+    groups = {20: 2, 9: 9, 21: 1, 1: 1}[shape[1]]
     batch, n, width = shape
     scale, shift = case.normal(1, groups, width), case.normal(batch, groups, width)
-    empty = (None,) * 5
-    check("norm_modulate_backward", case.x(), None, case.x(), scale, shift, None, None, *empty, 1e-6, 1.0, 0, ALL_NEEDS)
+    w = case.vector()
+    tail = (None, None, None, 1e-6, 1e-5, 1.0, 1 | 64, ALL_NEEDS)
+    check("gate_residual_norm_modulate_backward", case.x(), case.x(), None, case.x(), case.x(), case.mod("1D"), None, w, scale,
+          shift, None, None, w, w, *tail)  # fmt: skip
+    check("norm_modulate_backward", case.x(), None, case.x(), case.mod("1ND"), shift, None, None, w, *(None,) * 4, 1e-6, 1.0,
+          0, ALL_NEEDS)  # fmt: skip
 
 
 def test_clip() -> None:
@@ -265,22 +282,22 @@ def test_no_residual() -> None:
 
 @pytest.mark.parametrize("bit", range(10))
 def test_each_gradient_alone(bit: int) -> None:
-    whole(Case(16, FP32, (2, 5, 24)), norm=1, flags=64, scale2="BD", shift2="BND", weight=True, bias=True,
-          post=True, needs=1 << bit)  # fmt: skip
+    whole(Case(16, FP32, (2, 2, 24)), norm=1, flags=64, scale2="BD", shift2="BND", weight=True, bias=True,
+          post=True, needs=1 << bit, fused_only=False)  # fmt: skip
 
 
 def test_gradient_of_y_alone() -> None:
-    case = Case(17, BF16, (2, 5, 24))
+    case = Case(17, BF16, (2, 3, 24))
     check("gate_residual_norm_modulate_backward", None, case.x(), None, case.x(), case.x(), case.mod("BD"), None, None,
           case.mod("BD"), case.mod("BD"), *(None,) * 7, 1e-6, 1e-6, 1.0, 0, ALL_NEEDS)  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_combinations(seed: int) -> None:
     pick = random.Random(seed)
     dtype = pick.choice(DTYPES)
-    shape = (pick.choice([1, 2, 3]), pick.choice([6, 12, 18]), pick.choice([8, 24, 33, 48]))
-    forms = [None, "BD", "1D", "B1D", "BFD", "1FD", "BHD", "BND", "1ND", "chunk", "chunk3"]
+    shape = (pick.choice([1, 2, 3]), pick.choice([2, 4]), pick.choice([8, 24, 33, 48]))
+    forms = [None, "BD", "1D", "B1D", "BFD", "1FD", "BND", "1ND", "chunk", "chunk3"]
     coin = lambda: pick.random() < 0.4  # noqa: E731
     whole(
         Case(seed, dtype, shape, pick.choice([dtype, FP32])), norm=pick.choice([0, 1, 2]),
@@ -288,14 +305,14 @@ def test_random_combinations(seed: int) -> None:
         layout=pick.choice(["dense", "sliced", "transposed", "expanded"]), gate=pick.choice(forms), scale=pick.choice(forms),
         shift=pick.choice(forms), scale2=pick.choice(forms), shift2=pick.choice(forms), rows=pick.choice([None, None, "N", "BN"]),
         tables=(coin(), coin(), coin()), weight=coin(), bias=coin(), post=coin(), weight_dtype=pick.choice([dtype, FP32]),
-        offset=pick.choice([0.0, 1.0]),
+        offset=pick.choice([0.0, 1.0]), fused_only=False,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 24), (2, 0, 24), (0, 0, 24)])
 def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
     case = Case(18, BF16, shape)
-    whole(case, gate="B1D", scale="BD", shift="1D", weight=True, bias=True, post=True, flags=64)
+    whole(case, gate="B1D", scale="BD", shift="1D", weight=True, bias=True, post=True, flags=64, fused_only=False)
     q = case.normal(*shape[:2], 2, 24)
     weight = case.vector()
     check("qk_norm_rope", q, q, weight, weight, None, None, None, None, None, 1e-6, 1)
@@ -306,7 +323,7 @@ def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
 HALF, ACROSS = schema.ROPE_HALF, schema.ACROSS_HEADS
 
 
-def rope_case(seed: int, dtype: torch.dtype, flags: int, *, shape: tuple[int, ...] = (2, 5, 3, 2, 12), table: str | None = "ST",
+def rope_case(seed: int, dtype: torch.dtype, flags: int, *, shape: tuple[int, ...] = (2, 2, 3, 2, 12), table: str | None = "ST",
               full: bool = False, table_dtype: torch.dtype = FP32, positions: str | None = None, weights: bool = True,
               bias: bool = False, weight_dtype: torch.dtype | None = None, keys: int | None = None, eps: float = 1e-6,
               needs: int = 63) -> None:  # fmt: skip
@@ -349,7 +366,7 @@ def test_qk_norm_rope(norm: int, half: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("table", ["ST", "1ST", "BST", "BS1T", "1SHT", "BSHT", None])
 def test_rope_tables(table: str | None, half: int) -> None:
     for full in (False, True):
-        shape = (2, 5, 3, 3, 12) if table in ("1SHT", "BSHT") else (2, 5, 3, 1, 12)
+        shape = (2, 2, 3, 3, 12) if table in ("1SHT", "BSHT") else (2, 2, 3, 1, 12)
         rope_case(22, FP32, 1 | half, table=table, full=full, shape=shape)
         rope_case(23, BF16, 1 | half, table=table, full=full, shape=shape, table_dtype=BF16)
 
@@ -357,14 +374,14 @@ def test_rope_tables(table: str | None, half: int) -> None:
 @pytest.mark.parametrize("positions", ["S", "BS"])
 def test_rope_positions(positions: str) -> None:
     for table in ("ST", "BST", "BSHT"):
-        rope_case(24, FP32, 1, table=table, positions=positions, shape=(2, 5, 3, 3, 8))
+        rope_case(24, FP32, 1, table=table, positions=positions, shape=(2, 2, 3, 3, 8))
 
 
 @pytest.mark.parametrize("width", [1, 2, 6, 24, 64, 72])
 def test_head_dims(width: int) -> None:
     table = None if width % 2 else "ST"
     for flags in (1, HALF | 1, ACROSS):
-        rope_case(25, FP32, flags, shape=(1, 3, 2, 5, width), table=table, bias=width > 1)
+        rope_case(25, FP32, flags, shape=(1, 2, 2, 5, width), table=table, bias=width > 1)
 
 
 def test_qk_options() -> None:
