@@ -40,8 +40,10 @@ def readable(x: Tensor, *norms: nn.Module) -> bool:
 
 
 def complex_table(freqs: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of a complex RoPE table, as views of it (of a complex64 copy if it is wider)."""
-    parts = torch.view_as_real(freqs if freqs.dtype == torch.complex64 else freqs.to(torch.complex64))
+    """Cosine and sine of a complex RoPE table, as views of it; of a complex64 copy, made once, if it is wider."""
+    if freqs.dtype != torch.complex64:
+        freqs = derived(freqs, "_maskaccel_complex64", lambda wide: wide.to(torch.complex64))
+    parts = torch.view_as_real(freqs)
     return parts[..., 0], parts[..., 1]
 
 
