@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-PIP := $(PY) -m pip install --disable-pip-version-check --no-warn-script-location --quiet
+PIP := $(PY) -m pip install --disable-pip-version-check --no-warn-script-location -qq
 # cmake and ninja of the environment, before any of the system
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_NO_INPUT := 1
@@ -63,8 +63,9 @@ native: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
 demo: native
 	$(PY) -m maskaccel demo
 
+# One thread for each of the two workers: more would wait for each other.
 test: native
-	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST_ARGS)
 
 OUT ?= benchmarks/results
 bench: native
@@ -74,7 +75,7 @@ bench: native
 wheel: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
 	@echo "== wheel"
 	rm -rf dist build/lib build/bdist.* build/wheelhouse
-	$(PY) -m pip wheel --disable-pip-version-check --quiet --no-build-isolation --no-deps -w build/wheelhouse .
+	$(PY) -m pip wheel --disable-pip-version-check -qq --no-build-isolation --no-deps -w build/wheelhouse .
 	$(PY) tools/audit_wheel.py --repair dist build/wheelhouse/*.whl
 
 gpu:

@@ -3,8 +3,8 @@
 Read from the environment:
 
 * `MASKACCEL_BUILD`: `native` (default) builds the library, `pure` packs the Python files alone.
-* `MASKACCEL_CUDA`: `1` builds the CUDA kernels, `0` leaves them out. Unset: built if nvcc is there and the installed torch
-  is a CUDA build.
+* `MASKACCEL_CUDA`: `1` builds the CUDA kernels, `0` leaves them out. Unset: built if nvcc is there and the installed
+  torch is a CUDA build.
 * `MASKACCEL_CUDA_ARCHS`: targets such as `80;90a`; unset: all that CMakeLists.txt names.
 * `MAX_JOBS`: parallel compilers.
 
@@ -46,8 +46,8 @@ def _torch_directory() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
-            "maskaccel: the native library is built against the headers of the installed torch, and there is none here.\n"
-            "  * install torch >= 2.10, then `pip install --no-build-isolation .` (an isolated build does not see it), or\n"
+            "maskaccel: the native library is built against the headers of the installed torch, and none is here.\n"
+            "  * install torch >= 2.10, then `pip install --no-build-isolation .` (isolation would hide it), or\n"
             "  * set MASKACCEL_BUILD=pure for a package without native kernels (Triton and reference backends only)."
         )
     return Path(spec.submodule_search_locations[0])

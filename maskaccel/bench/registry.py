@@ -89,7 +89,9 @@ class Op:
         if len(shape) != count or any(size < 1 for size in shape):
             raise ValueError(f"shape={shape} does not fit {self.name}; it takes {count} positive sizes: {self.dims}")
 
-    def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device, *, seed: int = 0, grad: bool = False) -> Inputs:
+    def inputs(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, *, seed: int = 0, grad: bool = False
+    ) -> Inputs:
         """Random inputs, the same for every device; `grad` makes leaves of those in `wants_grad`."""
         self.check_shape(shape)
         made = self.make(shape, dtype, device, torch.Generator().manual_seed(seed))
@@ -193,9 +195,7 @@ def _run_norm_modulate(i: Inputs, backend: str | None) -> Outputs:
 
 
 def _run_gate_residual_norm_modulate(i: Inputs, backend: str | None) -> Outputs:
-    return tuple(
-        ops.gate_residual_norm_modulate(i["x"], i["a"], i["gate"], i["scale"], i["shift"], backend=backend)
-    )
+    return tuple(ops.gate_residual_norm_modulate(i["x"], i["a"], i["gate"], i["scale"], i["shift"], backend=backend))
 
 
 def _run_gate_residual(i: Inputs, backend: str | None) -> Outputs:

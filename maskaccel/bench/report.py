@@ -70,8 +70,8 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         f"{where}, {mark['threads']} threads, ISA {mark['native']['isa'] or 'none'}, Python {mark['python']}, {versions}; "
         f"commit {mark['commit']}, {mark['time']}. Medians of {data['settings']['rounds']} interleaved rounds; spread: 20th to "
-        "80th percentile. \"of copy\": time of a copy that moves as many bytes into memory that is there already, divided by our time; "
-        "\"to new\": a copy that allocates its output, as our ops do.",
+        '80th percentile. "of copy": time of a copy that moves as many bytes into memory that is there already, divided by our time; '
+        '"to new": a copy that allocates its output, as our ops do.',
     ]
     return "\n".join(lines) + "\n"
 
@@ -79,12 +79,17 @@ def markdown(data: dict[str, Any]) -> str:
 def detail(case: dict[str, Any]) -> str:
     """Every provider of one case, as plain text."""
     head = f"{case['op']} {'x'.join(map(str, case['shape']))} {case['dtype']} {case['direction']} on {case['device']}"
-    lines = [head, f"  {'provider':22} {'median ms':>10} {'p20':>9} {'p80':>9} {'GB/s':>8} {'of copy':>8} {'error':>10}"]
+    lines = [
+        head,
+        f"  {'provider':22} {'median ms':>10} {'p20':>9} {'p80':>9} {'GB/s':>8} {'of copy':>8} {'error':>10}",
+    ]
     for name, entry in case["providers"].items():
         if "median_s" not in entry:
             lines.append(f"  {name:22} not timed: {entry['refused']}")
             continue
-        times = " ".join(f"{entry[key] * 1e3:{width}.4f}" for key, width in (("median_s", 10), ("p20_s", 9), ("p80_s", 9)))
+        times = " ".join(
+            f"{entry[key] * 1e3:{width}.4f}" for key, width in (("median_s", 10), ("p20_s", 9), ("p80_s", 9))
+        )
         line = f"  {name:22} {times} {entry['bytes_per_s'] / 1e9:8.1f}"
         if name not in COPIES:
             verdict = entry["verdict"]

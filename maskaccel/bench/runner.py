@@ -277,7 +277,12 @@ def _backward_call(op: Op, forward: Callable[[Inputs], Outputs], inputs: Inputs)
 
 
 def _time(
-    case: Case, calls: dict[str, Callable], setups: dict[str, Callable], clock: _Clock, settings: Settings, progress: bool
+    case: Case,
+    calls: dict[str, Callable],
+    setups: dict[str, Callable],
+    clock: _Clock,
+    settings: Settings,
+    progress: bool,
 ) -> None:
     names = list(calls)
     repeat = {}

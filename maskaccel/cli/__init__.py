@@ -16,4 +16,7 @@ def main() -> None:
             print_info(as_json="--json" in sys.argv[2:])
             return
         raise SystemExit(f"maskaccel: the command line cannot start: {error}. `maskaccel info` still works.") from error
-    app()
+    try:
+        app()
+    except ImportError as error:  # torch, or a package of an extra
+        raise SystemExit(f"maskaccel: {error}") from error

@@ -116,7 +116,9 @@ def print_table(checks: list[Check]) -> None:
     for check in failed:
         print(f"FAIL {check.op} {check.backend} {check.device} {check.dtype} {check.direction}: {check.note}")
     passed = sum(check.outcome == "pass" for check in checks)
-    print(f"{passed} checks passed, {len(failed)} failed (fp32, bf16, fp16; % is the error as a share of what is allowed)")
+    print(
+        f"{passed} checks passed, {len(failed)} failed (fp32, bf16, fp16; % is the error as a share of what is allowed)"
+    )
 
 
 def _cell(group: list[Check], direction: str) -> str:

@@ -197,4 +197,6 @@ def print_info(*, as_json: bool = False) -> None:
         print(f"  not known: {libraries['error']}")
         return
     for row in libraries:
-        print(f"  {row['library']:18} {row['belongs to']:24} {row['path']}{'  ! ' + row['note'] if row['note'] else ''}")
+        print(
+            f"  {row['library']:18} {row['belongs to']:24} {row['path']}{'  ! ' + row['note'] if row['note'] else ''}"
+        )
