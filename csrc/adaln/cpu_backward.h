@@ -200,8 +200,8 @@ void backward_chunks(const AdalnBackward& s, int64_t begin, int64_t end) {
       T* const dx = s.dx != nullptr ? static_cast<T*>(s.dx) + out_row : nullptr;
       T* const da = s.da != nullptr ? static_cast<T*>(s.da) + out_row : nullptr;
       if (normed) {
-        refresh(first, s, s.scale, no_shift, fold, nullptr, b, n);
-        if (dy2 != nullptr) refresh(second, s, s.scale2, no_shift, fold, nullptr, b, n);
+        refresh(first, s, s.scale, no_shift, fold, nullptr, b, n, float{});
+        if (dy2 != nullptr) refresh(second, s, s.scale2, no_shift, fold, nullptr, b, n, float{});
         const Moments m = norm == kNormNone ? Moments{0.0f, 1.0f} : moments(x, d, norm == kNormRms, s.eps);
         float plain, product;
         norm_sums(s, x, dy, dy2, keep_g, m, first.mul, second.mul, weight, bias, dscale.row, dshift.row,

@@ -1,7 +1,7 @@
 // Modulation as the row loops want it: fp32 rows in scratch, rebuilt only when a token reads another row.
 #pragma once
 
-#include "../common/vec.h"
+#include "../common/vec_pair.h"
 #include "cpu_args.h"
 
 namespace maskaccel {
@@ -123,36 +123,22 @@ inline void build_affine_pair(Affine& out, const AdalnShape& s, const Modulation
   out.built = true;
 }
 
+// Rebuilds the rows if token n reads others than the last one did; `order` names the type whose pair order they take.
+template <class T>
 MASKACCEL_INLINE void refresh(Affine& out, const AdalnShape& s, const Modulation& scale, const Modulation& shift,
-                              const float* weight, const float* bias, int64_t b, int64_t n) {
+                              const float* weight, const float* bias, int64_t b, int64_t n, T order) {
   const char* const scale_row = row_of(scale, s, b, n);
   const char* const shift_row = row_of(shift, s, b, n);
-  if (!out.built || scale_row != out.scale_row || shift_row != out.shift_row)
-    build_affine_pair(out, s, scale, shift, weight, bias, scale_row, shift_row);
+  if (out.built && scale_row == out.scale_row && shift_row == out.shift_row) return;
+  build_affine_pair(out, s, scale, shift, weight, bias, scale_row, shift_row);
+  to_pair_order(out.mul, s.D, order);
+  to_pair_order(out.add, s.D, order);
 }
 
 // Mean and 1 / deviation of a row, two-pass.
 struct Moments {
   float mean, inverse;
 };
-
-template <class S>
-MASKACCEL_INLINE float row_sum(const S* row, int64_t d) {
-  Sum sum = Sum::zero();
-  sweep(d, [&](int64_t i, auto part, auto chain) { sum.part[chain.k] = add(sum.part[chain.k], load(row + i, part)); });
-  return sum.total();
-}
-
-template <class S>
-MASKACCEL_INLINE float squares(const S* row, int64_t d, float mean) {
-  Sum sum = Sum::zero();
-  const V m = set1(mean);
-  sweep(d, [&](int64_t i, auto part, auto chain) {
-    const V c = keep(sub(load(row + i, part), m), part);
-    sum.part[chain.k] = fma(c, c, sum.part[chain.k]);
-  });
-  return sum.total();
-}
 
 MASKACCEL_INLINE float inverse_root(float mean_square, float eps) { return 1.0f / __builtin_sqrtf(mean_square + eps); }
 

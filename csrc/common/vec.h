@@ -14,6 +14,7 @@ namespace maskaccel {
 namespace MASKACCEL_ISA {
 
 #define MASKACCEL_INLINE static inline __attribute__((always_inline))
+#define MASKACCEL_OUTLINE static __attribute__((noinline, unused))
 
 // How much of a vector a loop step covers.
 struct Full {};
@@ -199,13 +200,9 @@ MASKACCEL_INLINE void stream_end() { _mm_sfence(); }
 
 typedef float V __attribute__((vector_size(32)));
 typedef int32_t VI __attribute__((vector_size(32)));
+typedef uint32_t VU __attribute__((vector_size(32)));
+typedef uint16_t VH __attribute__((vector_size(16)));
 
-template <class F>
-MASKACCEL_INLINE V each(F&& f) {
-  V out;
-  for (int i = 0; i < W; ++i) out[i] = f(i);
-  return out;
-}
 MASKACCEL_INLINE V set1(float v) { return V{v, v, v, v, v, v, v, v}; }
 MASKACCEL_INLINE V add(V a, V b) { return a + b; }
 MASKACCEL_INLINE V sub(V a, V b) { return a - b; }
@@ -225,12 +222,26 @@ MASKACCEL_INLINE V load(const float* p, Full) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <class T>
-MASKACCEL_INLINE V load(const T* p, Full) {
-  return each([&](int i) { return to_float(p[i]); });
+MASKACCEL_INLINE V load(const bf16* p, Full) {
+  VH u;
+  std::memcpy(&u, p, sizeof u);
+  return (V)(__builtin_convertvector(u, VU) << 16);
 }
-template <class T>
-MASKACCEL_INLINE void store(T* p, V v, Full) {
+MASKACCEL_INLINE void store(float* p, V v, Full) { std::memcpy(p, &v, sizeof v); }
+MASKACCEL_INLINE void store(bf16* p, V v, Full) {
+  const VU u = (VU)v;
+  VU r = u + 0x7fffu + ((u >> 16) & 1u);
+  r = v != v ? u | 0x400000u : r;
+  const VH h = __builtin_convertvector(r >> 16, VH);
+  std::memcpy(p, &h, sizeof h);
+}
+// One lane at a time, hence not inline: it would be copied into every loop.
+MASKACCEL_OUTLINE V load(const f16* p, Full) {
+  V out;
+  for (int i = 0; i < W; ++i) out[i] = to_float(p[i]);
+  return out;
+}
+MASKACCEL_OUTLINE void store(f16* p, V v, Full) {
   for (int i = 0; i < W; ++i) from_float(p + i, v[i]);
 }
 template <class T>
@@ -239,12 +250,10 @@ MASKACCEL_INLINE void stream(T* p, V v) {
 }
 MASKACCEL_INLINE V rounded(V v, float) { return v; }
 template <class T>
-MASKACCEL_INLINE V rounded(V v, T t) {
-  return each([&](int i) {
-    T narrow = t;
-    from_float(&narrow, v[i]);
-    return to_float(narrow);
-  });
+MASKACCEL_INLINE V rounded(V v, T) {
+  T narrow[W];
+  store(narrow, v, Full{});
+  return load(narrow, Full{});
 }
 MASKACCEL_INLINE void stream_end() {}
 #endif
@@ -255,20 +264,20 @@ MASKACCEL_INLINE V pow2(V n) {
   return mul(pow2_normal(half), pow2_normal(sub(n, half)));
 }
 MASKACCEL_INLINE V keep(V a, Full) { return a; }
-MASKACCEL_INLINE V keep(V a, Tail t) {
+MASKACCEL_OUTLINE V keep(V a, Tail t) {
   float tmp[W];
   store(tmp, a, Full{});
   for (int i = t.n; i < W; ++i) tmp[i] = 0.0f;
   return load(tmp, Full{});
 }
 template <class T>
-MASKACCEL_INLINE V load(const T* p, Tail t) {
+MASKACCEL_OUTLINE V load(const T* p, Tail t) {
   float tmp[W] = {};
   for (int i = 0; i < t.n; ++i) tmp[i] = to_float(p[i]);
   return load(tmp, Full{});
 }
 template <class T>
-MASKACCEL_INLINE void store(T* p, V v, Tail t) {
+MASKACCEL_OUTLINE void store(T* p, V v, Tail t) {
   float tmp[W];
   store(tmp, v, Full{});
   for (int i = 0; i < t.n; ++i) from_float(p + i, tmp[i]);
