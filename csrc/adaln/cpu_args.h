@@ -55,6 +55,7 @@ struct AdalnBackward : AdalnShape {
   void *dx = nullptr, *da = nullptr;
   Partial dgate, dscale, dshift, dscale2, dshift2, dweight, dbias, dpost;
   int64_t chunk = 0, chunks = 0;  // tokens of a chunk, chunks of a sample
+  bool past_cache = false;
 };
 
 // out[o, :] = sum of the partial slots of row o: samples first (if they share the row), then chunks, in order.

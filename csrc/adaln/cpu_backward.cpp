@@ -38,6 +38,8 @@ class Gradients {
         if (zero_when_empty_[i]) std::memset(out_[i].data(), 0, static_cast<size_t>(out_[i].bytes()));
       return;
     }
+    const int64_t row_bytes = s_.D * size_of(s_.dtype), outputs = (s_.dx != nullptr) + (s_.da != nullptr);
+    s_.past_cache = row_bytes % kLine == 0 && row_bytes * s_.B * s_.N * outputs >= (int64_t{8} << 20);
     const AdalnKernels& kernels = adaln_kernels();
     const int64_t grain = grain_for(s_.chunk * s_.D);
     parallel(s_.B * s_.chunks, grain, [&](int64_t begin, int64_t end) { kernels.backward(s_, begin, end); });

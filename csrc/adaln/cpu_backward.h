@@ -21,8 +21,12 @@ struct Adder {
     const int64_t slots = (until - 1) / p.group - from / p.group + 1;
     std::memset(base, 0, static_cast<size_t>(slots * D) * sizeof(float));
   }
+  // Where token n adds.
+  float* slot(int64_t n, int64_t from, int64_t D) const {
+    return to->data == nullptr ? nullptr : base + (n / to->group - from / to->group) * D;
+  }
   void at(int64_t n, int64_t from, int64_t D) {
-    if (to->data != nullptr) row = base + (n / to->group - from / to->group) * D;
+    row = slot(n, from, D);
   }
 };
 
@@ -162,7 +166,7 @@ inline bool build_gate_slope(float* slope, const char* row, const Modulation& m,
 }
 
 template <class T>
-void backward_chunks(const AdalnBackward& s, int64_t begin, int64_t end) {
+void backward_chunks_general(const AdalnBackward& s, int64_t begin, int64_t end) {
   const int64_t d = s.D, step = padded(d);
   float* memory = static_cast<float*>(scratch(static_cast<size_t>(step) * 11 * sizeof(float)));
   const auto take = [&] { return (memory += step) - step; };
@@ -232,6 +236,22 @@ void backward_chunks(const AdalnBackward& s, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+}  // namespace
+}  // namespace MASKACCEL_ISA
+}  // namespace maskaccel
+
+#include "cpu_backward_plain.h"
+
+namespace maskaccel {
+namespace MASKACCEL_ISA {
+namespace {
+
+template <class T>
+void backward_chunks(const AdalnBackward& s, int64_t begin, int64_t end) {
+  if (is_plain(s)) return backward_chunks_plain<T>(s, begin, end);
+  backward_chunks_general<T>(s, begin, end);
 }
 
 void backward(const AdalnBackward& s, int64_t begin, int64_t end) {

@@ -70,6 +70,11 @@ MASKACCEL_INLINE Two ordered(Two v, bf16) {
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   return {_mm512_permutex2var_ps(v.lo, even, v.hi), _mm512_permutex2var_ps(v.lo, odd, v.hi)};
 }
+MASKACCEL_INLINE Two natural(Two v, bf16) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {_mm512_permutex2var_ps(v.lo, low, v.hi), _mm512_permutex2var_ps(v.lo, high, v.hi)};
+}
 constexpr bool kReorders = true;
 
 #elif defined(__AVX2__)
@@ -105,11 +110,16 @@ MASKACCEL_INLINE Two ordered(Two v, bf16) {
   const auto fix = [](__m256 x) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8)); };
   return {fix(even), fix(odd)};
 }
+MASKACCEL_INLINE Two natural(Two v, bf16) {
+  const __m256 a = _mm256_unpacklo_ps(v.lo, v.hi), b = _mm256_unpackhi_ps(v.lo, v.hi);
+  return {_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)};
+}
 constexpr bool kReorders = true;
 
 #else
 constexpr bool kReorders = false;
 MASKACCEL_INLINE Two ordered(Two v, bf16) { return v; }
+MASKACCEL_INLINE Two natural(Two v, bf16) { return v; }
 #endif
 
 MASKACCEL_INLINE void to_pair_order(float*, int64_t, float) {}
@@ -117,6 +127,13 @@ MASKACCEL_INLINE void to_pair_order(float*, int64_t, f16) {}
 MASKACCEL_INLINE void to_pair_order(float* row, int64_t d, bf16 t) {
   if (!kReorders) return;
   for (int64_t i = 0; i + 2 * W <= d; i += 2 * W) store2(row + i, ordered(load2(row + i), t));
+}
+
+MASKACCEL_INLINE void to_natural_order(float*, int64_t, float) {}
+MASKACCEL_INLINE void to_natural_order(float*, int64_t, f16) {}
+MASKACCEL_INLINE void to_natural_order(float* row, int64_t d, bf16 t) {
+  if (!kReorders) return;
+  for (int64_t i = 0; i + 2 * W <= d; i += 2 * W) store2(row + i, natural(load2(row + i), t));
 }
 
 // two(i, Chain<0 or 2>) for whole pairs, one(i, Full | Tail, Chain<1>) for what is left, in natural order.
