@@ -7,9 +7,6 @@ set(MASKACCEL_CUDA_ARCHS "80;86;89;90a;100;120" CACHE STRING "GPU targets of the
 set(MASKACCEL_CUTLASS_INCLUDE "" CACHE PATH "CUTLASS headers")
 
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # the flags are spelled out below
-set(CMAKE_CUDA_STANDARD 17)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 
 set(cutlass_include "${MASKACCEL_CUTLASS_INCLUDE}")
@@ -50,4 +47,5 @@ target_sources(maskaccel PRIVATE
 target_include_directories(maskaccel SYSTEM PRIVATE "${cutlass_include}")
 target_compile_definitions(maskaccel PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:USE_CUDA>)
 target_compile_options(maskaccel PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
-set_target_properties(maskaccel PROPERTIES CUDA_VISIBILITY_PRESET hidden)
+set_target_properties(maskaccel PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
+                      CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)

@@ -1,4 +1,4 @@
-"""Random calls of every raw op, over the whole contract of the schemas; shared by the emulated and the GPU kernel tests.
+"""Random calls of every raw op, over the whole contract of the schemas; for the emulated and the GPU kernel tests.
 
 Needs torch alone, so that `benchmarks/gpu/run.py` can use it where pytest is not installed.
 """
@@ -217,6 +217,8 @@ def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tu
 def describe(args: tuple) -> str:
     """One line for a failure message."""
     return ", ".join(
-        f"{str(a.dtype).removeprefix('torch.')}{tuple(a.shape)}/{tuple(a.stride())}" if isinstance(a, Tensor) else repr(a)
+        f"{str(a.dtype).removeprefix('torch.')}{tuple(a.shape)}/{tuple(a.stride())}"
+        if isinstance(a, Tensor)
+        else repr(a)
         for a in args
     )

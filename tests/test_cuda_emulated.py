@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import cuda_emulator
 import pytest
 import torch
-
-import cuda_emulator
 from _numerics import assert_all_close_to_truth
 from _raw_cases import OPS, describe, draw, run_plain, wanted, widened
 

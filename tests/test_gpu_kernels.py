@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import maskaccel  # noqa: F401  (defines the ops, loads the library)
 from _numerics import assert_all_close_to_truth
 from _raw_cases import OPS, describe, draw, run_plain, wanted, widened
+
+import maskaccel  # noqa: F401  (defines the ops, loads the library)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +47,9 @@ def test_real_widths(op):
         _check(op, seed, torch.bfloat16, widths=REAL_WIDTHS)
 
 
-@pytest.mark.parametrize("op", ["norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward"])
+@pytest.mark.parametrize(
+    "op", ["norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward"]
+)
 def test_deterministic(op):
     """Two runs of a backward give the same bits."""
     args = draw(op, 7, torch.bfloat16, "cuda", widths=(3072,))

@@ -5,7 +5,7 @@
     python tools/check_cuda.py --archs 80,90a,120 --jobs 2 --json report.json
 
 Needs nvcc (not with --library) and cuobjdump (of the CUDA toolkit, or of the triton wheel); no GPU.
-Exit status: 0 all hot kernels clean, 1 a hot kernel spills or uses local memory, 2 something is missing or does not compile.
+Exit status: 0 all hot kernels clean, 1 a hot kernel spills or uses local memory, 2 something is missing or wrong.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def compile_command(source: Path, arch: str, output: Path, nvcc: str) -> list[st
     if cutlass is None:
         raise Missing("CUTLASS headers are not installed: pip install --no-deps -r requirements/cuda.txt")
     return [
-        nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-w", "-cubin", f"-arch=sm_{arch}", "--expt-relaxed-constexpr", "-DUSE_CUDA",
+        nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-w", "-cubin", f"-arch=sm_{arch}", "--expt-relaxed-constexpr",
+        "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", f"-I{torch / 'include'}",
         f"-I{cutlass / 'source' / 'include'}", "-o", str(output), str(source),
     ]  # fmt: skip
@@ -133,7 +134,9 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
         jobs = [(s, a, Path(folder), nvcc, cuobjdump) for s in sources for a in args.archs]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for job, (found, seconds) in zip(jobs, pool.map(_compile_and_read, jobs), strict=True):
-                print(f"  {job[0].relative_to(ROOT)} sm_{job[1]}: {len(found)} kernels, {seconds:.0f} s", file=sys.stderr)
+                print(
+                    f"  {job[0].relative_to(ROOT)} sm_{job[1]}: {len(found)} kernels, {seconds:.0f} s", file=sys.stderr
+                )
                 kernels += found
     return kernels
 
@@ -141,12 +144,13 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--archs", type=lambda s: re.split("[,;]", s), default=["80", "90a"], help="targets, such as 80,90a")
+    parser.add_argument("--archs", nargs="+", default=["80", "90a"], help="targets, such as 80 90a or 80,90a")
     parser.add_argument("--library", type=Path, help="read a built library instead of compiling")
     parser.add_argument("--only", help="only sources whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write the table as JSON too")
     args = parser.parse_args()
+    args.archs = [arch for word in args.archs for arch in re.split("[,;]", word) if arch]
     try:
         kernels = collect(args)
     except Missing as e:
@@ -162,7 +166,9 @@ def main() -> int:
     print(f"{'arch':8} {'kernel':{width}} {'regs':>5} {'stack':>6} {'local':>6} {'shared':>7}")
     for k in sorted(kernels, key=lambda k: (k["arch"], k["name"])):
         mark = "" if k["clean"] else ("  SPILLS" if k["hot"] else "  (general kernel)")
-        print(f"{k['arch']:8} {k['name']:{width}} {k['registers']:5} {k['stack']:6} {k['local']:6} {k['shared']:7}{mark}")
+        print(
+            f"{k['arch']:8} {k['name']:{width}} {k['registers']:5} {k['stack']:6} {k['local']:6} {k['shared']:7}{mark}"
+        )
     bad = [k for k in kernels if k["hot"] and not k["clean"]]
     hot = [k for k in kernels if k["hot"]]
     print(f"{len(kernels)} kernels, {len(hot)} hot, {len(bad)} of them with spills or local memory")

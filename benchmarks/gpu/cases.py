@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures: ops at shapes of real models, each with its plain-torch form and its least traffic."""
+"""What the GPU benchmark measures: ops at shapes of real models, with the plain-torch form and the least traffic of each."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Case:
         passes: Activation-sized tensors read or written at least once; times their bytes it is the least traffic.
         operands: `(device, dtype) -> arguments of the raw op`.
         eager: Plain torch on the arguments of the raw op (forward ops).
-        graph: For a backward op: `arguments -> (outputs, inputs, gradients)` for `torch.autograd.grad`; takes a function
-            that may be compiled as its second argument.
+        graph: For a backward op: `arguments -> (outputs, inputs, gradients)` for `torch.autograd.grad`; its
+            second argument is the function to run, which may be compiled.
     """
 
     op: str
@@ -136,7 +136,12 @@ def all_cases(tiny: bool) -> list[Case]:
     """Every case; `tiny` shapes walk the same code without a GPU."""
     if tiny:
         return [*adaln_cases("tiny", (2, 8, 64)), qk_case("tiny", (1, 8, 2, 16))]
-    shapes = {"target": (8, 4096, 3072), "FLUX": (1, 4608, 3072), "Wan 14B 480p": (1, 32760, 5120), "SD3.5-L": (2, 4429, 2432)}
+    shapes = {
+        "target": (8, 4096, 3072),
+        "FLUX": (1, 4608, 3072),
+        "Wan 14B 480p": (1, 32760, 5120),
+        "SD3.5-L": (2, 4429, 2432),
+    }
     heads = {"target": (8, 4096, 24, 128), "FLUX": (1, 4608, 24, 128), "Wan 14B 480p": (1, 32760, 40, 128),
              "SD3.5-L": (2, 4429, 38, 64)}  # fmt: skip
     cases = [case for model, shape in shapes.items() for case in adaln_cases(model, shape)]

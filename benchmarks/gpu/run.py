@@ -1,10 +1,10 @@
 """Correctness and speed of the CUDA and Triton kernels on this machine's GPU.
 
-    python benchmarks/gpu/run.py                  every op against fp64, then the benchmarks; JSON into benchmarks/results/
+    python benchmarks/gpu/run.py                  every op against fp64, then benchmarks; JSON into benchmarks/results/
     python benchmarks/gpu/run.py --correctness    the first half alone
     python benchmarks/gpu/run.py --dry-run        all steps at tiny shapes on the CPU, to test this script
 
-Needs Python, torch and (for those kernels) Triton; the CUDA kernels come from the prebuilt maskaccel/lib/libmaskaccel.so.
+Needs Python, torch and (for those kernels) Triton; the CUDA kernels come from a prebuilt maskaccel/lib/libmaskaccel.so.
 Exit status: 0 good, 1 a kernel is wrong (it is not timed), 3 no GPU.
 """
 
@@ -71,8 +71,9 @@ def fingerprint(device: str) -> dict[str, Any]:
 
 def kernels(device: str) -> dict[str, Callable[[str], Any | None]]:
     """For each backend: raw op by name, or None where the backend has no kernel for it here."""
-    import maskaccel.ops  # noqa: F401  (defines the ops)
     from _raw_cases import plain
+
+    import maskaccel.ops  # noqa: F401  (defines the ops)
 
     key = "CUDA" if device == "cuda" else "CPU"
 
@@ -124,6 +125,7 @@ class Timer:
         self.cuda = device == "cuda"
 
     def __call__(self, run: Callable[[], Any], calls: int) -> float:
+        """Mean of `calls` calls in a row."""
         if not self.cuda:
             begin = time.perf_counter()
             for _ in range(calls):
@@ -236,7 +238,9 @@ def main() -> int:
     parser.add_argument("--correctness", action="store_true", help="check, do not time")
     parser.add_argument("--seeds", type=int, default=45, help="random calls per op in the check")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per case")
-    parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/gpu-<device>.json; none for a dry run)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file (default benchmarks/results/gpu-<device>.json; none for a dry run)"
+    )
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         print("make gpu: no CUDA device (torch.cuda.is_available() is false); nothing was run")

@@ -116,22 +116,23 @@ __device__ __forceinline__ Floats gate_values(const Common& c, const Modulation&
   return v;
 }
 
-/// Affine part of a norm on normalised values, with the roundings of the law. `w`, `b` may be null.
+/// Affine part of a norm on normalised values, with the roundings of the law.
 template <typename T>
-__device__ __forceinline__ void affine_values(const Floats* w, const Floats* b, float plus, bool layer, Law law, Floats& v) {
+__device__ __forceinline__ void affine_values(bool has_w, const Floats& w, bool has_b, const Floats& b, float plus, bool layer,
+                                              Law law, Floats& v) {
   const bool inside = !law.narrow || layer;  // LayerNorm applies its affine before it rounds
   if (!inside) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) v[i] = round_to<T>(v[i]);
   }
-  if (w != nullptr) {
+  if (has_w) {
     const bool round_sum = law.weight && !inside && plus != 0.f;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) v[i] = round_if<T>(v[i] * round_if<T>((*w)[i] + plus, round_sum), !inside);
+    for (int i = 0; i < kVec; ++i) v[i] = round_if<T>(v[i] * round_if<T>(w[i] + plus, round_sum), !inside);
   }
-  if (b != nullptr) {
+  if (has_b) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) v[i] = round_if<T>(v[i] + (*b)[i], !inside);
+    for (int i = 0; i < kVec; ++i) v[i] = round_if<T>(v[i] + b[i], !inside);
   }
   if (law.narrow && inside) {
 #pragma unroll
@@ -142,11 +143,10 @@ __device__ __forceinline__ void affine_values(const Floats* w, const Floats* b, 
 template <typename T, bool kFast>
 __device__ __forceinline__ void affine(const Common& c, const Vector& weight, const Vector& bias, bool layer, int d, Law law,
                                        Floats& v) {
-  Floats w, b;
+  Floats w = zeros(), b = zeros();
   if (weight.data != nullptr) w = load_operand<T>(weight.data, 0, c.weight_wide, d, c.width, kFast || weight.vec);
   if (bias.data != nullptr) b = load_operand<T>(bias.data, 0, c.weight_wide, d, c.width, kFast || bias.vec);
-  affine_values<T>(weight.data != nullptr ? &w : nullptr, bias.data != nullptr ? &b : nullptr, c.weight_offset(), layer, law,
-                   v);
+  affine_values<T>(weight.data != nullptr, w, bias.data != nullptr, b, c.weight_offset(), layer, law, v);
 }
 
 /// Normalises, keeping zeros past the end of the row.

@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kQkThreads) qk_head_kernel(const __grid_consta
       normalise_lane(v, map, stats, active);
       T* out = static_cast<T*>(side.out) + (row * side.heads + h) * p.head_dim;
       if constexpr (!kBackward) {
-        affine_values<T>(side.weight != nullptr ? &w : nullptr, side.bias != nullptr ? &bias : nullptr, plus, layer, law, v);
+        affine_values<T>(side.weight != nullptr, w, side.bias != nullptr, bias, plus, layer, law, v);
         if (p.cos != nullptr) rotate(v, rotation, half, false);
         store_lane(out, map, side.vec, active, to_pack<T>(v));
       } else {
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kQkRowThreads) qk_row_kernel(const __grid_cons
       if constexpr (!kBackward) {
         Floats bias = zeros();
         if (side.bias != nullptr) bias = load_weight<T>(p, side.bias, weight_at, map, side.bias_vec, active);
-        affine_values<T>(side.weight != nullptr ? &w : nullptr, side.bias != nullptr ? &bias : nullptr, plus, layer, law, v[s]);
+        affine_values<T>(side.weight != nullptr, w, side.bias != nullptr, bias, plus, layer, law, v[s]);
         if (p.cos != nullptr) rotate(v[s], rotation, half, false);
         store_lane(out, map, side.vec, active, to_pack<T>(v[s]));
       } else {

@@ -9,8 +9,6 @@
 #ifdef MASKACCEL_EMULATE
 #define MASKACCEL_CUDA_LIBRARY(function) STABLE_TORCH_LIBRARY_IMPL(maskaccel_emulated, CPU, m) { function(m); }
 #else
-// Lives in libtorch_cuda. Weak, so that the library also loads where torch has no CUDA.
-#pragma weak aoti_torch_get_current_cuda_stream
 #define MASKACCEL_CUDA_LIBRARY(function)                          \
   STABLE_TORCH_LIBRARY_IMPL(maskaccel, CUDA, m) { function(m); }  \
   STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CUDA, m) { function(m); }
@@ -34,11 +32,8 @@ class Call {
     MASKACCEL_SHIM(aoti_torch_get_device_index(first.handle, &device_));
 #ifndef MASKACCEL_EMULATE
     check(device_type_ == aoti_torch_device_type_cuda(), first.name, " must be a CUDA tensor");
-    check(&aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     MASKACCEL_SHIM(aoti_torch_create_device_guard(device_, &guard_));
-    void* stream = nullptr;
-    MASKACCEL_SHIM(aoti_torch_get_current_cuda_stream(device_, &stream));
-    stream_ = static_cast<Stream>(stream);
+    stream_ = current_stream(device_);
 #endif
   }
   Call(const Call&) = delete;

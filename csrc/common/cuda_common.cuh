@@ -229,6 +229,8 @@ struct DeviceInfo {
 };
 
 DeviceInfo device_info(int device);
+/// Torch's current stream of a device.
+Stream current_stream(int device);
 void check_launch(const char* op);
 void set_shared_limit(const void* kernel, int bytes);
 

@@ -1,4 +1,6 @@
 // Device properties and launch errors. The CUDA runtime is linked statically and shares torch's primary context.
+#include <dlfcn.h>
+
 #include <mutex>
 #include <torch/headeronly/util/Exception.h>
 
@@ -13,6 +15,7 @@ DeviceInfo device_info(int) {
   const char* shared = std::getenv("MASKACCEL_EMULATE_SHARED");
   return DeviceInfo{1, shared != nullptr ? std::atoi(shared) : 96 * 1024};
 }
+Stream current_stream(int) { return nullptr; }
 void check_launch(const char*) {}
 void set_shared_limit(const void*, int) {}
 
@@ -38,6 +41,25 @@ DeviceInfo device_info(int device) {
     known[device] = info;
   });
   return known[device];
+}
+
+// Asked of the loaded libtorch_cuda by name. Linking it would keep this library from loading on a CPU-only torch, and a weak
+// symbol would stay null on every torch: libtorch_cuda is neither in the global scope nor among our dependencies.
+Stream current_stream(int device) {
+  using Getter = int32_t (*)(int32_t, void**);
+  static const Getter getter = [] {
+    constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+    void* symbol = dlsym(RTLD_DEFAULT, kName);
+    if (symbol == nullptr) {
+      void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+      if (library != nullptr) symbol = dlsym(library, kName);
+    }
+    return reinterpret_cast<Getter>(symbol);
+  }();
+  STD_TORCH_CHECK(getter != nullptr, "torch has no CUDA library loaded (libtorch_cuda.so)");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(getter(device, &stream) == 0, "torch gives no CUDA stream for device ", device);
+  return static_cast<Stream>(stream);
 }
 
 void check_launch(const char* op) {
