@@ -89,7 +89,7 @@ lint: $(VENV)/.lint
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --quiet
 
-inspect: $(VENV)/.base
+inspect: $(VENV)/.base $(VENV)/.cuda
 	$(PY) csrc/inspect/build.py
 
 clean:

@@ -85,7 +85,9 @@ def test_runner_checks_and_times_every_provider(name, backward):
 
 def test_kernel_backends_are_the_default_providers():
     op = OPS["gate_residual"]
-    case = runner.run_case(op, TINY["gate_residual"], torch.float32, CPU, compiled=False, settings=QUICK, progress=False)
+    case = runner.run_case(
+        op, TINY["gate_residual"], torch.float32, CPU, compiled=False, settings=QUICK, progress=False
+    )
     ours = {name for name in case.timings if name.startswith(runner.OURS)}
     assert ours == {runner.OURS + name for name in runner.backends_for(CPU, torch.float32)}
     assert "reference" not in runner.backends_for(CPU, torch.float32)

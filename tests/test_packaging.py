@@ -58,7 +58,18 @@ def source(tmp_path):
 
 def _build(source: Path, out: Path, *, path: str = "", **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment, "PATH": path + os.environ["PATH"]}
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(out),
+        str(source),
+    ]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
