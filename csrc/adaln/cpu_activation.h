@@ -77,7 +77,7 @@ void activation_rows(const GatedActivation& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
     T* const y = static_cast<T*>(a.out) + row * m;
     V unused;
-    sweep(m, [&](int64_t i, auto part, auto) {
+    sweep(m, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
       if constexpr (KIND == kGeluTanh) {
         store(y + i, activate<KIND, false>(load(x + i, part), unused), part);
       } else {
@@ -95,7 +95,7 @@ void activation_backward_rows(const GatedActivation& a, int64_t begin, int64_t e
     const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
     const T* dy = static_cast<const T*>(a.dy) + row * a.stride_dy;
     T* const dx = static_cast<T*>(a.out) + row * full;
-    sweep(m, [&](int64_t i, auto part, auto) {
+    sweep(m, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
       V slope;
       const V g = load(dy + i, part);
       if constexpr (KIND == kGeluTanh) {
@@ -112,7 +112,7 @@ void activation_backward_rows(const GatedActivation& a, int64_t begin, int64_t e
 
 template <class T>
 void activation_of(const GatedActivation& a, int64_t begin, int64_t end, bool backward) {
-  const auto run = [&](auto kind) {
+  const auto run = [&](auto kind) MASKACCEL_HOT {
     constexpr int k = decltype(kind)::k;
     backward ? activation_backward_rows<T, k>(a, begin, end) : activation_rows<T, k>(a, begin, end);
   };

@@ -38,7 +38,7 @@ MASKACCEL_INLINE void norm_sums(const AdalnBackward& s, const T* x, const T* dy,
   Sum plain = Sum::zero(), product = Sum::zero();
   const V mean = set1(m.mean), inverse = set1(m.inverse);
   const bool affine = weight != nullptr || bias != nullptr;
-  sweep(s.D, [&](int64_t i, auto part, auto chain) {
+  sweep(s.D, [&](int64_t i, auto part, auto chain) MASKACCEL_HOT {
     const V t = mul(sub(load(x + i, part), mean), inverse);
     V n = t;
     if (affine) {
@@ -69,7 +69,7 @@ MASKACCEL_INLINE void affine_sums(const T* x, float* keep_g, int64_t d, Moments 
                                   float* dbias, float& plain_out, float& product_out) {
   Sum plain = Sum::zero(), product = Sum::zero();
   const V mean = set1(m.mean), inverse = set1(m.inverse);
-  sweep(d, [&](int64_t i, auto part, auto chain) {
+  sweep(d, [&](int64_t i, auto part, auto chain) MASKACCEL_HOT {
     const V t = mul(sub(load(x + i, part), mean), inverse);
     V dn = load(keep_g + i, part);
     if (dweight != nullptr) store(dweight + i, fma(dn, t, load(dweight + i, part)), part);
@@ -90,7 +90,7 @@ template <class T>
 MASKACCEL_INLINE void norm_dx(const T* x, const T* dr, float* keep_g, T* dx, int64_t d, Moments m, float mean_plain,
                               float mean_product) {
   const V mean = set1(m.mean), inverse = set1(m.inverse), p = set1(mean_plain), q = set1(mean_product);
-  sweep(d, [&](int64_t i, auto part, auto) {
+  sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     const V t = mul(sub(load(x + i, part), mean), inverse);
     V g = mul(sub(sub(load(keep_g + i, part), p), mul(t, q)), inverse);
     if (dr != nullptr) g = add(g, load(dr + i, part));
@@ -103,7 +103,7 @@ MASKACCEL_INLINE void norm_dx(const T* x, const T* dr, float* keep_g, T* dx, int
 template <class T>
 MASKACCEL_INLINE void gate_backward(const T* a, const float* g_row, T* da, int64_t d, const float* gate, const float* slope,
                                     float* dgate) {
-  sweep(d, [&](int64_t i, auto part, auto) {
+  sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     const V g = load(g_row + i, part);
     if (da != nullptr) store(da + i, gate != nullptr ? mul(g, load(gate + i, part)) : g, part);
     if (dgate != nullptr) {
@@ -122,7 +122,7 @@ MASKACCEL_INLINE void gate_backward_post(const T* a, float* g_row, T* da, const 
   const Moments m = moments(a, d, !layer, s.post_eps);
   const V mean = set1(m.mean), inverse = set1(m.inverse);
   Sum plain = Sum::zero(), product = Sum::zero();
-  sweep(d, [&](int64_t i, auto part, auto chain) {
+  sweep(d, [&](int64_t i, auto part, auto chain) MASKACCEL_HOT {
     const V t = mul(sub(load(a + i, part), mean), inverse);
     V g = load(g_row + i, part);
     if (dgate != nullptr) {
@@ -140,7 +140,7 @@ MASKACCEL_INLINE void gate_backward_post(const T* a, float* g_row, T* da, const 
   if (da == nullptr) return;
   const float n = static_cast<float>(d);
   const V p = set1(layer ? plain.total() / n : 0.0f), q = set1(product.total() / n);
-  sweep(d, [&](int64_t i, auto part, auto) {
+  sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     const V t = mul(sub(load(a + i, part), mean), inverse);
     store(da + i, mul(sub(sub(load(g_row + i, part), p), mul(t, q)), inverse), part);
   });
@@ -217,7 +217,7 @@ void backward_chunks_general(const AdalnBackward& s, int64_t begin, int64_t end)
                   norm == kNormNone ? 0.0f : product / size);
         }
       } else {
-        sweep(d, [&](int64_t i, auto part, auto) { store(keep_g + i, load(dr + i, part), part); });
+        sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT { store(keep_g + i, load(dr + i, part), part); });
       }
       if (!gated) continue;
       const T* const a = row_at(s.a);
@@ -277,7 +277,7 @@ void reduce(const AdalnReduce& r, int64_t begin, int64_t end) {
       for (int64_t c = first; c * r.chunk < end_token; ++c) {
         const int64_t slot = b * r.per_sample + c * r.per_chunk + row - c * r.chunk / r.group;
         const float* const from = r.partial + slot * r.D;
-        sweep(r.D, [&](int64_t i, auto part, auto) { store(out + i, add(load(out + i, part), load(from + i, part)), part); });
+        sweep(r.D, [&](int64_t i, auto part, auto) MASKACCEL_HOT { store(out + i, add(load(out + i, part), load(from + i, part)), part); });
       }
     }
   }

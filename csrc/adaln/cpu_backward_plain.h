@@ -31,7 +31,7 @@ template <class T, int R>
 MASKACCEL_INLINE void plain_sums(PlainToken<T>* tokens, const PlainShared& s, int64_t d, int norm) {
   Sum plain[R], product[R];
   for (int r = 0; r < R; ++r) plain[r] = product[r] = Sum::zero();
-  const auto step = [&](const V* x, const V* dy, int64_t i, auto part, auto chain) {
+  const auto step = [&](const V* x, const V* dy, int64_t i, auto part, auto chain) MASKACCEL_HOT {
     const V m = load(s.mul + i, part);
     V shift = set1(0.0f), scale = set1(0.0f);
     for (int r = 0; r < R; ++r) {
@@ -46,7 +46,7 @@ MASKACCEL_INLINE void plain_sums(PlainToken<T>* tokens, const PlainShared& s, in
   };
   sweep2(
       d,
-      [&](int64_t i, auto chain) {
+      [&](int64_t i, auto chain) MASKACCEL_HOT {
         V x[2][R], dy[2][R];
         for (int r = 0; r < R; ++r) {
           const Two vx = load2(tokens[r].x + i), vy = load2(tokens[r].dy + i);
@@ -55,7 +55,7 @@ MASKACCEL_INLINE void plain_sums(PlainToken<T>* tokens, const PlainShared& s, in
         step(x[0], dy[0], i, Full{}, chain);
         step(x[1], dy[1], i + W, Full{}, Chain<decltype(chain)::k + 1>{});
       },
-      [&](int64_t i, auto part, auto chain) {
+      [&](int64_t i, auto part, auto chain) MASKACCEL_HOT {
         V x[R], dy[R];
         for (int r = 0; r < R; ++r) x[r] = load(tokens[r].x + i, part), dy[r] = load(tokens[r].dy + i, part);
         step(x, dy, i, part, chain);
@@ -71,17 +71,17 @@ MASKACCEL_INLINE void plain_sums(PlainToken<T>* tokens, const PlainShared& s, in
 template <class T, int R>
 MASKACCEL_INLINE void plain_gradients(const PlainToken<T>* tokens, const PlainShared& s, int64_t d, bool past) {
   const bool gated = tokens[0].a != nullptr, residual = tokens[0].dr != nullptr;
-  const auto gradient = [&](const PlainToken<T>& k, V x, V dy, V m) {
+  const auto gradient = [&](const PlainToken<T>& k, V x, V dy, V m) MASKACCEL_HOT {
     const V t = mul(sub(x, k.mean), k.inverse);
     return mul(sub(sub(mul(dy, m), k.mean_plain), mul(t, k.mean_product)), k.inverse);
   };
-  const auto add_gate = [&](V sum, int64_t i, auto part) {
+  const auto add_gate = [&](V sum, int64_t i, auto part) MASKACCEL_HOT {
     if (s.slope != nullptr) sum = mul(sum, load(s.slope + i, part));
     store(s.dgate + i, add(load(s.dgate + i, part), sum), part);
   };
   sweep2(
       d,
-      [&](int64_t i, auto) {
+      [&](int64_t i, auto) MASKACCEL_HOT {
         const V m0 = load(s.mul + i, Full{}), m1 = load(s.mul + i + W, Full{});
         V gate0 = set1(0.0f), gate1 = set1(0.0f);
         for (int r = 0; r < R; ++r) {
@@ -107,7 +107,7 @@ MASKACCEL_INLINE void plain_gradients(const PlainToken<T>* tokens, const PlainSh
         add_gate(gate0, i, Full{});
         add_gate(gate1, i + W, Full{});
       },
-      [&](int64_t i, auto part, auto) {
+      [&](int64_t i, auto part, auto) MASKACCEL_HOT {
         const V m = load(s.mul + i, part);
         V gate = set1(0.0f);
         for (int r = 0; r < R; ++r) {

@@ -25,13 +25,13 @@ template <class T, class S, class F>
 MASKACCEL_INLINE void map_row(const S* row, T* y, int64_t d, bool past, Ahead<T> next, F&& f) {
   sweep2(
       d,
-      [&](int64_t i, auto) {
+      [&](int64_t i, auto) MASKACCEL_HOT {
         fetch(next.x, i);
         fetch(next.a, i);
         const Two v = load2(row + i);
         put2(y + i, Two{f(v.lo, i, Full{}), f(v.hi, i + W, Full{})}, past);
       },
-      [&](int64_t i, auto part, auto) { put(y + i, f(load(row + i, part), i, part), part, past); });
+      [&](int64_t i, auto part, auto) MASKACCEL_HOT { put(y + i, f(load(row + i, part), i, part), part, past); });
 }
 
 // y = t * mul + add, t = (row - mean) * inverse
@@ -39,7 +39,7 @@ template <class T, class S>
 MASKACCEL_INLINE void modulate(const S* row, T* y, int64_t d, Moments m, const Affine& f, bool past, Ahead<T> next) {
   const V mean = set1(m.mean), inverse = set1(m.inverse), start = set1(-m.mean * m.inverse);
   const float *mul_row = f.mul, *add_row = f.add;
-  map_row(row, y, d, past, next, [&](V v, int64_t i, auto part) {
+  map_row(row, y, d, past, next, [&](V v, int64_t i, auto part) MASKACCEL_HOT {
     // One operation where the result is rounded to 16 bits anyway; fp32 keeps the form that does not lose to a large mean.
     const V t = dtype_of<T> == Dtype::f32 ? mul(sub(v, mean), inverse) : fma(v, inverse, start);
     return fma(t, load(mul_row + i, part), load(add_row + i, part));
@@ -52,7 +52,7 @@ MASKACCEL_INLINE void modulate_narrow(const S* row, T* y, int64_t d, Moments m, 
                                       const float* bias, bool layer, bool round_product, bool past, Ahead<T> next) {
   const V mean = set1(m.mean), inverse = set1(m.inverse);
   const float *mul_row = f.mul, *add_row = f.add;
-  map_row(row, y, d, past, next, [&](V v, int64_t i, auto part) {
+  map_row(row, y, d, past, next, [&](V v, int64_t i, auto part) MASKACCEL_HOT {
     V n = mul(sub(v, mean), inverse);
     if (layer) {
       if (weight != nullptr) n = mul(n, load(weight + i, part));
@@ -73,13 +73,13 @@ MASKACCEL_INLINE void modulate_narrow(const S* row, T* y, int64_t d, Moments m, 
 template <class T, class F>
 MASKACCEL_INLINE float residual_of(const T* x, const T* a, T* r, float* keep_row, int64_t d, bool clip, bool past, F&& f) {
   Sum sum = Sum::zero();
-  const auto value = [&](V vx, V va, int64_t i, auto part) {
+  const auto value = [&](V vx, V va, int64_t i, auto part) MASKACCEL_HOT {
     const V v = f(vx, va, i, part);
     return clip ? vmin(set1(65504.0f), vmax(set1(-65504.0f), v)) : v;
   };
   sweep2(
       d,
-      [&](int64_t i, auto chain) {
+      [&](int64_t i, auto chain) MASKACCEL_HOT {
         const Two vx = load2(x + i), va = load2(a + i);
         const Two v{value(vx.lo, va.lo, i, Full{}), value(vx.hi, va.hi, i + W, Full{})};
         const Two stored = put2(r != nullptr ? r + i : nullptr, v, past);
@@ -88,7 +88,7 @@ MASKACCEL_INLINE float residual_of(const T* x, const T* a, T* r, float* keep_row
         sum.part[chain.k] = add(sum.part[chain.k], stored.lo);
         sum.part[chain.k + 1] = add(sum.part[chain.k + 1], stored.hi);
       },
-      [&](int64_t i, auto part, auto chain) {
+      [&](int64_t i, auto part, auto chain) MASKACCEL_HOT {
         const V v = value(load(x + i, part), load(a + i, part), i, part);
         if (r != nullptr) put(r + i, v, part, past);
         if (keep_row == nullptr) return;
@@ -106,7 +106,7 @@ MASKACCEL_INLINE float residual_general(const T* x, const T* a, T* r, float* kee
   const V mean = set1(m.mean), inverse = set1(m.inverse);
   const bool narrow = s.flags & kNarrow, layer = (s.flags & kPostMask) == kPostLayer, norm = s.flags & kPostMask;
   const bool round_product = narrow && gate != nullptr && s.mod_dtype == s.dtype;
-  return residual_of(x, a, r, keep_row, s.D, s.flags & kClip, s.past_cache, [&](V vx, V p, int64_t i, auto part) {
+  return residual_of(x, a, r, keep_row, s.D, s.flags & kClip, s.past_cache, [&](V vx, V p, int64_t i, auto part) MASKACCEL_HOT {
     if (norm) {
       p = mul(sub(p, mean), inverse);
       if (narrow && !layer) p = rounded(p, T{});
@@ -172,7 +172,7 @@ void forward_rows(const AdalnForward& s, int64_t begin, int64_t end) {
       float* const kept = s.y != nullptr ? keep_row : nullptr;
       if (simple_gate) {
         sum = residual_of(x, a, r, kept, d, s.flags & kClip, s.past_cache,
-                          [&](V vx, V va, int64_t i, auto part) { return fma(load(gate + i, part), va, vx); });
+                          [&](V vx, V va, int64_t i, auto part) MASKACCEL_HOT { return fma(load(gate + i, part), va, vx); });
       } else {
         const Moments m = post_norm ? moments(a, d, !post_layer, s.post_eps) : Moments{0.0f, 1.0f};
         sum = residual_general(x, a, r, kept, s, s.gate.present() ? gate : nullptr, post, m);

@@ -26,7 +26,7 @@ MASKACCEL_INLINE const char* row_of(const Modulation& m, const AdalnShape& s, in
 inline void combine(float* out, const char* row, const void* table, const AdalnShape& s, float neither) {
   const bool narrow = s.flags & kNarrow;
   const Source value{row, s.mod_dtype}, extra{table, s.mod_dtype};
-  sweep(s.D, [&](int64_t i, auto part, auto) {
+  sweep(s.D, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     V v = set1(neither);
     if (row != nullptr) v = load(value, i, part);
     if (table != nullptr) {
@@ -65,7 +65,7 @@ inline void build_gate(float* out, const char* row, const Modulation& m, const A
 // out = weight + offset, or bias, in fp32; rounded to the weight's dtype where eager would
 inline void build_affine(float* out, const void* vector, float plus, float absent, const AdalnShape& s, bool round_sum) {
   const Source src{vector, s.affine_dtype};
-  sweep(s.D, [&](int64_t i, auto part, auto) {
+  sweep(s.D, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     V v = set1(absent);
     if (vector != nullptr) {
       v = load(src, i, part);
@@ -96,7 +96,7 @@ inline void build_affine_pair(Affine& out, const AdalnShape& s, const Modulation
   float* const mul_out = out.mul;
   float* const add_out = out.add;
   const bool has_scale = scale_row != nullptr || scale.table != nullptr;
-  sweep(s.D, [&](int64_t i, auto part, auto) {
+  sweep(s.D, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     V m = set1(1.0f);
     if (has_scale) {
       m = scale_row != nullptr ? load(sv, i, part) : load(st, i, part);

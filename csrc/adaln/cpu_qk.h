@@ -29,7 +29,7 @@ inline void build_rotation(float* cos, float* sin, const QkNormRope& s, int64_t 
   };
   const int64_t cs = s.cos_stride[3], ns = s.sin_stride[3];
   if (!each_pair && cs == 1 && ns == 1) {
-    sweep(d, [&](int64_t i, auto part, auto) {
+    sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
       store(cos + i, load(c, i, part), part);
       store(sin + i, load(n, i, part), part);
     });
@@ -74,14 +74,14 @@ template <class T>
 MASKACCEL_INLINE void head_general(const T* x, T* out, int64_t d, const HeadNorm& h, const float* cos, const float* sin,
                                    bool by_half, float* buffer, bool past) {
   if (cos == nullptr) {
-    sweep(d, [&](int64_t i, auto part, auto) { put(out + i, normed<T>(load(x + i, part), i, part, h), part, past); });
+    sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT { put(out + i, normed<T>(load(x + i, part), i, part, h), part, past); });
     return;
   }
-  sweep(d, [&](int64_t i, auto part, auto) { store(buffer + i, normed<T>(load(x + i, part), i, part, h), part); });
+  sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT { store(buffer + i, normed<T>(load(x + i, part), i, part, h), part); });
   if (by_half) {
     const int64_t half = d / 2;
     const auto turn = [&](int64_t from, int64_t pair) {
-      sweep(half, [&](int64_t i, auto part, auto) {
+      sweep(half, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
         const V v = mul(load(buffer + from + i, part), load(cos + from + i, part));
         store(out + from + i, fma(load(buffer + pair + i, part), load(sin + from + i, part), v), part);
       });
@@ -89,7 +89,7 @@ MASKACCEL_INLINE void head_general(const T* x, T* out, int64_t d, const HeadNorm
     turn(0, half);
     turn(half, 0);
   } else {
-    sweep(d, [&](int64_t i, auto part, auto) {
+    sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
       const V n = load(buffer + i, part);
       put(out + i, fma(swap_pairs(n), load(sin + i, part), mul(n, load(cos + i, part))), part, past);
     });
@@ -228,16 +228,16 @@ void qk_forward(const QkNormRope& s, int which, int64_t begin, int64_t end) {
 template <class T>
 MASKACCEL_INLINE void unrotate(const T* dy, float* dn, int64_t d, const float* cos, const float* sin, bool by_half) {
   if (cos == nullptr) {
-    sweep(d, [&](int64_t i, auto part, auto) { store(dn + i, load(dy + i, part), part); });
+    sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT { store(dn + i, load(dy + i, part), part); });
   } else if (by_half) {
     const int64_t half = d / 2;
-    sweep(half, [&](int64_t i, auto part, auto) {
+    sweep(half, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
       const V lo = load(dy + i, part), hi = load(dy + half + i, part);
       store(dn + i, fma(hi, load(sin + half + i, part), mul(lo, load(cos + i, part))), part);
       store(dn + half + i, fma(lo, load(sin + i, part), mul(hi, load(cos + half + i, part))), part);
     });
   } else {
-    sweep(d, [&](int64_t i, auto part, auto) {
+    sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
       const V g = load(dy + i, part);
       store(dn + i, add(mul(g, load(cos + i, part)), swap_pairs(mul(g, load(sin + i, part)))), part);
     });
@@ -253,7 +253,7 @@ MASKACCEL_INLINE HeadSums head_sums(const T* x, float* dn, int64_t d, Moments m,
                                     float* dbias) {
   Sum plain = Sum::zero(), product = Sum::zero();
   const V mean = set1(m.mean), inverse = set1(m.inverse);
-  sweep(d, [&](int64_t i, auto part, auto chain) {
+  sweep(d, [&](int64_t i, auto part, auto chain) MASKACCEL_HOT {
     const V t = mul(sub(load(x + i, part), mean), inverse);
     V g = load(dn + i, part);
     if (dweight != nullptr) store(dweight + i, fma(g, t, load(dweight + i, part)), part);
@@ -272,7 +272,7 @@ MASKACCEL_INLINE HeadSums head_sums(const T* x, float* dn, int64_t d, Moments m,
 template <class T>
 MASKACCEL_INLINE void head_dx(const T* x, const float* dn, T* dx, int64_t d, Moments m, float mean_plain, float mean_product) {
   const V mean = set1(m.mean), inverse = set1(m.inverse), p = set1(mean_plain), q = set1(mean_product);
-  sweep(d, [&](int64_t i, auto part, auto) {
+  sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     const V t = mul(sub(load(x + i, part), mean), inverse);
     const V g = sub(sub(load(dn + i, part), p), mul(t, q));
     store(dx + i, mul(g, inverse), part);

@@ -14,6 +14,8 @@ namespace maskaccel {
 namespace MASKACCEL_ISA {
 
 #define MASKACCEL_INLINE static inline __attribute__((always_inline))
+// For the bodies of the loops below: a call for each vector would send every sum through memory.
+#define MASKACCEL_HOT __attribute__((always_inline))
 #define MASKACCEL_OUTLINE static __attribute__((noinline, unused))
 
 // How much of a vector a loop step covers.

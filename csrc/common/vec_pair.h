@@ -43,7 +43,7 @@ MASKACCEL_INLINE __m512i pack_bf16(Two v) {
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(v.hi, v.lo));
 #else
-  const auto half = [](V x) {
+  const auto half = [](V x) MASKACCEL_HOT {
     const __m512i u = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
     const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), one),
                                                            _mm512_set1_epi32(0x7fff)));
@@ -84,7 +84,7 @@ MASKACCEL_INLINE Two unpack_bf16(__m256i u) {
           _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
 MASKACCEL_INLINE __m256i pack_bf16(Two v) {
-  const auto half = [](V x) {
+  const auto half = [](V x) MASKACCEL_HOT {
     const __m256i u = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
     const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(u, 16), one),
                                                            _mm256_set1_epi32(0x7fff)));
@@ -159,8 +159,8 @@ MASKACCEL_INLINE void sweep2(int64_t d, F&& two, G&& one) {
 template <class T>
 MASKACCEL_INLINE float row_sum(const T* row, int64_t d) {
   Sum sum = Sum::zero();
-  const auto one = [&](int64_t i, auto part, auto chain) { sum.part[chain.k] = add(sum.part[chain.k], load(row + i, part)); };
-  const auto two = [&](int64_t i, auto chain) {
+  const auto one = [&](int64_t i, auto part, auto chain) MASKACCEL_HOT { sum.part[chain.k] = add(sum.part[chain.k], load(row + i, part)); };
+  const auto two = [&](int64_t i, auto chain) MASKACCEL_HOT {
 #if defined(__AVX512BF16__)
     if constexpr (dtype_of<T> == Dtype::bf16) {
       const __m512i ones = _mm512_set1_epi32(0x3f803f80);
@@ -181,18 +181,18 @@ template <class T>
 MASKACCEL_INLINE float squares(const T* row, int64_t d, float mean) {
   Sum sum = Sum::zero();
   const V m = set1(mean);
-  const auto add_square = [&](V v, auto chain) {
+  const auto add_square = [&](V v, auto chain) MASKACCEL_HOT {
     const V c = sub(v, m);
     sum.part[chain.k] = fma(c, c, sum.part[chain.k]);
   };
   sweep2(
       d,
-      [&](int64_t i, auto chain) {
+      [&](int64_t i, auto chain) MASKACCEL_HOT {
         const Two v = load2(row + i);
         add_square(v.lo, chain);
         add_square(v.hi, Chain<decltype(chain)::k + 1>{});
       },
-      [&](int64_t i, auto part, auto chain) {
+      [&](int64_t i, auto part, auto chain) MASKACCEL_HOT {
         const V c = keep(sub(load(row + i, part), m), part);
         sum.part[chain.k] = fma(c, c, sum.part[chain.k]);
       });

@@ -9,7 +9,7 @@ namespace {
 template <class T, bool BASE>
 MASKACCEL_INLINE void difference_chunk(const T* x, const T* reference, const T* base, int64_t n, float* out) {
   Sum change = Sum::zero(), size = Sum::zero();
-  sweep(n, [&](int64_t i, auto part, auto chain) {
+  sweep(n, [&](int64_t i, auto part, auto chain) MASKACCEL_HOT {
     V v = load(x + i, part);
     if constexpr (BASE) v = sub(v, load(base + i, part));
     const V r = load(reference + i, part);
@@ -57,7 +57,7 @@ void combine_rows(const CombineHistory& s, int64_t begin, int64_t end) {
     const Source gate{s.gate == nullptr ? nullptr : static_cast<const char*>(s.gate) + gate_at * size_of(s.gate_dtype),
                       s.gate_dtype};
     T* const out = static_cast<T*>(s.out) + row * s.D;
-    sweep(s.D, [&](int64_t i, auto part, auto) {
+    sweep(s.D, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
       V v = set1(0.0f);
       for (int64_t k = 0; k < s.K; ++k) {
         const V w = s.weight_stride != 0 ? load(s.weights + k * s.weight_stride + i, part) : set1(s.weights[k]);
