@@ -32,6 +32,8 @@ def _modulation(self: Any, temb: Tensor, dim: int) -> tuple[Sequence[Tensor], Se
 def _run(self: Any, x: Tensor, temb: Tensor, dim: int, attend: Attend, cross_attend: Attend) -> Tensor:
     """The body that all classes share; the classes differ in what they pass to their attentions."""
     (shift1, scale1, gate1, shift2, scale2, gate2), tables = _modulation(self, temb, dim)
+    if x.stride(-1) != 1:  # the first block of some models is given the transposed patch embedding: copy it once
+        x = x.contiguous()
 
     attn = recall(self.attn1, x)
     if attn is None:
