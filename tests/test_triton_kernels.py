@@ -1,6 +1,6 @@
 """Runs `triton_interpreted.py`: the Triton kernels under Triton's interpreter.
 
-TRITON_INTERPRET is read when a kernel is defined and changes which backends a process has, hence the process of its own.
+TRITON_INTERPRET is read when a kernel is defined and changes which backends a process has, hence one of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 def test_kernels_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    options = ["-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / "triton_interpreted.py")]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "2"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}

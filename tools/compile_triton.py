@@ -1,10 +1,10 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report registers, spills and shared memory.
 
-The kernels are reached through the same Python calls as in use (`KERNELS` of the Triton backends), with tensors on the meta
-device and a launcher that compiles instead of launching: what is compiled is what a GPU would be asked to run, with the
-argument specialisation Triton would choose. The list below is representative, not exhaustive: width 3072 and head dim 128, in
-bf16 and fp32, every kernel forward and backward; each flag and operand form appears at least once per dtype, but not every
-product of them (there are thousands).
+The kernels are reached through the same Python calls as in use (`KERNELS` of the Triton backends), with tensors on the
+meta device and a launcher that compiles instead of launching: what is compiled is what a GPU would be asked to run,
+with the argument specialisation Triton would choose. The list below is representative, not exhaustive: width 3072 and
+head dim 128, in bf16 and fp32, every kernel forward and backward; each flag and operand form appears at least once per
+dtype, but not every product of them (there are thousands).
 
     python tools/compile_triton.py                       # sm_80, 90, 100, 120
     python tools/compile_triton.py --arch 90 --json out.json
@@ -96,99 +96,111 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of everything to compile; names start with the dtype."""
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from cases_of(dtype)
+
+
+def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The calls of one activation dtype."""
     from maskaccel.ops.adaln.triton import KERNELS as adaln
     from maskaccel.ops.steps.triton import KERNELS as steps
 
-    for dtype in (torch.bfloat16, torch.float32):
-        prefix = "bf16" if dtype == torch.bfloat16 else "fp32"
+    prefix = "bf16" if dtype == torch.bfloat16 else "fp32"
 
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-        x = empty(BATCH, TOKENS, WIDTH)
-        gate, scale, shift = empty(BATCH, 6 * WIDTH).chunk(6, 1)[:3]
-        frame, token = empty(BATCH, 4, WIDTH), empty(BATCH, TOKENS, 6, WIDTH)[:, :, 1]
-        table, weight = empty(WIDTH), empty(WIDTH)
-        rows, indexed = empty(BATCH, TOKENS, dtype=torch.int32), empty(1000, WIDTH)
-        none5 = (None,) * 5
-        ends = (1e-6, 1e-6, 1.0)
+    x = empty(BATCH, TOKENS, WIDTH)
+    gate, scale, shift = empty(BATCH, 6 * WIDTH).chunk(6, 1)[:3]
+    frame, token = empty(BATCH, 4, WIDTH), empty(BATCH, TOKENS, 6, WIDTH)[:, :, 1]
+    table, weight = empty(WIDTH), empty(WIDTH)
+    rows, indexed = empty(BATCH, TOKENS, dtype=torch.int32), empty(1000, WIDTH)
+    none5 = (None,) * 5
+    ends = (1e-6, 1e-6, 1.0)
 
-        def norm(flags: int, mods: tuple, rest: tuple = none5, x: torch.Tensor = x) -> Callable[[], Any]:
-            pair = "_pair" if len(mods) == 4 else ""
-            return lambda: adaln["norm_modulate" + pair](x, *mods, *rest, 1e-6, 1.0, flags)
+    def norm(flags: int, mods: tuple, rest: tuple = none5, x: torch.Tensor = x) -> Callable[[], Any]:
+        pair = "_pair" if len(mods) == 4 else ""
+        return lambda: adaln["norm_modulate" + pair](x, *mods, *rest, 1e-6, 1.0, flags)
 
-        def norm_back(flags: int, mods: tuple, rest: tuple = none5, x: torch.Tensor = x, needs: int = ALL) -> Callable[[], Any]:
-            four = (*mods, None, None)[:4]
-            dy2 = x if len(mods) == 4 else None
-            return lambda: adaln["norm_modulate_backward"](x, dy2, x, *four, *rest, 1e-6, 1.0, flags, needs)
+    def norm_back(
+        flags: int, mods: tuple, rest: tuple = none5, x: torch.Tensor = x, needs: int = ALL
+    ) -> Callable[[], Any]:
+        four = (*mods, None, None)[:4]
+        dy2 = x if len(mods) == 4 else None
+        return lambda: adaln["norm_modulate_backward"](x, dy2, x, *four, *rest, 1e-6, 1.0, flags, needs)
 
-        def fused(flags: int, gating: tuple, mods: tuple, rest: tuple = none5, x: torch.Tensor = x) -> Callable[[], Any]:
-            pair = "_pair" if len(mods) == 4 else ""
-            return lambda: adaln["gate_residual_norm_modulate" + pair](x, x, *gating, *mods, *rest, *ends, flags)
+    def fused(flags: int, gating: tuple, mods: tuple, rest: tuple = none5, x: torch.Tensor = x) -> Callable[[], Any]:
+        pair = "_pair" if len(mods) == 4 else ""
+        return lambda: adaln["gate_residual_norm_modulate" + pair](x, x, *gating, *mods, *rest, *ends, flags)
 
-        def fused_back(flags: int, gating: tuple, mods: tuple, rest: tuple = none5, x: torch.Tensor = x) -> Callable[[], Any]:
-            four = (*mods, None, None)[:4]
-            dy2 = x if len(mods) == 4 else None
-            return lambda: adaln["gate_residual_norm_modulate_backward"](
-                x, x, dy2, x, x, *gating, *four, *rest, *ends, flags, ALL
-            )
+    def fused_back(
+        flags: int, gating: tuple, mods: tuple, rest: tuple = none5, x: torch.Tensor = x
+    ) -> Callable[[], Any]:
+        four = (*mods, None, None)[:4]
+        dy2 = x if len(mods) == 4 else None
+        return lambda: adaln["gate_residual_norm_modulate_backward"](
+            x, x, dy2, x, x, *gating, *four, *rest, *ends, flags, ALL
+        )
 
-        variants: dict[str, tuple[int, tuple, tuple, tuple]] = {
-            "layer": (0, (gate, None, None), (scale, shift), none5),
-            "layer-narrow-frame": (NARROW, (frame, None, None), (frame, frame), none5),
-            "layer-tables-token": (0, (token, table, None), (token, token), (weight, weight, table, table, None)),
-            "layer-pair-rows-clip": (CLIP, (indexed, None, None), (indexed,) * 4, (None, None, None, None, rows)),
-            "rms-tanh-sandwich": (RMS | TANH | POST_RMS | PLUS_ONE, (gate, None, weight), (scale, None),
-                                  (weight, None, None, None, None)),
-            "rms-narrow-clamp": (RMS | NARROW | CLAMP | POST_LAYER, (gate, table, weight), (scale, shift),
-                                 (weight, weight, table, table, None)),
-            "rms-sigmoid": (RMS | SIGMOID, (gate, None, None), (scale, shift), (weight, None, None, None, None)),
-        }  # fmt: skip
-        for name, (flags, gating, mods, rest) in variants.items():
-            yield f"{prefix} residual+norm {name}", fused(flags, gating, mods, rest)
-            yield f"{prefix} residual+norm backward {name}", fused_back(flags & ~NARROW, gating, mods, rest)
-            if name.startswith("layer"):
-                yield f"{prefix} norm {name}", norm(flags & 15, mods, rest)
-                yield f"{prefix} norm backward {name}", norm_back(flags & 3, mods, rest)
-            if name in ("layer", "rms-tanh-sandwich", "rms-narrow-clamp"):
-                yield f"{prefix} residual {name}", lambda f=flags, g=gating: adaln["gate_residual"](x, x, *g, None, 1e-6, f)
-                yield (
-                    f"{prefix} residual backward {name}",
-                    lambda f=flags & ~NARROW, g=gating: adaln["gate_residual_backward"](x, x, *g, None, 1e-6, f, ALL),
-                )
-        q, head, heads = empty(BATCH, TOKENS, HEADS, HEAD_DIM), empty(HEAD_DIM), empty(HEADS * HEAD_DIM)
-        half = empty(TOKENS, HEAD_DIM // 2, 2, dtype=torch.float32)
-        full = empty(TOKENS, HEAD_DIM, dtype=torch.float32)
-        per_head = empty(BATCH, TOKENS, HEADS, HEAD_DIM, dtype=torch.float32)
-        plain = (head, head, None, None)
-        rotary: dict[str, tuple[int, tuple, tuple]] = {
-            "rms-interleaved-complex": (RMS, plain, (half[..., 0], half[..., 1], None)),
-            "rms-interleaved-full-narrow": (RMS | NARROW, plain, (full, full, None)),
-            "rms-half-full-positions": (RMS | HALF, plain, (full, full, empty(BATCH, TOKENS, dtype=torch.int32))),
-            "rms-across-heads": (RMS | ACROSS, (heads, heads, None, None), (half[..., 0], half[..., 1], None)),
-            "layer-per-head-tables": (0, (head,) * 4, (per_head, per_head, None)),
-            "layer-across-half": (ACROSS | HALF, (heads,) * 4, (full, full, None)),
-            "rms-norm-only": (RMS, plain, (None, None, None)),
-        }
-        for name, (flags, weights, tables) in rotary.items():
-            yield f"{prefix} qk {name}", lambda f=flags, w=weights, t=tables: adaln["qk_norm_rope"](q, q, *w, *t, 1e-6, f)
+    variants: dict[str, tuple[int, tuple, tuple, tuple]] = {
+        "layer": (0, (gate, None, None), (scale, shift), none5),
+        "layer-narrow-frame": (NARROW, (frame, None, None), (frame, frame), none5),
+        "layer-tables-token": (0, (token, table, None), (token, token), (weight, weight, table, table, None)),
+        "layer-pair-rows-clip": (CLIP, (indexed, None, None), (indexed,) * 4, (None, None, None, None, rows)),
+        "rms-tanh-sandwich": (RMS | TANH | POST_RMS | PLUS_ONE, (gate, None, weight), (scale, None),
+                              (weight, None, None, None, None)),
+        "rms-narrow-clamp": (RMS | NARROW | CLAMP | POST_LAYER, (gate, table, weight), (scale, shift),
+                             (weight, weight, table, table, None)),
+        "rms-sigmoid": (RMS | SIGMOID, (gate, None, None), (scale, shift), (weight, None, None, None, None)),
+    }  # fmt: skip
+    for name, (flags, gating, mods, rest) in variants.items():
+        yield f"{prefix} residual+norm {name}", fused(flags, gating, mods, rest)
+        yield f"{prefix} residual+norm backward {name}", fused_back(flags & ~NARROW, gating, mods, rest)
+        if name.startswith("layer"):
+            yield f"{prefix} norm {name}", norm(flags & 15, mods, rest)
+            yield f"{prefix} norm backward {name}", norm_back(flags & 3, mods, rest)
+        if name in ("layer", "rms-tanh-sandwich", "rms-narrow-clamp"):
+            yield f"{prefix} residual {name}", lambda f=flags, g=gating: adaln["gate_residual"](x, x, *g, None, 1e-6, f)
             yield (
-                f"{prefix} qk backward {name}",
-                lambda f=flags, w=weights, t=tables: adaln["qk_norm_rope_backward"](q, q, q, q, *w, *t, 1e-6, f, 63),
+                f"{prefix} residual backward {name}",
+                lambda f=flags & ~NARROW, g=gating: adaln["gate_residual_backward"](x, x, *g, None, 1e-6, f, ALL),
             )
-        wide, narrow = empty(256, 8 * WIDTH), empty(256, 4 * WIDTH)
-        for name, flags in (("swiglu", 0), ("geglu", 1), ("gelu_tanh", 2), ("swiglu-gate-first", 4)):
-            grad = wide if flags == 2 else narrow
-            yield f"{prefix} activation {name}", lambda f=flags: adaln["gated_activation"](wide, f)
-            yield f"{prefix} activation backward {name}", lambda f=flags, g=grad: adaln["gated_activation_backward"](g, wide, f)
-        yield f"{prefix} relative_difference", lambda: steps["relative_difference"](x, x, None)
-        yield f"{prefix} relative_difference base", lambda: steps["relative_difference"](x, x, x)
-        for count in (1, 2, 4):
-            history = empty(count, BATCH, TOKENS, WIDTH)
-            weights = empty(count, dtype=torch.float32)
-            yield f"{prefix} combine K={count}", lambda h=history, w=weights: steps["combine_history"](h, w, x, frame)
-        per_channel = empty(4, WIDTH, dtype=torch.float32)
-        yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
+    q, head, heads = empty(BATCH, TOKENS, HEADS, HEAD_DIM), empty(HEAD_DIM), empty(HEADS * HEAD_DIM)
+    half = empty(TOKENS, HEAD_DIM // 2, 2, dtype=torch.float32)
+    full = empty(TOKENS, HEAD_DIM, dtype=torch.float32)
+    per_head = empty(BATCH, TOKENS, HEADS, HEAD_DIM, dtype=torch.float32)
+    plain = (head, head, None, None)
+    rotary: dict[str, tuple[int, tuple, tuple]] = {
+        "rms-interleaved-complex": (RMS, plain, (half[..., 0], half[..., 1], None)),
+        "rms-interleaved-full-narrow": (RMS | NARROW, plain, (full, full, None)),
+        "rms-half-full-positions": (RMS | HALF, plain, (full, full, empty(BATCH, TOKENS, dtype=torch.int32))),
+        "rms-across-heads": (RMS | ACROSS, (heads, heads, None, None), (half[..., 0], half[..., 1], None)),
+        "layer-per-head-tables": (0, (head,) * 4, (per_head, per_head, None)),
+        "layer-across-half": (ACROSS | HALF, (heads,) * 4, (full, full, None)),
+        "rms-norm-only": (RMS, plain, (None, None, None)),
+    }
+    for name, (flags, weights, tables) in rotary.items():
+        yield f"{prefix} qk {name}", lambda f=flags, w=weights, t=tables: adaln["qk_norm_rope"](q, q, *w, *t, 1e-6, f)
+        yield (
+            f"{prefix} qk backward {name}",
+            lambda f=flags, w=weights, t=tables: adaln["qk_norm_rope_backward"](q, q, q, q, *w, *t, 1e-6, f, 63),
+        )
+    wide, narrow = empty(256, 8 * WIDTH), empty(256, 4 * WIDTH)
+    for name, flags in (("swiglu", 0), ("geglu", 1), ("gelu_tanh", 2), ("swiglu-gate-first", 4)):
+        grad = wide if flags == 2 else narrow
+        yield f"{prefix} activation {name}", lambda f=flags: adaln["gated_activation"](wide, f)
+        yield (
+            f"{prefix} activation backward {name}",
+            lambda f=flags, g=grad: adaln["gated_activation_backward"](g, wide, f),
+        )
+    yield f"{prefix} relative_difference", lambda: steps["relative_difference"](x, x, None)
+    yield f"{prefix} relative_difference base", lambda: steps["relative_difference"](x, x, x)
+    for count in (1, 2, 4):
+        history = empty(count, BATCH, TOKENS, WIDTH)
+        weights = empty(count, dtype=torch.float32)
+        yield f"{prefix} combine K={count}", lambda h=history, w=weights: steps["combine_history"](h, w, x, frame)
+    per_channel = empty(4, WIDTH, dtype=torch.float32)
+    yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
 
 
 def compile_part(job: tuple[int, int, int]) -> tuple[list[Compiled], list[str], int]:
@@ -212,9 +224,10 @@ def compile_part(job: tuple[int, int, int]) -> tuple[list[Compiled], list[str], 
             return
         seen.add(compiled.hash)
         registers, spilled = resources(compiled.asm["cubin"])
+        shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+        seconds = round(time.perf_counter() - start, 2)
         results.append(
-            Compiled(arch, current, kernel.__name__, registers, spilled, compiled.metadata.shared,
-                     compiled.metadata.num_warps, round(time.perf_counter() - start, 2), compiled.hash)  # fmt: skip
+            Compiled(arch, current, kernel.__name__, registers, spilled, shared, warps, seconds, compiled.hash)
         )
 
     _triton.launcher = compile_only
@@ -236,7 +249,8 @@ def summary(results: list[Compiled]) -> str:
     groups: dict[tuple[str, str, int], list[Compiled]] = {}
     for r in results:
         groups.setdefault((r.kernel, r.case[:4], r.arch), []).append(r)
-    lines = [f"{'kernel':<22}{'dtype':<7}{'arch':<8}{'variants':>8}{'warps':>7}{'registers':>11}{'spill B':>9}{'shared B':>10}"]
+    head = f"{'kernel':<22}{'dtype':<7}{'arch':<8}{'variants':>8}{'warps':>7}"
+    lines = [head + f"{'registers':>11}{'spill B':>9}{'shared B':>10}"]
     for (kernel, dtype, arch), found in sorted(groups.items()):
         registers = f"{min(r.registers for r in found)}-{max(r.registers for r in found)}"
         lines.append(
@@ -261,7 +275,8 @@ def main() -> int:
     count = 0
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for found, failed, n in tqdm(pool.imap_unordered(compile_part, jobs), total=len(jobs), desc="compile", unit="part"):
+        parts_done = pool.imap_unordered(compile_part, jobs)
+        for found, failed, n in tqdm(parts_done, total=len(jobs), desc="compile", unit="part"):
             results += [r for r in found if r.digest not in known]
             known.update(r.digest for r in found)
             failures += failed
@@ -274,7 +289,8 @@ def main() -> int:
     for r in spilling:
         print(f"SPILL sm_{r.arch} {r.kernel} ({r.case}): {r.spill_bytes} bytes", file=sys.stderr)
     if args.json:
-        args.json.write_text(json.dumps({"results": [asdict(r) for r in results], "failures": failures}, indent=1) + "\n")
+        report = {"results": [asdict(r) for r in results], "failures": failures}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if failures or spilling else 0
 
 

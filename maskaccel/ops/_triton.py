@@ -1,4 +1,4 @@
-"""Host side shared by the Triton kernels: availability, launching, argument checks. Imports triton only when a kernel runs."""
+"""Host side of the Triton kernels: availability, launching, argument checks. Imports triton only when a kernel runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import _registry
 MAX_WIDTH = 1 << 20  # a row lives in one program, and Triton limits a block to this many elements
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# (kernel, grid, arguments, options) -> None. `tools/compile_triton.py` swaps it to compile what would have been launched.
+# (kernel, grid, arguments, options) -> None. `tools/compile_triton.py` swaps it to compile what would be launched.
 Launcher = Callable[[Any, tuple, tuple, dict], None]
 
 
@@ -78,7 +78,8 @@ def check_activation(name: str, t: Tensor, like: Tensor | None = None, dims: int
     if like is not None:
         same = t.shape == like.shape and t.dtype == like.dtype and t.device == like.device
         if not same:
-            raise RuntimeError(f"{name} must be {like.dtype} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}")
+            got = f"{t.dtype} {tuple(t.shape)} on {t.device}"
+            raise RuntimeError(f"{name} must be {like.dtype} {tuple(like.shape)} on {like.device}, got {got}")
 
 
 def check_vector(name: str, t: Tensor | None, width: int, x: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The Triton backend of the adaLN ops. Importing this never imports triton; calling a kernel does.
 
-The device code is in `triton_norm`, `triton_backward`, `triton_rope` and `triton_activation`; the calls, which check the
-contract of the raw ops (`maskaccel.ops.adaln.schema`), in `triton_launch` and `triton_launch_rope`.
+The device code is in `triton_norm`, `triton_backward`, `triton_rope` and `triton_activation`; the calls, which check
+the contract of the raw ops (`maskaccel.ops.adaln.schema`), in `triton_launch` and `triton_launch_rope`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls of the adaLN norm and gate kernels: the contract of the raw ops checked, strides and launch shapes worked out."""
+"""Calls of the adaLN norm and gate kernels: the contract is checked here, strides and launch shapes worked out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,19 @@ from torch import Tensor
 
 from .. import _triton as host
 from .schema import (
-    CLIP, LAWS, NEED_A, NEED_BIAS, NEED_GATE, NEED_POST, NEED_SCALE, NEED_SCALE2, NEED_SHIFT, NEED_SHIFT2, NEED_WEIGHT,
-    NEED_X, NO_RESIDUAL,
+    CLIP,
+    LAWS,
+    NEED_A,
+    NEED_BIAS,
+    NEED_GATE,
+    NEED_POST,
+    NEED_SCALE,
+    NEED_SCALE2,
+    NEED_SHIFT,
+    NEED_SHIFT2,
+    NEED_WEIGHT,
+    NEED_X,
+    NO_RESIDUAL,
 )  # fmt: skip
 
 Operand = tuple[Tensor, int, int, int]
@@ -19,7 +30,7 @@ _NARROW = LAWS["narrow"]
 
 
 def _modulation(name: str, m: Tensor | None, x: Tensor, rows: Tensor | None) -> Operand | None:
-    """(tensor, batch stride, row stride, tokens of a row): the address of a token's modulation for every allowed shape."""
+    """(tensor, batch stride, row stride, tokens of a row): where a token finds its row, for every allowed shape."""
     if m is None:
         return None
     batch, n, width = x.shape
@@ -107,7 +118,8 @@ def norm_modulate(x, scale, shift, weight, bias, scale_table, shift_table, rows,
     return y
 
 
-def norm_modulate_pair(x, scale, shift, scale2, shift2, weight, bias, scale_table, shift_table, rows, eps, offset, flags):
+def norm_modulate_pair(x, scale, shift, scale2, shift2, weight, bias, scale_table, shift_table, rows, eps, offset,
+                       flags):  # fmt: skip
     host.check_activation("x", x)
     call = _Call(x, flags, rows, None, scale, shift, scale2, shift2, None, scale_table, shift_table, weight, bias)
     y, y2 = x.new_empty(x.shape), x.new_empty(x.shape)
@@ -124,8 +136,8 @@ def gate_residual(x, a, gate, gate_table, post_weight, rows, post_eps, flags):
     return r
 
 
-def _gate_norm(x, a, gate, gate_table, post_weight, scale, shift, scale2, shift2, weight, bias, scale_table, shift_table,
-               rows, eps, post_eps, offset, flags, pair):  # fmt: skip
+def _gate_norm(x, a, gate, gate_table, post_weight, scale, shift, scale2, shift2, weight, bias, scale_table,
+               shift_table, rows, eps, post_eps, offset, flags, pair):  # fmt: skip
     host.check_activation("x", x)
     host.check_activation("a", a, x)
     call = _Call(x, flags, rows, gate, scale, shift, scale2, shift2, gate_table, scale_table, shift_table, weight, bias,
@@ -151,13 +163,15 @@ def gate_residual_norm_modulate_pair(x, a, gate, gate_table, post_weight, scale,
 class _Shared:
     """The fp32 gradient of one modulation operand: what the kernel writes, and how it becomes the result."""
 
-    def __init__(self, operand: Operand | None, table: Tensor | None, wanted: int, x: Tensor, rows: Tensor | None) -> None:
+    def __init__(self, operand: Operand | None, table: Tensor | None, wanted: int, x: Tensor,
+                 rows: Tensor | None) -> None:  # fmt: skip
         batch, n, _ = x.shape
         self.wanted = bool(wanted) and (operand is not None or table is not None)
         self.batch, self.groups = 1, 1
         if operand is not None:
             m = operand[0]
-            self.batch, self.groups = (batch, n) if rows is not None else (m.shape[0], m.shape[1] if m.dim() == 3 else 1)
+            groups = m.shape[1] if m.dim() == 3 else 1
+            self.batch, self.groups = (batch, n) if rows is not None else (m.shape[0], groups)
         self.direct = self.groups == n
         self.partials: Tensor | None = None
 
@@ -186,7 +200,8 @@ def _backward(dr, dy, dy2, r, a, call: _Call, eps, post_eps, offset, flags, need
         _Shared(m, table, needs & bit, x, call.rows)
         for m, table, bit in zip(call.mods, (*call.tables, None, None), bits, strict=True)
     ]
-    wanted = [v is not None and needs & bit for v, bit in zip(call.vectors, (NEED_WEIGHT, NEED_BIAS, NEED_POST), strict=True)]
+    vector_bits = (NEED_WEIGHT, NEED_BIAS, NEED_POST)
+    wanted = [v is not None and needs & bit for v, bit in zip(call.vectors, vector_bits, strict=True)]
     if batch * n == 0:
         vectors = [x.new_zeros(width if w else 0, dtype=torch.float32) for w in wanted]
         return dx, da, [s.result(x) for s in shared], vectors
@@ -208,11 +223,12 @@ def _backward(dr, dy, dy2, r, a, call: _Call, eps, post_eps, offset, flags, need
         adaln_backward, (batch * chunks,), x, dr, dy, dy2, r, a, *call.mods, *call.tables, *call.vectors, call.rows,
         dx if needs & NEED_X else None, da if needs & NEED_A else None, *grads, *partials, *strides, call.rows_batch,
         n, width, segment, run, segment_runs, chunks, eps, post_eps, offset,
-        FLAGS=flags & ~(NO_RESIDUAL | CLIP | _NARROW), DIRECT=sum(1 << i for i, s in enumerate(shared) if s.direct and s.wanted),
-        BLOCK=block, num_warps=warps,
+        FLAGS=flags & ~(NO_RESIDUAL | CLIP | _NARROW), BLOCK=block, num_warps=warps,
+        DIRECT=sum(1 << i for i, s in enumerate(shared) if s.direct and s.wanted),
     )  # fmt: skip
     vectors = [
-        x.new_empty(0, dtype=torch.float32) if p is None else host.reduce_partials(p, 1, 1).view(width) for p in partials
+        x.new_empty(0, dtype=torch.float32) if p is None else host.reduce_partials(p, 1, 1).view(width)
+        for p in partials
     ]
     return dx, da, [s.result(x) for s in shared], vectors
 

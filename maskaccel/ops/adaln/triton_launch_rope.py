@@ -17,7 +17,8 @@ def _check_qk(q: Tensor, k: Tensor, weights: tuple[Tensor | None, ...], flags: i
     host.check_activation("q", q, dims=4)
     host.check_activation("k", k, dims=4)
     if k.dtype != q.dtype or k.device != q.device or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise RuntimeError(f"k must be {q.dtype} with the batch and head dim of q {tuple(q.shape)}, got {tuple(k.shape)}")
+        raise RuntimeError(f"k must be {q.dtype} with the batch and head dim of q {tuple(q.shape)}, got {k.dtype} "
+                           f"{tuple(k.shape)}")  # fmt: skip
     if flags & 3 == 3:
         raise RuntimeError(f"flags name no norm: {flags}")
     names = ("q_weight", "k_weight", "q_bias", "k_bias")
@@ -40,7 +41,8 @@ class _Rope:
             return
         batch, tokens, heads, width = q.shape
         if width % 2 or k.shape[1] != tokens:
-            raise RuntimeError(f"RoPE needs an even head dim and k as long as q, got {tuple(q.shape)}, {tuple(k.shape)}")
+            got = f"{tuple(q.shape)}, {tuple(k.shape)}"
+            raise RuntimeError(f"RoPE needs an even head dim and k as long as q, got {got}")
         if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.dtype not in (q.dtype, torch.float32):
             raise RuntimeError(f"cos and sin must agree and be {q.dtype} or fp32, got {cos.dtype} {tuple(cos.shape)}, "
                                f"{sin.dtype} {tuple(sin.shape)}")  # fmt: skip
@@ -53,7 +55,8 @@ class _Rope:
         if cos.dim() > 2 and cos.shape[0] not in (1, batch):
             raise RuntimeError(f"cos must have batch 1 or {batch}, got {tuple(cos.shape)}")
         if self.per_head and not (cos.shape[2] == heads == k.shape[2]):
-            raise RuntimeError(f"per-head cos needs {heads} heads in cos and k, got {tuple(cos.shape)}, {tuple(k.shape)}")
+            got = f"{tuple(cos.shape)}, {tuple(k.shape)}"
+            raise RuntimeError(f"per-head cos needs {heads} heads in cos and k, got {got}")
         if positions is None:
             if cos.shape[0 if cos.dim() == 2 else 1] != tokens:
                 raise RuntimeError(f"cos must have {tokens} token rows, got {tuple(cos.shape)}")
@@ -61,7 +64,8 @@ class _Rope:
             if positions.dtype != torch.int32 or not positions.is_contiguous() or positions.device != q.device:
                 raise RuntimeError(f"positions must be contiguous int32 on {q.device}, got {positions.dtype}")
             if positions.shape not in ((tokens,), (batch, tokens)):
-                raise RuntimeError(f"positions must be ({tokens},) or ({batch}, {tokens}), got {tuple(positions.shape)}")
+                got = tuple(positions.shape)
+                raise RuntimeError(f"positions must be ({tokens},) or ({batch}, {tokens}), got {got}")
             self.positions, self.positions_batch = positions, tokens if positions.dim() == 2 else 0
         self.cos, self.sin = self._operand(cos), self._operand(sin)
 
@@ -82,7 +86,8 @@ def _shape(q: Tensor, k: Tensor, rope: _Rope, flags: int, per_thread: int) -> di
     heads = [host.power_of_two(t.shape[2]) for t in (q, k)]
     tile = 2 * pairs * max(heads)
     if tile > host.MAX_WIDTH:
-        raise RuntimeError(f"heads times head dim must be at most {host.MAX_WIDTH}, got {tuple(q.shape)}, {tuple(k.shape)}")
+        got = f"{tuple(q.shape)}, {tuple(k.shape)}"
+        raise RuntimeError(f"heads times head dim must be at most {host.MAX_WIDTH}, got {got}")
     return {
         "Q_HEADS": heads[0], "K_HEADS": heads[1], "PAIRS": pairs, "FULL": rope.full, "PER_HEAD": rope.per_head,
         "FLAGS": flags if half else flags & ~ROPE_HALF, "num_warps": host.block_and_warps(tile, per_thread)[1],
@@ -129,7 +134,8 @@ def qk_norm_rope_backward(dq, dk, q, k, q_weight, k_weight, q_bias, k_bias, cos,
         q_tokens, k_tokens, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], eps,
         **_shape(q, k, rope, flags & ~_NARROW, 8),
     )  # fmt: skip
-    sums = (q.new_empty(0, dtype=torch.float32) if p is None else host.reduce_partials(p, 1, 1).flatten() for p in partials)
+    none = q.new_empty(0, dtype=torch.float32)
+    sums = (none.clone() if p is None else host.reduce_partials(p, 1, 1).flatten() for p in partials)
     return dq_out, dk_out, *sums
 
 

@@ -43,7 +43,7 @@ def _gate_operand(gate: Tensor, like: Tensor) -> tuple[Tensor, int, int, int]:
     batch, n, width = like.shape
     fits = gate.dim() == 3 and gate.shape[0] in (1, batch) and gate.shape[1] > 0 and gate.shape[2] == width
     if not fits or n % gate.shape[1] or (width > 1 and gate.stride(2) != 1):
-        raise RuntimeError(f"gate must be ({batch} or 1, F, {width}), F a divisor of {n}, with a contiguous last dim, got "
+        raise RuntimeError(f"gate must be ({batch} or 1, F, {width}), F a divisor of {n}, last dim contiguous, got "
                            f"{tuple(gate.shape)} of strides {gate.stride()}")  # fmt: skip
     of_batch = 0 if gate.shape[0] == 1 else gate.stride(0)
     return gate, of_batch, gate.stride(1), max(n // gate.shape[1], 1)
