@@ -65,7 +65,7 @@ class FusedAdaLN:
         adapter = None if processor is None else processor_adapter(processor)
         if processor is None or adapter is None:
             return
-        refusal = adapter.refusal(processor)
+        refusal = adapter.refusal(processor) or adapter.idle(module)
         if refusal is not None:
             context.skip(self.name, processor, refusal)
             return

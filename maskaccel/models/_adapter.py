@@ -28,6 +28,7 @@ class Adapter:
         fingerprints: `fingerprint()` of the original methods it was written for; any other version is not replaced.
         sites: Children whose outputs are added to the residual stream before any gate: what a cache may remember.
         unsupported: Why this instance cannot use the replacement, or None.
+        idle: For an attention processor: why it has nothing to fuse in this attention module, or None.
         method: Name of the original's method whose source is fingerprinted.
     """
 
@@ -36,6 +37,7 @@ class Adapter:
     fingerprints: frozenset[str]
     sites: tuple[str, ...] = ()
     unsupported: Callable[[Any], str | None] = _always
+    idle: Callable[[Any], str | None] = _always
     method: str = "forward"
 
     def refusal(self, instance: Any) -> str | None:

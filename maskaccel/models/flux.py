@@ -201,7 +201,8 @@ class FusedFluxAttention(FusedProcessor):
     def __init__(self, original: Any) -> None:
         super().__init__(original)
         # The projections (fused or not) and the dispatch stay those of the installed diffusers.
-        self._module = type(original).__module__
+        module: Any = sys.modules[type(original).__module__]
+        self._project, self._dispatch = module._get_qkv_projections, module.dispatch_attention_fn
 
     def __call__(
         self,
@@ -212,8 +213,7 @@ class FusedFluxAttention(FusedProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """Attend, as the original does."""
-        module: Any = sys.modules[self._module]
-        q, k, v, c_q, c_k, c_v = module._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        q, k, v, c_q, c_k, c_v = self._project(attn, hidden_states, encoder_hidden_states)
         q, k, v = (self.heads(t, attn) for t in (q, k, v))
         cos = sin = None
         if image_rotary_emb is not None:
@@ -228,7 +228,7 @@ class FusedFluxAttention(FusedProcessor):
         q, k = norm_and_rotate(attn, q, k, _rows(cos, text, None), _rows(sin, text, None))
         if text:
             q, k, v = (torch.cat([c, t], dim=1) for c, t in ((c_q, q), (c_k, k), (c_v, v)))
-        out = module.dispatch_attention_fn(
+        out = self._dispatch(
             q, k, v, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         out = out.flatten(2, 3).to(q.dtype)

@@ -46,6 +46,33 @@ def sana(self: Any, hidden_states: Tensor, temb: Tensor, scale_shift_table: Tens
     return norm_modulate(hidden_states, row, row, scale_table=tables[1], shift_table=tables[0], **options)
 
 
+def chroma_zero(
+    self: Any,
+    x: Tensor,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    hidden_dtype: Any = None,
+    emb: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """ChromaAdaLayerNormZeroPruned: the modulation is given, `(B, 6, D)`."""
+    if self.emb is not None:
+        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    shift, scale, *rest = emb.flatten(1, 2).chunk(6, dim=1)  # type: ignore[union-attr]
+    return (modulated_norm(self.norm, x, scale, shift), *rest)
+
+
+def chroma_zero_single(self: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+    """ChromaAdaLayerNormZeroSinglePruned: the modulation is given, `(B, 3, D)`."""
+    shift, scale, gate = emb.flatten(1, 2).chunk(3, dim=1)
+    return modulated_norm(self.norm, x, scale, shift), gate
+
+
+def chroma_continuous(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+    """ChromaAdaLayerNormContinuousPruned: shift first."""
+    shift, scale = emb.flatten(1, 2).to(x.dtype).chunk(2, dim=1)
+    return modulated_norm(self.norm, x, scale, shift)
+
+
 def cogview4_zero(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
     """CogView4 and GLM-Image: image and text chunks alternate, no activation before the projection."""
     mods = self.linear(temb).chunk(12, dim=1)
@@ -265,12 +292,15 @@ def _adapter(module: str, name: str, forward: Callable[..., Any], *fingerprints:
     return Adapter(cls=cls, forward=forward, fingerprints=frozenset(fingerprints))
 
 
-_HUNYUAN = "transformer_hunyuan_video"
+_CHROMA, _HUNYUAN = "transformer_chroma", "transformer_hunyuan_video"
 
 NORMS = table(
     _adapter("hunyuan_transformer_2d", "AdaLayerNormShift", shift_only, "c253188a2afd"),
     _adapter("sana_transformer", "SanaModulatedNorm", sana, "b99876702516"),
     _adapter("transformer_sana_video", "SanaModulatedNorm", sana, "2c289f87ab4d"),
+    _adapter(_CHROMA, "ChromaAdaLayerNormZeroPruned", chroma_zero, "0bc7fbb4138b"),
+    _adapter(_CHROMA, "ChromaAdaLayerNormZeroSinglePruned", chroma_zero_single, "e868200e7a32"),
+    _adapter(_CHROMA, "ChromaAdaLayerNormContinuousPruned", chroma_continuous, "41f1ab62c5b6"),
     _adapter("transformer_cogview4", "CogView4AdaLayerNormZero", cogview4_zero, "51d1a9dee814"),
     _adapter("transformer_cogview4", "CogView4AdaLayerNormContinuous", cogview4_continuous, "0d1933ca4cc5"),
     _adapter("transformer_glm_image", "GlmImageAdaLayerNormZero", cogview4_zero, "51d1a9dee814"),

@@ -145,5 +145,6 @@ PROCESSORS = table(
         forward=FusedJointAttention,
         fingerprints=frozenset({"42343d48f37f"}),
         method="__call__",
+        idle=lambda attn: "no QK norm" if attn.norm_q is None and attn.norm_added_q is None else None,
     )
 )

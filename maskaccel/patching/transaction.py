@@ -71,7 +71,9 @@ class Transaction:
 
         A bound method survives deepcopy (it is bound to the copy), and pickling where `forward` is importable.
         """
-        if "forward" in module.__dict__:
+        held = module.__dict__.get("forward")
+        # A hook that was removed may leave the class's own forward behind as an instance attribute.
+        if held is not None and getattr(held, "__func__", None) is not type(module).forward:
             raise PatchError(hooked(module))
         self.set(module, "forward", types.MethodType(forward, module), claimant)
 

@@ -72,6 +72,8 @@ def _cast(key: str, value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         kept = dtype != torch.float64 and any(word in key for word in _POSITIONAL)
         return value.clone() if kept else value.to(dtype, copy=True)
+    if isinstance(value, dict):
+        return {name: _cast(name, item, dtype) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_cast(key, item, dtype) for item in value)
     return value
@@ -172,6 +174,23 @@ def check_parity(
     Returns:
         The report of the last dtype.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+    try:
+        return _check_parity(build, methods, dtypes, gradients, expect, skipped, copies)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_parity(
+    build: Callable[[], Built],
+    methods: Any,
+    dtypes: Sequence[torch.dtype],
+    gradients: bool,
+    expect: Mapping[str, int] | None,
+    skipped: int,
+    copies: bool,
+) -> maskaccel.PatchReport:
     original, inputs = build()
     report = None
     for dtype in dtypes:
