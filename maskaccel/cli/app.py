@@ -126,7 +126,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of demo.png and demo.json, or the path of the .png.")] = Path("."),
     model: Annotated[Optional[Path], typer.Option(help="The example's folder or an exported pipeline.")] = None,  # noqa: UP045
     images: Annotated[int, typer.Option(min=1, help="Images sampled each way.")] = 1000,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 15,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
     interval: Annotated[int, typer.Option(min=1, help="FORA computes every N-th step.")] = 3,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",

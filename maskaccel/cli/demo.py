@@ -250,7 +250,7 @@ def run_demo(
     model_dir: str | Path | None = None,
     *,
     images: int = 1000,
-    steps: int = 20,
+    steps: int = 15,
     guidance: float = 2.0,
     interval: int = 3,
     dtype: str = "auto",
