@@ -214,6 +214,23 @@ def test_pipeline_loads_from_its_folder(model_folder):
     assert torch.equal(loaded(3, seeds=[5], num_inference_steps=2, output_type="pt").images, expected)
 
 
+def test_stored_weights_are_small_and_readable_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = EXAMPLE / "weights"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25e6
+    pipe = FashionPipeline.from_pretrained(folder, local_files_only=True)
+    assert not pipe.transformer.training
+    assert pipe.num_classes == len(CLASSES)
+
+
+@pytest.mark.slow
+def test_stored_weights_sample_the_class_that_was_asked_for():
+    pipe = FashionPipeline.from_pretrained(EXAMPLE / "weights", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(list(range(10)) * 2, seeds=range(20), num_inference_steps=8, output_type="pt").images
+    assert score(images, load_classifier()[0], None)["class_accuracy"] >= 0.85
+
+
 # ---------------------------------------------------------------- training
 
 
