@@ -249,9 +249,14 @@ def test_strides(layout: str) -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 7, 31, 33, 130])
 def test_widths(width: int) -> None:
-    for norm in (0, 1):
-        # LayerNorm of one element is 0 / sqrt(eps): nothing to compare but zeros
-        whole(Case(12, FP32, (1, 2, width)), norm=norm, weight=True, bias=True, flags=64 if width > 1 else 0, post=True)
+    # one or two elements normalise to 0 or +-1: the gradient would be nothing but rounding
+    for norm in (0, 1) if width > 2 else (1,):
+        whole(Case(12, FP32, (1, 2, width)), norm=norm, weight=True, bias=True, flags=64 if width > 2 else 0, post=True)
+
+
+def test_post_weight_without_post_norm() -> None:
+    whole(Case(13, FP32, (1, 2, 24)), post=True, fused_only=False)
+    whole(Case(13, FP32, (0, 2, 24)), post=True, fused_only=False)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 24), (1, 21, 24), (3, 9, 24), (2, 20, 24)])
@@ -368,7 +373,7 @@ def rope_case(seed: int, dtype: torch.dtype, flags: int, *, shape: tuple[int, ..
 def test_qk_norm_rope(norm: int, half: int, dtype: torch.dtype) -> None:
     for law in (0, NARROW):
         rope_case(20, dtype, norm | half | law, bias=norm == 0)
-        rope_case(21, dtype, norm | half | law | ACROSS, bias=True)
+    rope_case(21, dtype, norm | half | NARROW | ACROSS, bias=True)
 
 
 @pytest.mark.parametrize("half", [0, HALF])
@@ -376,8 +381,8 @@ def test_qk_norm_rope(norm: int, half: int, dtype: torch.dtype) -> None:
 def test_rope_tables(table: str | None, half: int) -> None:
     for full in (False, True):
         shape = (2, 2, 3, 3, 12) if table in ("1SHT", "BSHT") else (2, 2, 3, 1, 12)
-        rope_case(22, FP32, 1 | half, table=table, full=full, shape=shape)
-        rope_case(23, BF16, 1 | half, table=table, full=full, shape=shape, table_dtype=BF16)
+        dtype = BF16 if full else FP32
+        rope_case(22, dtype, 1 | half, table=table, full=full, shape=shape, table_dtype=dtype)
 
 
 @pytest.mark.parametrize("positions", ["S", "BS"])
@@ -399,8 +404,8 @@ def test_qk_options() -> None:
     rope_case(28, FP32, 1, weights=False)
     rope_case(29, FP32, 1, table=None, keys=9)  # keys of another length
     rope_case(30, FP32, 1, eps=0.0, shape=(1, 3, 3, 5, 12))  # heads that pad the tile divide 0 by 0
-    rope_case(31, FP32, ACROSS, shape=(2, 21, 3, 1, 6), bias=True)  # several programs, ragged tail
-    rope_case(32, FP32, 1, shape=(3, 17, 1, 1, 6), bias=True)
+    rope_case(31, FP32, ACROSS, shape=(2, 5, 3, 1, 6), bias=True)  # several programs, ragged tail
+    rope_case(32, FP32, 1, shape=(3, 7, 1, 1, 6), bias=True)
     for bit in range(6):
         rope_case(33, FP32, 1, bias=True, needs=1 << bit)
 
@@ -455,9 +460,9 @@ def test_signature_is_the_schema(name: str) -> None:
 
 
 def _opcheck_arguments() -> dict[str, tuple]:
-    case = Case(60, BF16, (2, 6, 24))
+    case = Case(60, BF16, (2, 2, 24))
     x, m, g, w = case.x(), case.mod("BFD"), case.mod("B1D"), case.vector()
-    q, cos = case.normal(2, 6, 3, 8), case.normal(6, 4)
+    q, cos = case.normal(1, 2, 3, 8), case.normal(2, 4)
     norm = (w, None, case.table(), None, None)
     wide = case.normal(4, 48)
     weights = case.normal(8)
@@ -477,7 +482,7 @@ def _opcheck_arguments() -> dict[str, tuple]:
         "gated_activation": (wide, 0),
         "gated_activation_backward": (wide[:, :24].contiguous(), wide, 0),
         "relative_difference": (x, x, None),
-        "combine_history": (case.normal(2, 2, 6, 24), torch.ones(2), x, g),
+        "combine_history": (case.normal(2, 2, 2, 24), torch.ones(2), x, g),
     }  # fmt: skip
 
 
@@ -495,11 +500,11 @@ BAD = [
     (("scale", 1), lambda m: m[..., :-1], "scale must end in 24"),
     (("scale", 1), lambda m: m.to(FP16), "scale must be"),
     (("scale", 1), lambda m: m.to(FP32), "one dtype"),
-    (("scale", 1), lambda m: m[:, :1].expand(-1, 4, -1), "row count that divides 6"),
+    (("scale", 1), lambda m: m[:, :1].expand(-1, 4, -1), "row count that divides 2"),
     (("shift", 2), lambda m: m.expand(2, 1, 24)[[0, 1, 0]], "batch 1 or 2"),
     (("weight", 3), lambda w: w[:-1], "weight must be contiguous"),
     (("rows", 7), lambda _: torch.zeros(5, dtype=torch.int32), "rows must be"),
-    (("rows", 7), lambda _: torch.zeros(6, dtype=torch.int64), "rows must be contiguous int32"),
+    (("rows", 7), lambda _: torch.zeros(2, dtype=torch.int64), "rows must be contiguous int32"),
 ]
 
 

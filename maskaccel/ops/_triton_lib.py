@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """tanh in fp32 to 2 ulp. Triton has no portable one, and 2 sigmoid(2x) - 1 loses all digits of a small gate."""
+    """An accurate fp32 tanh: Triton has no portable one, and 2 sigmoid(2x) - 1 loses the digits of a small gate."""
     z = x * x
     p = z * 0.00214280365 - 0.00817709362
     p = p * z + 0.0217005006

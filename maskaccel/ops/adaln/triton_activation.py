@@ -14,16 +14,18 @@ def activation(g, KIND: tl.constexpr):
     if KIND == 0:
         s = sigmoid(g)
         value = g * s
-        slope = s * (1.0 + g * (1.0 - s))
+        slope = s * (1.0 + g * sigmoid(-g))
     elif KIND == 1:
         cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
         value = g * cdf
         slope = cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
     else:
         # 0.5 (1 + tanh(u)) is sigmoid(2u), without the cancellation for negative u
-        s = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        u = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+        s = sigmoid(u)
         value = g * s
-        slope = s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        # sigmoid(-u) is 1 - s, with digits left where s is close to 1 and the factor g ** 3 is large
+        slope = s + g * s * sigmoid(-u) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     return value, slope
 
 

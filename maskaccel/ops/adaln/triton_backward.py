@@ -50,9 +50,8 @@ def collect(total, value, out, at, cols, mask, DIRECT: tl.constexpr):
 
 @triton.jit
 def finish(total, out, at, cols, mask, DIRECT: tl.constexpr):
-    if out is not None:
-        if not DIRECT:
-            tl.store(out + at + cols, total, mask=mask)
+    if (out is not None) and (not DIRECT):
+        tl.store(out + at + cols, total, mask=mask)
 
 
 @triton.jit
@@ -83,7 +82,7 @@ def adaln_backward(dr, dy, dy2, r, a, gate, scale, shift, scale2, shift2, gate_t
     sum_weight = zero
     sum_bias = zero
     sum_post = zero
-    for i in range(0, count):
+    for i in range(count):
         n = first + i
         wide = n.to(tl.int64)
         token = (b * N + wide) * D

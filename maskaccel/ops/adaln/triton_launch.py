@@ -82,12 +82,14 @@ class _Call:
             for name, m in (("gate", gate), ("scale", scale), ("shift", shift), ("scale2", scale2), ("shift2", shift2))
         ]
         self.tables = (gate_table, scale_table, shift_table)
-        self.vectors = (weight, bias, post_weight)
+        # a post weight without a post norm has no effect, and a gradient of 0
+        self.idle_post = post_weight is not None and not flags >> 6 & 3
+        self.vectors = (weight, bias, None if self.idle_post else post_weight)
         for name, t in zip(("gate_table", "scale_table", "shift_table", "weight", "bias", "post_weight"),
-                           (*self.tables, *self.vectors), strict=True):  # fmt: skip
+                           (*self.tables, weight, bias, post_weight), strict=True):  # fmt: skip
             host.check_vector(name, t, width, x)
         host.one_dtype("modulation and tables", gate, scale, shift, scale2, shift2, *self.tables)
-        host.one_dtype("weight, bias and post_weight", *self.vectors)
+        host.one_dtype("weight, bias and post_weight", weight, bias, post_weight)
         if flags & 3 == 3:
             raise RuntimeError(f"flags name no norm: {flags}")
         # without FMA contraction no product escapes the rounding that the narrow law asks for
@@ -202,9 +204,10 @@ def _backward(dr, dy, dy2, r, a, call: _Call, eps, post_eps, offset, flags, need
     ]
     vector_bits = (NEED_WEIGHT, NEED_BIAS, NEED_POST)
     wanted = [v is not None and needs & bit for v, bit in zip(call.vectors, vector_bits, strict=True)]
+    no_effect = x.new_zeros(width, dtype=torch.float32) if call.idle_post and needs & NEED_POST else None
     if batch * n == 0:
         vectors = [x.new_zeros(width if w else 0, dtype=torch.float32) for w in wanted]
-        return dx, da, [s.result(x) for s in shared], vectors
+        return dx, da, [s.result(x) for s in shared], [*vectors[:2], vectors[2] if no_effect is None else no_effect]
 
     from .triton_backward import adaln_backward
 
@@ -230,7 +233,7 @@ def _backward(dr, dy, dy2, r, a, call: _Call, eps, post_eps, offset, flags, need
         x.new_empty(0, dtype=torch.float32) if p is None else host.reduce_partials(p, 1, 1).view(width)
         for p in partials
     ]
-    return dx, da, [s.result(x) for s in shared], vectors
+    return dx, da, [s.result(x) for s in shared], [*vectors[:2], vectors[2] if no_effect is None else no_effect]
 
 
 def norm_modulate_backward(dy, dy2, x, scale, shift, scale2, shift2, weight, bias, scale_table, shift_table, rows, eps,

@@ -1,7 +1,7 @@
 """Triton kernels of the adaLN forward, and the device functions its backward shares. Importing this needs triton.
 
-One program computes one token: the row stays in registers, so each byte of activation moves once. A modulation operand is
-None or the tuple (pointer, batch stride, row stride, tokens of a row).
+One program computes one token: the row stays in registers, so each byte of activation moves once. A modulation operand
+is None or the tuple (pointer, batch stride, row stride, tokens of a row).
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def modulate(h, scale, shift, scale_table, shift_table, b, index, cols, mask, of
 
 
 @triton.jit
-def adaln_forward(x, a, r, y, y2, gate, scale, shift, scale2, shift2, gate_table, scale_table, shift_table, weight, bias,
-                  post_weight, rows, x_batch, x_row, a_batch, a_row, rows_batch, N, D, eps, post_eps, offset,
+def adaln_forward(x, a, r, y, y2, gate, scale, shift, scale2, shift2, gate_table, scale_table, shift_table, weight,
+                  bias, post_weight, rows, x_batch, x_row, a_batch, a_row, rows_batch, N, D, eps, post_eps, offset,
                   FLAGS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Gated residual (with `a`), norm and modulation (with `y`), for one token."""
     NARROW: tl.constexpr = (FLAGS & 4) != 0

@@ -1,7 +1,7 @@
 """Triton kernels of QK norm with rotary embedding, forward and backward. Importing this needs triton.
 
-A head is held as two tiles (heads, pairs): the first and the second element of each rotated pair. Statistics are the sums
-over both, so one code serves interleaved and rotate-half tables, with and without rotation.
+A head is held as two tiles (heads, pairs): the first and the second element of each rotated pair. Statistics are the
+sums over both, so one code serves interleaved and rotate-half tables, with and without rotation.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def affine_pairs(one, two, weight, bias, row, first, second, m1, m2, DTYPE: tl.c
 
 @triton.jit
 def load_table(t, b, s, h, first, second, m1, m2, PAIRS: tl.constexpr, FULL: tl.constexpr):
-    """Values of a table, (pointer, batch, token, head and last stride), for both elements of each pair of token (b, s)."""
+    """Values of a table, (pointer, batch, token, head and last stride), for both elements of each pair of a token."""
     at = t[0] + b * t[1] + s * t[2] + h * t[3]
     if FULL:
         v1 = load(at, first[None, :] * t[4], m1)
@@ -131,7 +131,7 @@ def load_table(t, b, s, h, first, second, m1, m2, PAIRS: tl.constexpr, FULL: tl.
 @triton.jit
 def load_rope(cos, sin, positions, positions_batch, b, s, h, first, second, m1, m2, r1, r2, PAIRS: tl.constexpr,
               FULL: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
-    """cos and sin of both elements: (heads, pairs) tiles with PER_HEAD, else one row that all heads share."""
+    """Values of cos and sin for both elements: (heads, pairs) with PER_HEAD, else one row that all heads share."""
     if positions is not None:
         s = tl.load(positions + b * positions_batch + s)
     s = s.to(tl.int64)
@@ -145,8 +145,8 @@ def load_rope(cos, sin, positions, positions_batch, b, s, h, first, second, m1, 
 
 
 @triton.jit
-def norm_rope_token(x, out, weight, bias, cos, sin, positions, positions_batch, x_batch, x_token, x_head, token, S, H, D,
-                    eps, HEADS: tl.constexpr, PAIRS: tl.constexpr, FLAGS: tl.constexpr, FULL: tl.constexpr,
+def norm_rope_token(x, out, weight, bias, cos, sin, positions, positions_batch, x_batch, x_token, x_head, token, S, H,
+                    D, eps, HEADS: tl.constexpr, PAIRS: tl.constexpr, FLAGS: tl.constexpr, FULL: tl.constexpr,
                     PER_HEAD: tl.constexpr):  # fmt: skip
     """Norm and rotation of all heads of one token of q or k."""
     KIND: tl.constexpr = FLAGS & 3
@@ -190,12 +190,14 @@ def qk_forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, cos, sin,
     token = tl.program_id(0)
     if tl.program_id(1) == 0:
         if token < q_tokens:
-            norm_rope_token(q, q_out, q_weight, q_bias, cos, sin, positions, positions_batch, q_strides[0], q_strides[1],
-                            q_strides[2], token, S, H, D, eps, Q_HEADS, PAIRS, FLAGS, FULL, PER_HEAD)  # fmt: skip
+            norm_rope_token(q, q_out, q_weight, q_bias, cos, sin, positions, positions_batch, q_strides[0],
+                            q_strides[1], q_strides[2], token, S, H, D, eps, Q_HEADS, PAIRS, FLAGS, FULL,
+                            PER_HEAD)  # fmt: skip
     else:
         if token < k_tokens:
-            norm_rope_token(k, k_out, k_weight, k_bias, cos, sin, positions, positions_batch, k_strides[0], k_strides[1],
-                            k_strides[2], token, SK, HK, D, eps, K_HEADS, PAIRS, FLAGS, FULL, PER_HEAD)  # fmt: skip
+            norm_rope_token(k, k_out, k_weight, k_bias, cos, sin, positions, positions_batch, k_strides[0],
+                            k_strides[1], k_strides[2], token, SK, HK, D, eps, K_HEADS, PAIRS, FLAGS, FULL,
+                            PER_HEAD)  # fmt: skip
 
 
 @triton.jit
@@ -233,7 +235,7 @@ def norm_rope_run(d, x, dx, dweight, dbias, weight, cos, sin, positions, positio
     weight2 = tl.zeros([HEADS, PAIRS], tl.float32)
     bias1 = tl.zeros([HEADS, PAIRS], tl.float32)
     bias2 = tl.zeros([HEADS, PAIRS], tl.float32)
-    for i in range(0, tl.minimum(run, tokens - program * run)):
+    for i in range(tl.minimum(run, tokens - program * run)):
         token = program * run + i
         b = (token // S).to(tl.int64)
         s = token % S
@@ -283,14 +285,16 @@ def norm_rope_run(d, x, dx, dweight, dbias, weight, cos, sin, positions, positio
 
 @triton.jit
 def qk_backward(dq, dk, q, k, q_weight, k_weight, cos, sin, positions, positions_batch, dq_out, dk_out, dq_weight,
-                dk_weight, dq_bias, dk_bias, dq_strides, dk_strides, q_strides, k_strides, run, q_tokens, k_tokens, S, SK,
-                H, HK, D, eps, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr, FLAGS: tl.constexpr,
-                FULL: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
+                dk_weight, dq_bias, dk_bias, dq_strides, dk_strides, q_strides, k_strides, run, q_tokens, k_tokens, S,
+                SK, H, HK, D, eps, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr,
+                FLAGS: tl.constexpr, FULL: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
     """A program is a run of tokens of q (second grid index 0) or of k (1)."""
     program = tl.program_id(0)
     if tl.program_id(1) == 0:
         norm_rope_run(dq, q, dq_out, dq_weight, dq_bias, q_weight, cos, sin, positions, positions_batch, dq_strides,
-                      q_strides, program, run, q_tokens, S, H, D, eps, Q_HEADS, PAIRS, FLAGS, FULL, PER_HEAD)  # fmt: skip
+                      q_strides, program, run, q_tokens, S, H, D, eps, Q_HEADS, PAIRS, FLAGS, FULL,
+                      PER_HEAD)  # fmt: skip
     else:
         norm_rope_run(dk, k, dk_out, dk_weight, dk_bias, k_weight, cos, sin, positions, positions_batch, dk_strides,
-                      k_strides, program, run, k_tokens, SK, HK, D, eps, K_HEADS, PAIRS, FLAGS, FULL, PER_HEAD)  # fmt: skip
+                      k_strides, program, run, k_tokens, SK, HK, D, eps, K_HEADS, PAIRS, FLAGS, FULL,
+                      PER_HEAD)  # fmt: skip

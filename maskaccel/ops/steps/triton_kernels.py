@@ -32,9 +32,9 @@ def difference_partials(x, reference, base, partials, size, run, BLOCK: tl.const
 
 
 @triton.jit
-def combine(history, weights, x, gate, out, h_step, h_batch, weight_step, N, D, K: tl.constexpr, PER_CHANNEL: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
-    """x + gate * sum_k weights[k] * history[k] for a block of one token's channels."""
+def combine(history, weights, x, gate, out, h_step, h_batch, weight_step, N, D, K: tl.constexpr,
+            PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Store x + gate * sum_k weights[k] * history[k] for a block of one token's channels."""
     row = tl.program_id(0)
     b = (row // N).to(tl.int64)
     n = row % N
