@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ def test_vace_control_blocks_are_fused_too():
 def test_animate():
     # bf16 stays out: the motion encoder mixes fp32 buffers with the dtype of its weights
     check_parity(zoo.animate, dtypes=(torch.float32,), expect={"fused block": 2, "fused QK norm and RoPE": 4})
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_helios_blocks(guidance):
+    check_parity(functools.partial(zoo.helios, guidance), expect={"fused block": 2})
 
 
 def test_anyflow_blocks():
@@ -154,7 +160,7 @@ def test_processor_keeps_backend_and_state():
     assert model.blocks[0].attn1.processor is processor
 
 
-@pytest.mark.parametrize("build", [zoo.wan, zoo.vace, zoo.skyreels, zoo.anyflow], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", [zoo.wan, zoo.vace, zoo.skyreels, zoo.helios, zoo.anyflow], ids=lambda b: b.__name__)
 def test_cached_outputs_meet_the_gates_of_the_current_step(build):
     """FORA alone wraps the children of the original block; with fused blocks the result must be the same."""
     model, inputs = build()

@@ -1,9 +1,9 @@
-"""The Wan video family (Wan 2.1 and 2.2, VACE, Animate, ChronoEdit, SkyReels-V2, AnyFlow).
+"""The Wan video family (Wan 2.1 and 2.2, VACE, Animate, ChronoEdit, SkyReels-V2, Helios, AnyFlow).
 
 adaLN-single with a table per block and everything between two stored tensors in fp32; cross-attention reads an affine
 LayerNorm and is added without a gate. Wan 2.2 TI2V, SkyReels-V2 with diffusion forcing and AnyFlow modulate every token
-by itself.
-"""
+LayerNorm and is added without a gate. Wan 2.2 TI2V, SkyReels-V2 with diffusion forcing, Helios and AnyFlow modulate
+every token by itself.
 
 from __future__ import annotations
 
@@ -29,8 +29,20 @@ def _modulation(self: Any, temb: Tensor, dim: int) -> tuple[Sequence[Tensor], Se
     return temb.unbind(dim), rows.to(temb).unbind(0)
 
 
-def _run(self: Any, x: Tensor, temb: Tensor, dim: int, attend: Attend, cross_attend: Attend) -> Tensor:
-    """The body that all classes share; the classes differ in what they pass to their attentions."""
+def _run(
+    self: Any, x: Tensor, temb: Tensor, dim: int, attend: Attend, cross_attend: Attend, tail: int | None = None
+) -> Tensor:
+    """The body that all classes share; they differ in what they pass to their attentions.
+
+    Args:
+        self: The block.
+        x: Residual stream.
+        temb: Six modulations, stacked on dim `dim`.
+        dim: See `temb`.
+        attend: Self-attention of its normed input.
+        cross_attend: Cross-attention of its normed input.
+        tail: Number of tokens at the end that alone have cross-attention; None is all.
+    """
     (shift1, scale1, gate1, shift2, scale2, gate2), tables = _modulation(self, temb, dim)
     if x.stride(-1) != 1:  # the first block of some models is given the transposed patch embedding: copy it once
         x = x.contiguous()
@@ -42,27 +54,43 @@ def _run(self: Any, x: Tensor, temb: Tensor, dim: int, attend: Attend, cross_att
         attn = attend(y)
     attn = attn.to(x.dtype)
 
-    cross = recall(self.attn2, x)
-    if cross is None:
-        if isinstance(self.norm2, nn.Identity):
-            x = y = add_gated(x, attn, gate1, gate_table=tables[2])
-        elif hooked(self.norm2):
-            x = add_gated(x, attn, gate1, gate_table=tables[2])
-            y = self.norm2(x.float()).to(x.dtype)
-        else:
-            x, y = add_gated_then_norm(x, attn, gate1, gate_table=tables[2], **norm_options(self.norm2))
-        cross = cross_attend(y)
-    else:
+    if tail is not None:
         x = add_gated(x, attn, gate1, gate_table=tables[2])
+        history, rest = x[:, : x.shape[1] - tail], x[:, x.shape[1] - tail :]
+        cross = recall(self.attn2, rest)
+        cross = cross_attend(self.norm2(rest.float()).to(x.dtype)) if cross is None else cross
+        x, cross = torch.cat([history, rest + cross], dim=1), None
+    else:
+        x, cross = _add_and_cross(self, x, attn, gate1, tables[2], cross_attend)
 
     mlp = recall(self.ffn, x)
     if mlp is None:
         options = dict(scale_table=tables[4], shift_table=tables[3], **norm_options(self.norm3))
-        x, y = add_gated_then_norm(x, cross, None, scale2, shift2, **options)
+        if cross is None:
+            y = norm_modulate(x, scale2, shift2, **options)
+        else:
+            x, y = add_gated_then_norm(x, cross, None, scale2, shift2, **options)
         mlp = self.ffn(y)
-    else:
+    elif cross is not None:
         x = add_gated(x, cross)
     return add_gated(x, mlp.to(x.dtype), gate2, gate_table=tables[5])
+
+
+def _add_and_cross(
+    self: Any, x: Tensor, attn: Tensor, gate: Tensor, gate_table: Tensor, cross_attend: Attend
+) -> tuple[Tensor, Tensor]:
+    """The residual with self-attention added, and the cross-attention of its norm."""
+    cross = recall(self.attn2, x)
+    if cross is not None:
+        return add_gated(x, attn, gate, gate_table=gate_table), cross
+    if isinstance(self.norm2, nn.Identity):
+        x = y = add_gated(x, attn, gate, gate_table=gate_table)
+    elif hooked(self.norm2):
+        x = add_gated(x, attn, gate, gate_table=gate_table)
+        y = self.norm2(x.float()).to(x.dtype)
+    else:
+        x, y = add_gated_then_norm(x, attn, gate, gate_table=gate_table, **norm_options(self.norm2))
+    return x, cross_attend(y)
 
 
 def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
@@ -125,6 +153,23 @@ def anyflow_forward(
         self, hidden_states, temb, 2,
         lambda y: self.attn1(hidden_states=y, rotary_emb=rotary_emb, attention_mask=attention_mask, **cache),
         lambda y: self.attn2(hidden_states=y, encoder_hidden_states=encoder_hidden_states),
+    )  # fmt: skip
+
+
+def helios_forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: Any,
+    original_context_length: int | None = None,
+) -> Tensor:
+    """HeliosTransformerBlock: the tokens of earlier frames may be left out of cross-attention."""
+    return _run(
+        self, hidden_states, temb, 2 if temb.ndim == 4 else 1,
+        lambda y: self.attn1(y, None, None, rotary_emb, original_context_length),
+        lambda y: self.attn2(y, encoder_hidden_states, None, None, original_context_length),
+        tail=original_context_length if self.guidance_cross_attn else None,
     )  # fmt: skip
 
 
@@ -212,6 +257,7 @@ BLOCKS = table(
     _block("chronoedit:WanTransformerBlock", forward, "b66600ab3dce"),
     _block("wan_vace:WanVACETransformerBlock", vace_forward, "08bf72d9affd"),
     _block("skyreels_v2:SkyReelsV2TransformerBlock", skyreels_forward, "82bbf0d4bb01"),
+    _block("helios:HeliosTransformerBlock", helios_forward, "8cf722a62b9c"),
     _block("anyflow:AnyFlowTransformerBlock", anyflow_forward, "1516f18e1054"),
     _block("anyflow_far:AnyFlowTransformerBlock", anyflow_forward, "1516f18e1054"),
 )

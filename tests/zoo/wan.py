@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AnyFlowTransformer3DModel,
     ChronoEditTransformer3DModel,
+    HeliosTransformer3DModel,
     SkyReelsV2Transformer3DModel,
     WanAnimateTransformer3DModel,
     WanTransformer3DModel,
@@ -98,6 +99,25 @@ def anyflow() -> Built:
     inputs = {
         "hidden_states": randn(2, 2, 4, 4, 4), "timestep": randn(2, 2).abs(), "r_timestep": randn(2, 2, seed=1).abs(),
         "encoder_hidden_states": randn(2, 6, 24, seed=1),
+    }  # fmt: skip
+    return model, inputs
+
+
+def helios(guidance_cross_attn: bool = True) -> Built:
+    """Helios with frames of history, which cross-attention skips under guidance."""
+    config = _CONFIG | {"attention_head_dim": 12}
+    del config["rope_max_seq_len"]
+    model = made(
+        HeliosTransformer3DModel, **config, rope_dim=(4, 4, 4), has_multi_term_memory_patch=True,
+        guidance_cross_attn=guidance_cross_attn, zero_history_timestep=True, is_amplify_history=False,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": randn(1, 4, 2, 16, 16), "timestep": torch.tensor([5]),
+        "encoder_hidden_states": randn(1, 6, 24, seed=1), "indices_hidden_states": torch.tensor([[6.0, 7.0]]),
+        "indices_latents_history_short": torch.tensor([[5.0]]), "indices_latents_history_mid": torch.tensor([[4.0]]),
+        "indices_latents_history_long": torch.arange(4.0)[None],
+        "latents_history_short": randn(1, 4, 1, 16, 16, seed=2),
+        "latents_history_mid": randn(1, 4, 1, 16, 16, seed=3), "latents_history_long": randn(1, 4, 4, 16, 16, seed=4),
     }  # fmt: skip
     return model, inputs
 
