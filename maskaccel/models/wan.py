@@ -1,9 +1,9 @@
 """The Wan video family (Wan 2.1 and 2.2, VACE, Animate, ChronoEdit, SkyReels-V2, Helios, AnyFlow).
 
 adaLN-single with a table per block and everything between two stored tensors in fp32; cross-attention reads an affine
-LayerNorm and is added without a gate. Wan 2.2 TI2V, SkyReels-V2 with diffusion forcing and AnyFlow modulate every token
 LayerNorm and is added without a gate. Wan 2.2 TI2V, SkyReels-V2 with diffusion forcing, Helios and AnyFlow modulate
 every token by itself.
+"""
 
 from __future__ import annotations
 
