@@ -20,7 +20,8 @@ void norm_modulate_any(StableIValue* stack, bool pair) {
   const Arg x = in.tensor("x"), scale = in.optional("scale"), shift = in.optional("shift");
   const Arg scale2 = pair ? in.optional("scale2") : Arg{}, shift2 = pair ? in.optional("shift2") : Arg{};
   const Arg weight = in.optional("weight"), bias = in.optional("bias");
-  const Arg scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"), rows = in.optional("rows");
+  const Arg scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"),
+            rows = in.optional("rows");
   AdalnForward f;
   f.eps = static_cast<float>(in.number());
   f.offset = static_cast<float>(in.number());
@@ -51,7 +52,8 @@ void gate_residual_norm_modulate_any(StableIValue* stack, bool pair) {
   const Arg post_weight = in.optional("post_weight"), scale = in.optional("scale"), shift = in.optional("shift");
   const Arg scale2 = pair ? in.optional("scale2") : Arg{}, shift2 = pair ? in.optional("shift2") : Arg{};
   const Arg weight = in.optional("weight"), bias = in.optional("bias");
-  const Arg scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"), rows = in.optional("rows");
+  const Arg scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"),
+            rows = in.optional("rows");
   AdalnForward f;
   f.eps = static_cast<float>(in.number());
   f.post_eps = static_cast<float>(in.number());

@@ -26,12 +26,12 @@ MASKACCEL_INLINE V vexp(V x) {
 
 MASKACCEL_INLINE V sigmoid(V x) { return div(set1(1.0f), add(set1(1.0f), vexp(sub(set1(0.0f), x)))); }
 
-// The normal distribution function. Near zero by a fit of erf(t) / t - 1 in t^2; outside by one of -log(erfc(t)) - t^2, which
-// keeps the relative accuracy of the negative tail.
+// The normal distribution function. Near zero by a fit of erf(t) / t - 1 in t^2; outside by one of -log(erfc(t)) -
+// t^2, which keeps the relative accuracy of the negative tail.
 MASKACCEL_INLINE V normal_cdf(V x) {
   constexpr float inner[] = {0.12837917f,   -0.37612632f,   0.11283671f,  -0.026858032f,
                              0.0051976424f, -0.0008104442f, 8.209797e-05f};
-  constexpr float outer[] = {-0.00029628683f, 1.130213f,       -0.3683108f,   0.11042361f,    -0.026782896f,
+  constexpr float outer[] = {-0.00029628683f, 1.130213f,      -0.3683108f,    0.11042361f,     -0.026782896f,
                              0.004971698f,    -0.0006710618f, 6.1507395e-05f, -3.4018533e-06f, 8.530819e-08f};
   const V t = mul(vabs(x), set1(0.707106781f));
   const V s = mul(t, t);
@@ -81,7 +81,8 @@ void activation_rows(const GatedActivation& a, int64_t begin, int64_t end) {
       if constexpr (KIND == kGeluTanh) {
         store(y + i, activate<KIND, false>(load(x + i, part), unused), part);
       } else {
-        store(y + i, mul(load(x + value_at + i, part), activate<KIND, false>(load(x + gate_at + i, part), unused)), part);
+        store(y + i, mul(load(x + value_at + i, part), activate<KIND, false>(load(x + gate_at + i, part), unused)),
+              part);
       }
     });
   }

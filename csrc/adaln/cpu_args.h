@@ -40,8 +40,9 @@ struct AdalnForward : AdalnShape {
   bool past_cache = false;
 };
 
-// Partial sums of one gradient. A chunk owns the slots from `b * per_sample + c * per_chunk` on, one for each modulation row
-// that its tokens touch. Where every row lies within one chunk the slots are the rows of the result themselves.
+// Partial sums of one gradient. A chunk owns the slots from `b * per_sample + c * per_chunk` on, one for each
+// modulation row that its tokens touch. Where every row lies within one chunk the slots are the rows of the result
+// themselves.
 struct Partial {
   float* data = nullptr;  // null: gradient not wanted
   int64_t per_sample = 0, per_chunk = 0;
@@ -93,7 +94,7 @@ struct QkNormRope {
 struct GatedActivation {
   const void *x = nullptr, *dy = nullptr;
   int64_t stride_x = 0, stride_dy = 0, width = 0;  // width of the result
-  void* out = nullptr;                              // y, or dx
+  void* out = nullptr;                             // y, or dx
   Dtype dtype = Dtype::f32;
   int flags = 0;
 };

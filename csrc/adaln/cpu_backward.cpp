@@ -99,7 +99,8 @@ void norm_modulate_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Arg dy = in.tensor("dy"), dy2 = in.optional("dy2"), x = in.tensor("x");
   const Arg scale = in.optional("scale"), shift = in.optional("shift"), scale2 = in.optional("scale2"),
             shift2 = in.optional("shift2"), weight = in.optional("weight"), bias = in.optional("bias"),
-            scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"), rows = in.optional("rows");
+            scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"),
+            rows = in.optional("rows");
   AdalnBackward s;
   s.eps = static_cast<float>(in.number());
   s.offset = static_cast<float>(in.number());
@@ -130,11 +131,14 @@ void norm_modulate_backward(StableIValue* stack, uint64_t, uint64_t) {
 
 void gate_residual_norm_modulate_backward(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
-  const Arg dr = in.optional("dr"), dy = in.tensor("dy"), dy2 = in.optional("dy2"), r = in.tensor("r"), a = in.tensor("a");
-  const Arg gate = in.optional("gate"), gate_table = in.optional("gate_table"), post_weight = in.optional("post_weight");
+  const Arg dr = in.optional("dr"), dy = in.tensor("dy"), dy2 = in.optional("dy2"), r = in.tensor("r"),
+            a = in.tensor("a");
+  const Arg gate = in.optional("gate"), gate_table = in.optional("gate_table"),
+            post_weight = in.optional("post_weight");
   const Arg scale = in.optional("scale"), shift = in.optional("shift"), scale2 = in.optional("scale2"),
             shift2 = in.optional("shift2"), weight = in.optional("weight"), bias = in.optional("bias"),
-            scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"), rows = in.optional("rows");
+            scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"),
+            rows = in.optional("rows");
   AdalnBackward s;
   s.eps = static_cast<float>(in.number());
   s.post_eps = static_cast<float>(in.number());
@@ -174,7 +178,8 @@ void gate_residual_norm_modulate_backward(StableIValue* stack, uint64_t, uint64_
 
 void gate_residual_backward(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
-  const Arg dr = in.tensor("dr"), a = in.tensor("a"), gate = in.optional("gate"), gate_table = in.optional("gate_table");
+  const Arg dr = in.tensor("dr"), a = in.tensor("a"), gate = in.optional("gate"),
+            gate_table = in.optional("gate_table");
   const Arg post_weight = in.optional("post_weight"), rows = in.optional("rows");
   AdalnBackward s;
   s.post_eps = static_cast<float>(in.number());

@@ -1,5 +1,5 @@
-// Gradients of the adaLN ops. A chunk of tokens sums its share of every modulation and weight gradient in fp32; `reduce` adds
-// the shares in a fixed order, so the result does not depend on the number of threads.
+// Gradients of the adaLN ops. A chunk of tokens sums its share of every modulation and weight gradient in fp32;
+// `reduce` adds the shares in a fixed order, so the result does not depend on the number of threads.
 #pragma once
 
 #include "cpu_modulation.h"
@@ -25,16 +25,15 @@ struct Adder {
   float* slot(int64_t n, int64_t from, int64_t D) const {
     return to->data == nullptr ? nullptr : base + (n / to->group - from / to->group) * D;
   }
-  void at(int64_t n, int64_t from, int64_t D) {
-    row = slot(n, from, D);
-  }
+  void at(int64_t n, int64_t from, int64_t D) { row = slot(n, from, D); }
 };
 
 // Gradient of the bare normalised row into keep_g, its two sums, and the shares of scale and shift.
 template <class T>
 MASKACCEL_INLINE void norm_sums(const AdalnBackward& s, const T* x, const T* dy, const T* dy2, float* keep_g, Moments m,
-                           const float* mul1, const float* mul2, const float* weight, const float* bias, float* dscale,
-                           float* dshift, float* dscale2, float* dshift2, float& plain_out, float& product_out) {
+                                const float* mul1, const float* mul2, const float* weight, const float* bias,
+                                float* dscale, float* dshift, float* dscale2, float* dshift2, float& plain_out,
+                                float& product_out) {
   Sum plain = Sum::zero(), product = Sum::zero();
   const V mean = set1(m.mean), inverse = set1(m.inverse);
   const bool affine = weight != nullptr || bias != nullptr;
@@ -63,7 +62,8 @@ MASKACCEL_INLINE void norm_sums(const AdalnBackward& s, const T* x, const T* dy,
   product_out = product.total();
 }
 
-// With a norm weight, keep_g holds dn (before the weight); this adds the weight's and bias's share and applies the weight.
+// With a norm weight, keep_g holds dn (before the weight); this adds the weight's and bias's share and applies the
+// weight.
 template <class T>
 MASKACCEL_INLINE void affine_sums(const T* x, float* keep_g, int64_t d, Moments m, const float* weight, float* dweight,
                                   float* dbias, float& plain_out, float& product_out) {
@@ -101,8 +101,8 @@ MASKACCEL_INLINE void norm_dx(const T* x, const T* dr, float* keep_g, T* dx, int
 
 // From the gradient of r: da and the sums of gate and post weight.
 template <class T>
-MASKACCEL_INLINE void gate_backward(const T* a, const float* g_row, T* da, int64_t d, const float* gate, const float* slope,
-                                    float* dgate) {
+MASKACCEL_INLINE void gate_backward(const T* a, const float* g_row, T* da, int64_t d, const float* gate,
+                                    const float* slope, float* dgate) {
   sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     const V g = load(g_row + i, part);
     if (da != nullptr) store(da + i, gate != nullptr ? mul(g, load(gate + i, part)) : g, part);
@@ -208,8 +208,8 @@ void backward_chunks_general(const AdalnBackward& s, int64_t begin, int64_t end)
         if (dy2 != nullptr) refresh(second, s, s.scale2, no_shift, fold, nullptr, b, n, float{});
         const Moments m = norm == kNormNone ? Moments{0.0f, 1.0f} : moments(x, d, norm == kNormRms, s.eps);
         float plain, product;
-        norm_sums(s, x, dy, dy2, keep_g, m, first.mul, second.mul, weight, bias, dscale.row, dshift.row,
-                             dscale2.row, dshift2.row, plain, product);
+        norm_sums(s, x, dy, dy2, keep_g, m, first.mul, second.mul, weight, bias, dscale.row, dshift.row, dscale2.row,
+                  dshift2.row, plain, product);
         if (affine) affine_sums(x, keep_g, d, m, weight, dweight.row, dbias.row, plain, product);
         if (dx != nullptr || gated) {
           const float size = static_cast<float>(d);
@@ -277,7 +277,8 @@ void reduce(const AdalnReduce& r, int64_t begin, int64_t end) {
       for (int64_t c = first; c * r.chunk < end_token; ++c) {
         const int64_t slot = b * r.per_sample + c * r.per_chunk + row - c * r.chunk / r.group;
         const float* const from = r.partial + slot * r.D;
-        sweep(r.D, [&](int64_t i, auto part, auto) MASKACCEL_HOT { store(out + i, add(load(out + i, part), load(from + i, part)), part); });
+        sweep(r.D, [&](int64_t i, auto part, auto)
+                       MASKACCEL_HOT { store(out + i, add(load(out + i, part), load(from + i, part)), part); });
       }
     }
   }

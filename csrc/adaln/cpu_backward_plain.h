@@ -1,5 +1,5 @@
-// The common gradient: one modulated output, a norm without affine, no sandwich norm. Two tokens at a time, so that the sums
-// they share are loaded and stored half as often.
+// The common gradient: one modulated output, a norm without affine, no sandwich norm. Two tokens at a time, so that
+// the sums they share are loaded and stored half as often.
 #pragma once
 
 #include "cpu_backward.h"
@@ -159,9 +159,16 @@ void backward_chunks_plain(const AdalnBackward& s, int64_t begin, int64_t end) {
       };
       const int64_t out = (b * s.N + n) * d;
       const V none = set1(0.0f);
-      return PlainToken<T>{row_at(s.x), row_at(s.dy), row_at(s.dr), row_at(s.a),
+      return PlainToken<T>{row_at(s.x),
+                           row_at(s.dy),
+                           row_at(s.dr),
+                           row_at(s.a),
                            s.dx != nullptr ? static_cast<T*>(s.dx) + out : nullptr,
-                           s.da != nullptr ? static_cast<T*>(s.da) + out : nullptr, none, none, none, none};
+                           s.da != nullptr ? static_cast<T*>(s.da) + out : nullptr,
+                           none,
+                           none,
+                           none,
+                           none};
     };
     const auto together = [&](int64_t n) {  // tokens n and n + 1 read and add to the same rows
       if (row_of(s.scale, s, b, n) != row_of(s.scale, s, b, n + 1)) return false;
@@ -183,8 +190,12 @@ void backward_chunks_plain(const AdalnBackward& s, int64_t begin, int64_t end) {
           gate_built = true;
         }
       }
-      const PlainShared shared{first.mul, gated && s.gate.present() ? gate : nullptr, sloped ? slope : nullptr,
-                               dscale.slot(n, from, d), dshift.slot(n, from, d), dgate.slot(n, from, d)};
+      const PlainShared shared{first.mul,
+                               gated && s.gate.present() ? gate : nullptr,
+                               sloped ? slope : nullptr,
+                               dscale.slot(n, from, d),
+                               dshift.slot(n, from, d),
+                               dgate.slot(n, from, d)};
       if (n + 1 < until && together(n)) {
         PlainToken<T> two[2] = {token(n), token(n + 1)};
         plain_tokens<T, 2>(two, shared, s);

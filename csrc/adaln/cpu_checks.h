@@ -1,4 +1,5 @@
-// Arguments of the adaLN ops, checked against the contract in maskaccel/ops/adaln/schema.py before anything is computed.
+// Arguments of the adaLN ops, checked against the contract in maskaccel/ops/adaln/schema.py before anything is
+// computed.
 #pragma once
 
 #include <initializer_list>
@@ -49,8 +50,10 @@ class Checked {
     }
     if (!value) return m;
     same(value, s_.mod_dtype, mod_seen_);
-    STD_TORCH_CHECK(value.dim == 2 || (value.dim == 3 && !has_rows_), value.name, " must be (B, D) or (B, F, D), or (R, D) with rows");
-    STD_TORCH_CHECK(value.size(-1) == s_.D && value.dense_last(), value.name, " must have a contiguous last dim of ", s_.D);
+    STD_TORCH_CHECK(value.dim == 2 || (value.dim == 3 && !has_rows_), value.name,
+                    " must be (B, D) or (B, F, D), or (R, D) with rows");
+    STD_TORCH_CHECK(value.size(-1) == s_.D && value.dense_last(), value.name, " must have a contiguous last dim of ",
+                    s_.D);
     m.value = value.data;
     m.group = 1;
     if (has_rows_) {
@@ -58,8 +61,8 @@ class Checked {
       STD_TORCH_CHECK(value.size(0) > 0 || s_.B * s_.N == 0, value.name, " has no rows");
       return m;
     }
-    STD_TORCH_CHECK(value.size(0) == s_.B || value.size(0) == 1, value.name, " must have a batch of ", s_.B, " or 1, got ",
-                    value.size(0));
+    STD_TORCH_CHECK(value.size(0) == s_.B || value.size(0) == 1, value.name, " must have a batch of ", s_.B,
+                    " or 1, got ", value.size(0));
     m.stride_b = value.size(0) == 1 ? 0 : value.stride(0);
     const int64_t groups = value.dim == 3 ? value.size(1) : 1;
     STD_TORCH_CHECK(groups > 0 ? s_.N % groups == 0 : s_.N == 0, value.name, " has ", groups,
@@ -86,7 +89,8 @@ class Checked {
 
  private:
   void vector(const Arg& v) const {
-    STD_TORCH_CHECK(v.dim == 1 && v.size(0) == s_.D && v.dense_last(), v.name, " must be contiguous of shape (", s_.D, ",)");
+    STD_TORCH_CHECK(v.dim == 1 && v.size(0) == s_.D && v.dense_last(), v.name, " must be contiguous of shape (", s_.D,
+                    ",)");
   }
   // All operands of a kind share one dtype: that of x, or fp32.
   void same(const Arg& v, Dtype& kind, bool& seen) const {

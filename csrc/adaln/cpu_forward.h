@@ -7,8 +7,8 @@ namespace maskaccel {
 namespace MASKACCEL_ISA {
 namespace {
 
-// The rows after the current ones, or null. Their lines are asked for while this row is computed: the hardware does not look
-// far enough ahead, and reading memory and computing would take turns.
+// The rows after the current ones, or null. Their lines are asked for while this row is computed: the hardware does
+// not look far enough ahead, and reading memory and computing would take turns.
 template <class T>
 struct Ahead {
   const T *x, *a;
@@ -40,7 +40,8 @@ MASKACCEL_INLINE void modulate(const S* row, T* y, int64_t d, Moments m, const A
   const V mean = set1(m.mean), inverse = set1(m.inverse), start = set1(-m.mean * m.inverse);
   const float *mul_row = f.mul, *add_row = f.add;
   map_row(row, y, d, past, next, [&](V v, int64_t i, auto part) MASKACCEL_HOT {
-    // One operation where the result is rounded to 16 bits anyway; fp32 keeps the form that does not lose to a large mean.
+    // One operation where the result is rounded to 16 bits anyway; fp32 keeps the form that does not lose to a
+    // large mean.
     const V t = dtype_of<T> == Dtype::f32 ? mul(sub(v, mean), inverse) : fma(v, inverse, start);
     return fma(t, load(mul_row + i, part), load(add_row + i, part));
   });
@@ -71,7 +72,8 @@ MASKACCEL_INLINE void modulate_narrow(const S* row, T* y, int64_t d, Moments m, 
 
 // r = f(x, a), kept in `keep_row` as stored (rounded to T); returns the sum of the row.
 template <class T, class F>
-MASKACCEL_INLINE float residual_of(const T* x, const T* a, T* r, float* keep_row, int64_t d, bool clip, bool past, F&& f) {
+MASKACCEL_INLINE float residual_of(const T* x, const T* a, T* r, float* keep_row, int64_t d, bool clip, bool past,
+                                   F&& f) {
   Sum sum = Sum::zero();
   const auto value = [&](V vx, V va, int64_t i, auto part) MASKACCEL_HOT {
     const V v = f(vx, va, i, part);
@@ -106,17 +108,18 @@ MASKACCEL_INLINE float residual_general(const T* x, const T* a, T* r, float* kee
   const V mean = set1(m.mean), inverse = set1(m.inverse);
   const bool narrow = s.flags & kNarrow, layer = (s.flags & kPostMask) == kPostLayer, norm = s.flags & kPostMask;
   const bool round_product = narrow && gate != nullptr && s.mod_dtype == s.dtype;
-  return residual_of(x, a, r, keep_row, s.D, s.flags & kClip, s.past_cache, [&](V vx, V p, int64_t i, auto part) MASKACCEL_HOT {
-    if (norm) {
-      p = mul(sub(p, mean), inverse);
-      if (narrow && !layer) p = rounded(p, T{});
-      if (post != nullptr) p = mul(p, load(post + i, part));
-      if (narrow && (layer || post != nullptr)) p = rounded(p, T{});
-    }
-    if (gate != nullptr) p = mul(p, load(gate + i, part));
-    if (round_product) p = rounded(p, T{});
-    return add(vx, p);
-  });
+  return residual_of(x, a, r, keep_row, s.D, s.flags & kClip, s.past_cache,
+                     [&](V vx, V p, int64_t i, auto part) MASKACCEL_HOT {
+                       if (norm) {
+                         p = mul(sub(p, mean), inverse);
+                         if (narrow && !layer) p = rounded(p, T{});
+                         if (post != nullptr) p = mul(p, load(post + i, part));
+                         if (narrow && (layer || post != nullptr)) p = rounded(p, T{});
+                       }
+                       if (gate != nullptr) p = mul(p, load(gate + i, part));
+                       if (round_product) p = rounded(p, T{});
+                       return add(vx, p);
+                     });
 }
 
 template <class T>
@@ -172,7 +175,8 @@ void forward_rows(const AdalnForward& s, int64_t begin, int64_t end) {
       float* const kept = s.y != nullptr ? keep_row : nullptr;
       if (simple_gate) {
         sum = residual_of(x, a, r, kept, d, s.flags & kClip, s.past_cache,
-                          [&](V vx, V va, int64_t i, auto part) MASKACCEL_HOT { return fma(load(gate + i, part), va, vx); });
+                          [&](V vx, V va, int64_t i, auto part)
+                              MASKACCEL_HOT { return fma(load(gate + i, part), va, vx); });
       } else {
         const Moments m = post_norm ? moments(a, d, !post_layer, s.post_eps) : Moments{0.0f, 1.0f};
         sum = residual_general(x, a, r, kept, s, s.gate.present() ? gate : nullptr, post, m);
@@ -187,7 +191,8 @@ void forward_rows(const AdalnForward& s, int64_t begin, int64_t end) {
         if (narrow) {
           modulate_narrow(from, y, d, m, first, weight, bias, norm == kNormLayer, round_product, s.past_cache, next);
           if (pair)
-            modulate_narrow(from, y2, d, m, second, weight, bias, norm == kNormLayer, round_product2, s.past_cache, none);
+            modulate_narrow(from, y2, d, m, second, weight, bias, norm == kNormLayer, round_product2, s.past_cache,
+                            none);
         } else {
           modulate(from, y, d, m, first, s.past_cache, next);
           if (pair) modulate(from, y2, d, m, second, s.past_cache, none);

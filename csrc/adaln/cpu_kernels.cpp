@@ -7,8 +7,8 @@
 namespace maskaccel {
 namespace MASKACCEL_ISA {
 
-const AdalnKernels adaln_kernels = {forward,     backward,   reduce,
-                                    qk_forward,  qk_backward, activation, activation_backward};
+const AdalnKernels adaln_kernels = {forward,    backward,           reduce, qk_forward, qk_backward,
+                                    activation, activation_backward};
 
 }  // namespace MASKACCEL_ISA
 }  // namespace maskaccel

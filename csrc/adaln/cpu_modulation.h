@@ -63,7 +63,8 @@ inline void build_gate(float* out, const char* row, const Modulation& m, const A
 }
 
 // out = weight + offset, or bias, in fp32; rounded to the weight's dtype where eager would
-inline void build_affine(float* out, const void* vector, float plus, float absent, const AdalnShape& s, bool round_sum) {
+inline void build_affine(float* out, const void* vector, float plus, float absent, const AdalnShape& s,
+                         bool round_sum) {
   const Source src{vector, s.affine_dtype};
   sweep(s.D, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     V v = set1(absent);

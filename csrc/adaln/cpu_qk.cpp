@@ -24,7 +24,8 @@ void check_side(QkNormRope& s, int i, const Arg& x) {
 const void* check_affine(QkNormRope& s, const Arg& v, int i, bool& seen) {
   if (!v) return nullptr;
   const int64_t size = s.flags & kAcrossHeads ? s.side[i].H * s.Dh : s.Dh;
-  STD_TORCH_CHECK(v.dim == 1 && v.size(0) == size && v.dense_last(), v.name, " must be contiguous of shape (", size, ",)");
+  STD_TORCH_CHECK(v.dim == 1 && v.size(0) == size && v.dense_last(), v.name, " must be contiguous of shape (", size,
+                  ",)");
   const Dtype d = dtype_of_arg(v);
   STD_TORCH_CHECK(seen ? d == s.affine_dtype : (d == s.dtype || d == Dtype::f32), v.name,
                   " must be float32 or of the dtype of q, as all weights and biases");
@@ -39,18 +40,21 @@ void check_tables(QkNormRope& s, const Arg& cos, const Arg& sin, const Arg& posi
   const int64_t S = s.side[0].S;
   STD_TORCH_CHECK(s.side[1].S == S, "q and k must have the same sequence length under RoPE");
   STD_TORCH_CHECK(s.Dh % 2 == 0, "RoPE needs an even head size, got ", s.Dh);
-  STD_TORCH_CHECK(cos.dim >= 2 && cos.dim <= 4 && sin.dim == cos.dim, "cos and sin must be (S, T), (B, S, T) or (B, S, H, T)");
+  STD_TORCH_CHECK(cos.dim >= 2 && cos.dim <= 4 && sin.dim == cos.dim,
+                  "cos and sin must be (S, T), (B, S, T) or (B, S, H, T)");
   for (int64_t i = 0; i < cos.dim; ++i) STD_TORCH_CHECK(cos.size(i) == sin.size(i), "cos and sin must have one shape");
   s.table_dtype = dtype_of_arg(cos);
   STD_TORCH_CHECK(dtype_of_arg(sin) == s.table_dtype && (s.table_dtype == s.dtype || s.table_dtype == Dtype::f32),
                   "cos and sin must be float32 or of the dtype of q");
   s.T = cos.size(-1);
-  STD_TORCH_CHECK(s.T == s.Dh || s.T == s.Dh / 2, "the last dim of cos must be ", s.Dh, " or ", s.Dh / 2, ", got ", s.T);
+  STD_TORCH_CHECK(s.T == s.Dh || s.T == s.Dh / 2, "the last dim of cos must be ", s.Dh, " or ", s.Dh / 2, ", got ",
+                  s.T);
   const int64_t at = cos.dim == 2 ? 0 : 1, rows = cos.size(at);
   STD_TORCH_CHECK(cos.dim == 2 || cos.size(0) == 1 || cos.size(0) == s.B, "the batch of cos must be ", s.B, " or 1");
   STD_TORCH_CHECK(positions ? (rows > 0 || S * s.B == 0) : rows == S, "cos must have ", S, " rows, got ", rows);
   if (cos.dim == 4 && cos.size(2) != 1) {
-    STD_TORCH_CHECK(cos.size(2) == s.side[0].H && s.side[1].H == s.side[0].H, "per-head cos needs as many heads as q and k");
+    STD_TORCH_CHECK(cos.size(2) == s.side[0].H && s.side[1].H == s.side[0].H,
+                    "per-head cos needs as many heads as q and k");
     s.table_per_head = true;
   }
   const auto strides = [&](const Arg& t, int64_t* out) {
@@ -161,7 +165,8 @@ void qk_norm_rope_backward(StableIValue* stack, uint64_t, uint64_t) {
     q.dy_b = g.stride(0);
     q.dy_s = g.stride(1);
     q.dy_h = g.stride(2);
-    const bool want_x = needs >> i & 1, want_w = (needs >> (2 + i) & 1) && a.weight[i], want_b = (needs >> (4 + i) & 1) && a.bias[i];
+    const bool want_x = needs >> i & 1, want_w = (needs >> (2 + i) & 1) && a.weight[i],
+               want_b = (needs >> (4 + i) & 1) && a.bias[i];
     const int64_t size = s.flags & kAcrossHeads ? q.H * s.Dh : s.Dh;
     s.chunks = (q.S + kChunk - 1) / kChunk;
     const int64_t total = s.B * s.chunks;
@@ -228,8 +233,9 @@ void gated_activation_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Arg dy = in.tensor("dy"), x = in.tensor("x");
   GatedActivation a;
   check_activation(a, x, in.integer());
-  STD_TORCH_CHECK(dy.dim == 2 && dy.size(0) == x.size(0) && dy.size(1) == a.width && dtype_of_arg(dy) == a.dtype && dy.dense_last(),
-                  "dy must have the shape and dtype of the result and a contiguous last dim");
+  STD_TORCH_CHECK(
+      dy.dim == 2 && dy.size(0) == x.size(0) && dy.size(1) == a.width && dtype_of_arg(dy) == a.dtype && dy.dense_last(),
+      "dy must have the shape and dtype of the result and a contiguous last dim");
   a.dy = dy.data;
   a.stride_dy = dy.stride(0);
   Output dx({x.size(0), x.size(1)}, a.dtype);

@@ -74,10 +74,12 @@ template <class T>
 MASKACCEL_INLINE void head_general(const T* x, T* out, int64_t d, const HeadNorm& h, const float* cos, const float* sin,
                                    bool by_half, float* buffer, bool past) {
   if (cos == nullptr) {
-    sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT { put(out + i, normed<T>(load(x + i, part), i, part, h), part, past); });
+    sweep(d, [&](int64_t i, auto part, auto)
+                 MASKACCEL_HOT { put(out + i, normed<T>(load(x + i, part), i, part, h), part, past); });
     return;
   }
-  sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT { store(buffer + i, normed<T>(load(x + i, part), i, part, h), part); });
+  sweep(d, [&](int64_t i, auto part, auto)
+               MASKACCEL_HOT { store(buffer + i, normed<T>(load(x + i, part), i, part, h), part); });
   if (by_half) {
     const int64_t half = d / 2;
     const auto turn = [&](int64_t from, int64_t pair) {
@@ -98,8 +100,8 @@ MASKACCEL_INLINE void head_general(const T* x, T* out, int64_t d, const HeadNorm
 
 // Heads of NV vectors: one load and one store of each element. The statistics too, unless they span the heads.
 template <class T, int NV>
-MASKACCEL_INLINE void head_registers(const T* x, T* out, HeadNorm h, int norm, float eps, bool own_moments, const float* cos,
-                                     const float* sin, bool by_half, bool past) {
+MASKACCEL_INLINE void head_registers(const T* x, T* out, HeadNorm h, int norm, float eps, bool own_moments,
+                                     const float* cos, const float* sin, bool by_half, bool past) {
   V v[NV];
   for (int i = 0; i < NV; ++i) v[i] = load(x + i * W, Full{});
   if (own_moments && norm != kNormNone) {
@@ -193,7 +195,8 @@ void qk_rows(const QkNormRope& s, int which, int64_t begin, int64_t end) {
         norm.weight = q.weight != nullptr ? weight[i] + (p.across ? h * s.Dh : 0) : nullptr;
         norm.bias = q.bias != nullptr ? bias[i] + (p.across ? h * s.Dh : 0) : nullptr;
         if constexpr (NV > 0) {
-          head_registers<T, NV>(x, out, norm, p.norm, s.eps, !p.across, p.rope ? cos : nullptr, sin, by_half, s.past_cache);
+          head_registers<T, NV>(x, out, norm, p.norm, s.eps, !p.across, p.rope ? cos : nullptr, sin, by_half,
+                                s.past_cache);
         } else {
           if (!p.across) norm.m = head_moments(s, q, x, p);
           head_general(x, out, s.Dh, norm, p.rope ? cos : nullptr, sin, by_half, buffer, s.past_cache);
@@ -270,7 +273,8 @@ MASKACCEL_INLINE HeadSums head_sums(const T* x, float* dn, int64_t d, Moments m,
 }
 
 template <class T>
-MASKACCEL_INLINE void head_dx(const T* x, const float* dn, T* dx, int64_t d, Moments m, float mean_plain, float mean_product) {
+MASKACCEL_INLINE void head_dx(const T* x, const float* dn, T* dx, int64_t d, Moments m, float mean_plain,
+                              float mean_product) {
   const V mean = set1(m.mean), inverse = set1(m.inverse), p = set1(mean_plain), q = set1(mean_product);
   sweep(d, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
     const V t = mul(sub(load(x + i, part), mean), inverse);
@@ -284,7 +288,8 @@ void qk_chunks(const QkNormRope& s, int which, int64_t begin, int64_t end) {
   const HeadPlan p = plan_of(s);
   const QkNormRope::Side& q = s.side[which];
   const int64_t d = s.Dh, heads = q.H, step = padded(d), wide = p.across ? padded(d * heads) : step;
-  float* memory = static_cast<float*>(scratch(static_cast<size_t>(2 * step + 2 * wide + padded(d * heads)) * sizeof(float)));
+  float* memory =
+      static_cast<float*>(scratch(static_cast<size_t>(2 * step + 2 * wide + padded(d * heads)) * sizeof(float)));
   float *const cos = memory, *const sin = memory + step, *const weight = memory + 2 * step;
   float* const dn = weight + 2 * wide;  // a whole token: statistics may span its heads
   head_affine(s, q, p, weight, weight + wide);
@@ -301,7 +306,9 @@ void qk_chunks(const QkNormRope& s, int which, int64_t begin, int64_t end) {
       const T* const x = static_cast<const T*>(q.x) + b * q.stride_b + token * q.stride_s;
       const T* const dy = static_cast<const T*>(q.dy) + b * q.dy_b + token * q.dy_s;
       T* const dx = q.out != nullptr ? static_cast<T*>(q.out) + (b * q.S + token) * heads * d : nullptr;
-      const auto part_of = [&](float* row, int64_t h) { return row == nullptr ? nullptr : row + (p.across ? h * d : 0); };
+      const auto part_of = [&](float* row, int64_t h) {
+        return row == nullptr ? nullptr : row + (p.across ? h * d : 0);
+      };
       const auto gradient = [&](int64_t h, Moments m) {
         if (p.rope && s.table_per_head) build_rotation(cos, sin, s, b, token, h);
         unrotate(dy + h * q.dy_h, dn + h * d, d, p.rope ? cos : nullptr, sin, s.flags & kRopeHalf);

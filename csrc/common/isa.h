@@ -1,8 +1,8 @@
 // Run-time choice of the instruction set, and per-thread scratch memory.
 //
-// Kernel sources are compiled once per instruction set, each time into a namespace of its own named by MASKACCEL_ISA.
-// Everything they define must live there, or be internal to the file: an inline function shared between two builds would be
-// merged by the linker, and the baseline could end up running AVX-512 code.
+// Kernel sources are compiled once per instruction set, each time into a namespace of its own named by
+// MASKACCEL_ISA. Everything they define must live there, or be internal to the file: an inline function shared
+// between two builds would be merged by the linker, and the baseline could end up running AVX-512 code.
 #pragma once
 
 #include <cstddef>
@@ -40,17 +40,27 @@ const Table& pick(const Table& portable, const Table& avx2, const Table& avx512,
 
 // Declares `name` in the namespace of every build and defines `maskaccel::name()` as the chosen one.
 #if defined(__x86_64__)
-#define MASKACCEL_DISPATCH(Table, name)                                                         \
-  namespace portable { extern const Table name; }                                               \
-  namespace avx2 { extern const Table name; }                                                   \
-  namespace avx512 { extern const Table name; }                                                 \
-  namespace avx512bf16 { extern const Table name; }                                             \
-  inline const Table& name() {                                                                  \
+#define MASKACCEL_DISPATCH(Table, name)                                                            \
+  namespace portable {                                                                             \
+  extern const Table name;                                                                         \
+  }                                                                                                \
+  namespace avx2 {                                                                                 \
+  extern const Table name;                                                                         \
+  }                                                                                                \
+  namespace avx512 {                                                                               \
+  extern const Table name;                                                                         \
+  }                                                                                                \
+  namespace avx512bf16 {                                                                           \
+  extern const Table name;                                                                         \
+  }                                                                                                \
+  inline const Table& name() {                                                                     \
     static const Table& chosen = pick(portable::name, avx2::name, avx512::name, avx512bf16::name); \
-    return chosen;                                                                              \
+    return chosen;                                                                                 \
   }
 #else
-#define MASKACCEL_DISPATCH(Table, name)         \
-  namespace portable { extern const Table name; } \
+#define MASKACCEL_DISPATCH(Table, name) \
+  namespace portable {                  \
+  extern const Table name;              \
+  }                                     \
   inline const Table& name() { return portable::name; }
 #endif

@@ -1,4 +1,5 @@
-// Boxed kernels on the stable ABI without its per-argument heap traffic: arguments are borrowed views that die with `Inputs`.
+// Boxed kernels on the stable ABI without its per-argument heap traffic: arguments are borrowed views that die with
+// `Inputs`.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -123,7 +124,8 @@ class Inputs {
 class Output {
  public:
   Output() = default;
-  Output(std::initializer_list<int64_t> sizes, Dtype dtype) : Output(sizes.begin(), static_cast<int>(sizes.size()), dtype) {}
+  Output(std::initializer_list<int64_t> sizes, Dtype dtype)
+      : Output(sizes.begin(), static_cast<int>(sizes.size()), dtype) {}
   Output(const int64_t* sizes, int dim, Dtype dtype) {
     int64_t strides[8];
     int64_t n = 1;

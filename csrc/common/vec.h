@@ -104,9 +104,7 @@ MASKACCEL_INLINE float hsum(V a) { return _mm512_reduce_add_ps(a); }
 MASKACCEL_INLINE V keep(V a, Full) { return a; }
 MASKACCEL_INLINE V keep(V a, Tail t) { return _mm512_maskz_mov_ps(mask(t), a); }
 
-MASKACCEL_INLINE V wide_bf16(__m256i u) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16));
-}
+MASKACCEL_INLINE V wide_bf16(__m256i u) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16)); }
 MASKACCEL_INLINE __m256i narrow_bf16(V v) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(v);
@@ -170,9 +168,7 @@ MASKACCEL_INLINE float hsum(V a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-MASKACCEL_INLINE V wide_bf16(__m128i u) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16));
-}
+MASKACCEL_INLINE V wide_bf16(__m128i u) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16)); }
 MASKACCEL_INLINE __m128i narrow_bf16(V v) {
   const __m256i u = _mm256_castps_si256(v);
   const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -183,13 +179,15 @@ MASKACCEL_INLINE __m128i narrow_bf16(V v) {
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08));
 }
 MASKACCEL_INLINE V load(const float* p, Full) { return _mm256_loadu_ps(p); }
-MASKACCEL_INLINE V load(const bf16* p, Full) {
-  return wide_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+MASKACCEL_INLINE V load(const bf16* p, Full) { return wide_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+MASKACCEL_INLINE V load(const f16* p, Full) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-MASKACCEL_INLINE V load(const f16* p, Full) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 MASKACCEL_INLINE void store(float* p, V v, Full) { _mm256_storeu_ps(p, v); }
 MASKACCEL_INLINE void store(bf16* p, V v, Full) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
-MASKACCEL_INLINE void store(f16* p, V v, Full) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0)); }
+MASKACCEL_INLINE void store(f16* p, V v, Full) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+}
 MASKACCEL_INLINE void stream(float* p, V v) { _mm256_stream_ps(p, v); }
 MASKACCEL_INLINE void stream(bf16* p, V v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
 MASKACCEL_INLINE void stream(f16* p, V v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0)); }
@@ -345,7 +343,9 @@ MASKACCEL_INLINE void sweep(int64_t d, F&& f) {
 struct Sum {
   V part[4];
   MASKACCEL_INLINE Sum zero() { return Sum{{set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)}}; }
-  inline __attribute__((always_inline)) float total() const { return hsum(add(add(part[0], part[1]), add(part[2], part[3]))); }
+  inline __attribute__((always_inline)) float total() const {
+    return hsum(add(add(part[0], part[1]), add(part[2], part[3])));
+  }
 };
 
 }  // namespace MASKACCEL_ISA

@@ -1,5 +1,6 @@
-// Two vectors at a time. For bf16 a pair holds the even and the odd elements of a stretch: widening is then one shift and one
-// mask, and a store fills a whole cache line. Rows of fp32 scratch that meet such pairs are kept in the same order.
+// Two vectors at a time. For bf16 a pair holds the even and the odd elements of a stretch: widening is then one
+// shift and one mask, and a store fills a whole cache line. Rows of fp32 scratch that meet such pairs are kept in
+// the same order.
 #pragma once
 
 #include "vec.h"
@@ -45,8 +46,8 @@ MASKACCEL_INLINE __m512i pack_bf16(Two v) {
 #else
   const auto half = [](V x) MASKACCEL_HOT {
     const __m512i u = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
-    const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), one),
-                                                           _mm512_set1_epi32(0x7fff)));
+    const __m512i r = _mm512_add_epi32(
+        u, _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), one), _mm512_set1_epi32(0x7fff)));
     return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
   };
   return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(half(v.lo), 16), half(v.hi));
@@ -86,14 +87,16 @@ MASKACCEL_INLINE Two unpack_bf16(__m256i u) {
 MASKACCEL_INLINE __m256i pack_bf16(Two v) {
   const auto half = [](V x) MASKACCEL_HOT {
     const __m256i u = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
-    const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(u, 16), one),
-                                                           _mm256_set1_epi32(0x7fff)));
+    const __m256i r = _mm256_add_epi32(
+        u, _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(u, 16), one), _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);
   };
   return _mm256_blend_epi16(_mm256_srli_epi32(half(v.lo), 16), half(v.hi), 0xaa);
 }
-MASKACCEL_INLINE Two load2(const bf16* p) { return unpack_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+MASKACCEL_INLINE Two load2(const bf16* p) {
+  return unpack_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 MASKACCEL_INLINE Two put2(bf16* p, Two v, bool past) {
   const __m256i u = pack_bf16(v);
   if (p != nullptr) {
@@ -159,7 +162,8 @@ MASKACCEL_INLINE void sweep2(int64_t d, F&& two, G&& one) {
 template <class T>
 MASKACCEL_INLINE float row_sum(const T* row, int64_t d) {
   Sum sum = Sum::zero();
-  const auto one = [&](int64_t i, auto part, auto chain) MASKACCEL_HOT { sum.part[chain.k] = add(sum.part[chain.k], load(row + i, part)); };
+  const auto one = [&](int64_t i, auto part, auto chain)
+                       MASKACCEL_HOT { sum.part[chain.k] = add(sum.part[chain.k], load(row + i, part)); };
   const auto two = [&](int64_t i, auto chain) MASKACCEL_HOT {
 #if defined(__AVX512BF16__)
     if constexpr (dtype_of<T> == Dtype::bf16) {

@@ -46,7 +46,8 @@ void relative_difference(StableIValue* stack, uint64_t, uint64_t) {
 
 void combine_history(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
-  const Arg history = in.tensor("history"), weights = in.tensor("weights"), x = in.optional("x"), gate = in.optional("gate");
+  const Arg history = in.tensor("history"), weights = in.tensor("weights"), x = in.optional("x"),
+            gate = in.optional("gate");
   STD_TORCH_CHECK(history.dim == 4, "history must be (K, B, N, D), got ", history.dim, " dimensions");
   CombineHistory s;
   s.K = history.size(0);
@@ -76,13 +77,14 @@ void combine_history(StableIValue* stack, uint64_t, uint64_t) {
   }
   if (gate) {
     s.gate_dtype = dtype_of_arg(gate);
-    STD_TORCH_CHECK(s.gate_dtype == s.dtype || s.gate_dtype == Dtype::f32, "gate must be float32 or of the dtype of the result");
+    STD_TORCH_CHECK(s.gate_dtype == s.dtype || s.gate_dtype == Dtype::f32,
+                    "gate must be float32 or of the dtype of the result");
     STD_TORCH_CHECK((gate.dim == 2 || gate.dim == 3) && gate.size(-1) == s.D && gate.dense_last() &&
                         (gate.size(0) == s.B || gate.size(0) == 1),
                     "gate must be (B, D) or (B, F, D) with a contiguous last dim");
     const int64_t groups = gate.dim == 3 ? gate.size(1) : 1;
-    STD_TORCH_CHECK(groups > 0 ? s.N % groups == 0 : s.N == 0, "gate has ", groups, " rows a sample, which must divide the ", s.N,
-                    " tokens");
+    STD_TORCH_CHECK(groups > 0 ? s.N % groups == 0 : s.N == 0, "gate has ", groups,
+                    " rows a sample, which must divide the ", s.N, " tokens");
     s.gate = gate.data;
     s.gate_b = gate.size(0) == 1 ? 0 : gate.stride(0);
     s.gate_row = gate.dim == 3 ? gate.stride(1) : 0;
