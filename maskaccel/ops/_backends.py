@@ -1,7 +1,7 @@
 """Which backend runs a call, and why not the others.
 
-A backend is `cuda`, `cpu` (the native library), `triton`, or `reference` (plain torch). `backend=None` takes the first of
-that order that can run; naming one that cannot run is an error that gives the reason.
+A backend is `cuda`, `cpu` (the native library), `triton`, or `reference` (plain torch). `backend=None` takes the first
+of that order that can run; naming one that cannot run is an error that gives the reason.
 """
 
 from __future__ import annotations

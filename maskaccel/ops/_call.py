@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _registry
 from ._backends import KERNEL_DTYPES, automatic_namespace, namespace, select, select_while_tracing
@@ -24,7 +25,9 @@ def raw(ns: str, name: str) -> Any:
 
 
 def wants_grad(args: tuple) -> bool:
-    """True if autograd is on and an argument requires grad."""
+    """True if autograd is on and an argument requires grad; also in forward mode, which the derivative then refuses."""
+    if forward_ad._current_level >= 0:
+        return True
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(t, Tensor) and t.requires_grad for t in args)
@@ -33,8 +36,8 @@ def wants_grad(args: tuple) -> bool:
 def fast(name: str, x: Tensor, args: tuple) -> Any:
     """The unchecked call of the automatic backend.
 
-    The kernels check their whole contract before any work. A violation (RuntimeError) or a device without kernels (LookupError)
-    sends the caller to the checked path, which explains the fault or normalises the arguments.
+    The kernels check their whole contract before any work. A violation (RuntimeError) or a device without kernels
+    (LookupError) sends the caller to the checked path, which explains the fault or normalises the arguments.
     """
     ns = automatic_namespace("cpu", None) if x.is_cpu else automatic_namespace(x.device.type, x.device.index)
     if ns is None:

@@ -21,7 +21,7 @@ def floating(name: str, t: object) -> Tensor:
     """A tensor of fp32, bf16, fp16 or fp64."""
     t = tensor(name, t)
     if t.dtype not in FLOATS:
-        raise TypeError(f"{name} has dtype {t.dtype}; allowed are float32, bfloat16, float16 (float64 on the reference)")
+        raise TypeError(f"{name} has dtype {t.dtype}; allowed are float32, bfloat16, float16, float64")
     return t
 
 
@@ -76,7 +76,8 @@ def modulation(name: str, t: Tensor | None, x: Tensor, rows: Tensor | None) -> N
             raise ValueError(f"{name} has shape {tuple(t.shape)}; with rows it must be (R, {width})")
     else:
         if t.shape[0] not in (1, batch):
-            raise ValueError(f"{name} has batch {t.shape[0]} (shape {tuple(t.shape)}); x has batch {batch}: allowed 1, {batch}")
+            shape = tuple(t.shape)
+            raise ValueError(f"{name} has batch {shape[0]} (shape {shape}); x has batch {batch}: allowed 1, {batch}")
         if t.dim() == 3 and (t.shape[1] == 0 or n % t.shape[1]):
             raise ValueError(f"{name} has {t.shape[1]} rows a sample (shape {tuple(t.shape)}); it must divide N={n}")
     same_device(name, t, "x", x)
@@ -108,7 +109,10 @@ def choice(name: str, value: object, allowed: Iterable[object]) -> None:
 
 def dense_last(t: Tensor | None) -> Tensor | None:
     """`t` with a contiguous last dim; copied only if it has none."""
-    return t if t is None or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
+    if t is None or t.shape[-1] == 1 or t.stride(-1) == 1:
+        return t
+    # not contiguous(): that returns an empty tensor as it is, with whatever strides it was expanded to
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def one_dtype(x: Tensor, *operands: Tensor | None) -> list[Tensor | None]:

@@ -4,7 +4,8 @@ Namespaces (one schema each):
 
 * `maskaccel`: the public op. Differentiable, works on every device: the native kernel where there is one, else Triton
   (CUDA) or the reference (CPU).
-* `maskaccel_raw`: the native kernels alone. No autograd key, hence the cheapest call; used by the Python API when no input
+* `maskaccel_raw`: the native kernels alone. No autograd key, hence the cheapest call; used by the Python API when no
+input
   needs a gradient, and inside the autograd functions.
 * `maskaccel_triton`: the Triton kernels alone.
 
@@ -34,8 +35,8 @@ class OpSpec:
         fake: Shape function, same arguments as the op.
         save: `(inputs, output) -> tensors` that backward needs, in the order `backward` takes them after the gradients,
             or None for an op without a derivative.
-        backward: `(namespace, plain, needs, saved, grads) -> gradients`, one entry per input; `plain` are the inputs with
-            None in place of tensors.
+        backward: `(namespace, plain, needs, saved, grads) -> gradients`, one entry per input; `plain` are the inputs
+            with None in place of tensors.
     """
 
     name: str
@@ -59,6 +60,16 @@ def define(spec: OpSpec) -> None:
         torch.library.register_autograd(
             f"maskaccel::{spec.name}", function.backward_rule, setup_context=function.setup, lib=_LIBRARIES["maskaccel"]
         )
+    else:
+        # Without a rule torch would let gradients end here in silence.
+        torch.library.register_autograd(f"maskaccel::{spec.name}", _refuse(spec.name), lib=_LIBRARIES["maskaccel"])
+
+
+def _refuse(name: str) -> Callable[..., tuple]:
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        raise RuntimeError(f"torch.ops.maskaccel.{name} has no derivative; call it under torch.no_grad()")
+
+    return backward
 
 
 def implement(namespace: str, name: str, kernel: Callable[..., Any], key: str) -> None:
@@ -69,6 +80,22 @@ def implement(namespace: str, name: str, kernel: Callable[..., Any], key: str) -
 def op(namespace: str, name: str) -> Any:
     """The overload `torch.ops.<namespace>.<name>.default`."""
     return getattr(getattr(torch.ops, namespace), name).default
+
+
+class _Once(torch.autograd.Function):
+    """A backward pass whose own derivative is refused. Cut off from the graph it would count as zero instead."""
+
+    @staticmethod
+    def forward(name: str, run: Callable[..., tuple], *tensors: torch.Tensor | None) -> tuple:
+        return run(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        raise RuntimeError(f"{ctx.name} can be differentiated once; for higher derivatives use backend='reference'")
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,15 @@ def _autograd_parts(spec: OpSpec, namespace: str) -> _Parts:
         ctx.set_materialize_grads(False)
 
     def backward_rule(ctx: Any, *grads: Any) -> tuple:
-        return backward(namespace, ctx.plain, ctx.needs_input_grad, ctx.saved_tensors, grads)
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(namespace, ctx.plain, ctx.needs_input_grad, saved, grads)
+        plain, needs, count = ctx.plain, ctx.needs_input_grad, len(saved)
+
+        def run(*tensors: torch.Tensor | None) -> tuple:
+            return backward(namespace, plain, needs, tensors[:count], tensors[count:])
+
+        return _Once.apply(spec.name, run, *saved, *grads)
 
     return _Parts(setup, backward_rule)
 
@@ -97,6 +132,8 @@ def _autograd_parts(spec: OpSpec, namespace: str) -> _Parts:
 def autograd_function(namespace: str, name: str) -> type[torch.autograd.Function]:
     """The op of `namespace` as an autograd function (half the cost of the dispatcher's autograd key)."""
     spec = SPECS[name]
+    if spec.backward is None:
+        raise RuntimeError(f"{name} has no derivative; call it under torch.no_grad()")
     parts, kernel = _autograd_parts(spec, namespace), op(namespace, name)
 
     class Function(torch.autograd.Function):

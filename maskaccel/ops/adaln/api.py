@@ -1,7 +1,8 @@
 """Fused adaLN: norm, modulate, gate, residual, QK norm, RoPE and gated activations, each in one pass over memory.
 
-One formula covers every diffusion transformer: `r = x + act(gate) * post_norm(a)`, `y = norm(r) * (offset + scale) + shift`
-(DiT, Peebles and Xie 2023, section 3.2; PixArt-alpha, Chen et al. 2024, for tables; Lumina-Next for sandwich norms).
+One formula covers every diffusion transformer: `r = x + act(gate) * post_norm(a)`, `y = norm(r) * (offset + scale) +
+shift` (DiT, Peebles and Xie 2023, section 3.2; PixArt-alpha, Chen et al. 2024, for tables; Lumina-Next for sandwich
+norms).
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from torch import Tensor
 from .. import _call
 from . import check, reference
 from .schema import (
-    ACROSS_HEADS, ACTIVATIONS, CLIP, GATE_ACTS, GATE_FIRST, LAWS, NO_RESIDUAL, NORMS, POST_NORMS, ROPE_HALF,
+    ACROSS_HEADS,
+    ACTIVATIONS,
+    CLIP,
+    GATE_ACTS,
+    GATE_FIRST,
+    LAWS,
+    NO_RESIDUAL,
+    NORMS,
+    POST_NORMS,
+    ROPE_HALF,
     WEIGHT_PLUS_ONE,
 )  # fmt: skip
 
@@ -23,6 +33,17 @@ _NORM_FLAGS = {
     for offset in (0.0, 1.0)
 }
 _GATE_FLAGS = {(act, post): GATE_ACTS[act] | POST_NORMS[post] for act in GATE_ACTS for post in POST_NORMS}
+_POSTS = POST_NORMS["rms"] | POST_NORMS["layer"]
+_ROPE_FLAGS = {
+    (across, rope): (ACROSS_HEADS if across else 0) | (ROPE_HALF if rope == "half" else 0)
+    for across in (False, True)
+    for rope in ("interleaved", "half")
+}
+_ACTIVATION_FLAGS = {
+    (kind, first): ACTIVATIONS[kind] | (GATE_FIRST if first else 0) for kind in ACTIVATIONS for first in (False, True)
+}
+_INF = float("inf")
+# What a fast call may raise before it did anything; the checked path then finds the fault and names it.
 _FAULTS = (RuntimeError, LookupError, AttributeError, TypeError)
 
 
@@ -49,8 +70,8 @@ def norm_modulate(
 
     Args:
         x: `(B, N, D)`, fp32, bf16 or fp16 (fp64 on the reference), any strides with a dense last dim.
-        scale: `(B, D)`, `(B, 1, D)`, `(B, F, D)` with F dividing N (one row for N / F tokens), `(B, N, D)`, or `(R, D)` with
-            `rows`. The batch may be 1. Chunks of a projection are read in place. Any of x's dtype or fp32.
+        scale: `(B, D)`, `(B, 1, D)`, `(B, F, D)` with F dividing N (one row for N / F tokens), `(B, N, D)`, or `(R,
+            D)` with `rows`. The batch may be 1. Chunks of a projection are read in place. Any of x's dtype or fp32.
         shift: As `scale`.
         norm: `"layer"`, `"rms"` or `"none"`.
         weight: `(D,)` affine weight of the norm.
@@ -77,10 +98,12 @@ def norm_modulate(
     if backend is None and not torch.compiler.is_compiling() and rows is None:
         try:
             flags = _NORM_FLAGS[norm, law, weight_offset]
+            if not (0.0 <= eps < _INF and -_INF < offset < _INF):
+                raise LookupError
+            end = (weight, bias, scale_table, shift_table, rows, eps, offset, flags)
             if pair:
-                args = (x, scale, shift, scale2, shift2, weight, bias, scale_table, shift_table, rows, eps, offset, flags)
-                return _call.fast("norm_modulate_pair", x, args)
-            args = (x, scale, shift, weight, bias, scale_table, shift_table, rows, eps, offset, flags)
+                return _call.fast("norm_modulate_pair", x, (x, scale, shift, scale2, shift2, *end))
+            args = (x, scale, shift, *end)
             return _call.fast("norm_modulate", x, args)
         except _FAULTS as error:
             fault = error
@@ -177,7 +200,12 @@ def gate_residual_norm_modulate(
     if backend is None and rows is None and return_residual and not torch.compiler.is_compiling():
         try:
             flags = _NORM_FLAGS[norm, law, weight_offset] | _GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
-            end = (weight, bias, scale_table, shift_table, rows, eps, eps if post_eps is None else post_eps, offset, flags)
+            post = eps if post_eps is None else post_eps
+            if not (0.0 <= eps < _INF and 0.0 <= post < _INF and -_INF < offset < _INF) or (
+                post_weight is not None and not flags & _POSTS
+            ):
+                raise LookupError
+            end = (weight, bias, scale_table, shift_table, rows, eps, post, offset, flags)
             if pair:
                 args = (x, a, gate, gate_table, post_weight, scale, shift, scale2, shift2, *end)
                 return _call.fast("gate_residual_norm_modulate_pair", x, args)
@@ -203,7 +231,7 @@ def gate_residual_norm_modulate(
 
     k = check.kernel_operands(x, mods, tables, weight, bias, rows, a=a, post_weight=post_weight)
     flags = _NORM_FLAGS[norm, law, float(weight_offset)] | _GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
-    args = (k["x"], k["a"], k["gate"], k["gate_table"], k["post_weight"], k["scale"], k["shift"])
+    args: tuple = (k["x"], k["a"], k["gate"], k["gate_table"], k["post_weight"], k["scale"], k["shift"])
     if pair:
         args += (k["scale2"], k["shift2"])
     args += (k["weight"], k["bias"], k["scale_table"], k["shift_table"], k["rows"])
@@ -261,6 +289,8 @@ def gate_residual(
     if backend is None and rows is None and not torch.compiler.is_compiling():
         try:
             flags = _NORM_FLAGS["none", law, weight_offset] | _GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
+            if not 0.0 <= post_eps < _INF or (post_weight is not None and not flags & _POSTS):
+                raise LookupError
             return _call.fast("gate_residual", x, (x, a, gate, gate_table, post_weight, rows, post_eps, flags))
         except _FAULTS as error:
             fault = error
@@ -275,7 +305,8 @@ def gate_residual(
             gate_table=gate_table, post_eps=post_eps, weight_offset=weight_offset,
         )  # fmt: skip
 
-    k = check.kernel_operands(x, {"gate": gate}, {"gate_table": gate_table}, None, None, rows, a=a, post_weight=post_weight)
+    mods, tables = {"gate": gate}, {"gate_table": gate_table}
+    k = check.kernel_operands(x, mods, tables, None, None, rows, a=a, post_weight=post_weight)
     flags = _NORM_FLAGS["none", law, float(weight_offset)] | _GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
     args = (k["x"], k["a"], k["gate"], k["gate_table"], k["post_weight"], k["rows"], float(post_eps), flags)
     return check.run("gate_residual", x, args, backend, plain, fault)
@@ -307,8 +338,8 @@ def qk_norm_rope(
         k: `(B, Sk, Hk, Dh)` of q's dtype; `Sk = S` where RoPE is applied.
         q_weight: `(Dh,)`, or `(H * Dh,)` with `across_heads`.
         k_weight: As `q_weight`, for k.
-        cos: `(S, T)`, `(B|1, S, T)` or `(B|1, S, H|1, T)`, T = Dh (one value an element) or Dh / 2 (one a pair). Real and
-            imaginary views of a complex table are read in place. None leaves out the rotation.
+        cos: `(S, T)`, `(B|1, S, T)` or `(B|1, S, H|1, T)`, T = Dh (one value an element) or Dh / 2 (one a pair). Real
+            and imaginary views of a complex table are read in place. None leaves out the rotation.
         sin: As `cos`.
         norm: `"rms"`, `"layer"` or `"none"`.
         across_heads: One statistic per token over all heads (Wan, LTX) instead of one per head.
@@ -332,7 +363,9 @@ def qk_norm_rope(
     if backend is None and positions is None and not torch.compiler.is_compiling():
         try:
             flags = _NORM_FLAGS[norm, law, weight_offset]
-            flags |= (ACROSS_HEADS if across_heads else 0) | {"interleaved": 0, "half": ROPE_HALF}[rope]
+            flags |= _ROPE_FLAGS[across_heads, rope]
+            if not 0.0 <= eps < _INF or any(t is not None and t.requires_grad for t in (cos, sin)):
+                raise LookupError
             args = (q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, eps, flags)
             return _call.fast("qk_norm_rope", q, args)
         except _FAULTS as error:
@@ -371,6 +404,14 @@ def gated_activation(
         TypeError: `x` is no floating tensor.
         ValueError: The last dim is empty or odd, an option is unknown, or `backend` cannot run the call.
     """
+    if backend is None and not torch.compiler.is_compiling():
+        try:
+            rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+            out = _call.fast("gated_activation", rows, (rows, _ACTIVATION_FLAGS[kind, gate_first]))
+            return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+        except _FAULTS:
+            pass  # the checks below say what is wrong, or make the argument dense
+
     check.activation_arguments(x, kind)
     flags = ACTIVATIONS[kind] | (GATE_FIRST if gate_first else 0)
     flat = x.reshape(-1, x.shape[-1])

@@ -7,10 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import dense_last
 from .._registry import OpSpec, define, op
 from .schema import (
-    NEED_A, NEED_BIAS, NEED_GATE, NEED_POST, NEED_SCALE, NEED_SCALE2, NEED_SHIFT, NEED_SHIFT2, NEED_WEIGHT, NEED_X,
-    NO_RESIDUAL, SCHEMAS,
+    NEED_A,
+    NEED_BIAS,
+    NEED_GATE,
+    NEED_POST,
+    NEED_SCALE,
+    NEED_SCALE2,
+    NEED_SHIFT,
+    NEED_SHIFT2,
+    NEED_WEIGHT,
+    NEED_X,
+    NO_RESIDUAL,
+    SCHEMAS,
 )  # fmt: skip
 
 
@@ -71,8 +82,9 @@ def _fake_grnm_pair(x, *args):
 def _fake_grnm_backward(dr, dy, dy2, r, a, gate, gate_table, post_weight, scale, shift, scale2, shift2, weight, bias,
                         scale_table, shift_table, rows, eps, post_eps, offset, flags, needs):  # fmt: skip
     dx, *rest = _fake_norm_modulate_backward(
-        dy, dy2, r, scale, shift, scale2, shift2, weight, bias, scale_table, shift_table, rows, eps, offset, flags, needs
-    )
+        dy, dy2, r, scale, shift, scale2, shift2, weight, bias, scale_table, shift_table, rows, eps, offset, flags,
+        needs,
+    )  # fmt: skip
     da, dgate, dpost = _fake_gate_residual_backward(r, a, gate, gate_table, post_weight, rows, post_eps, flags, needs)
     return (dx, da, dgate, *rest, dpost)
 
@@ -93,7 +105,8 @@ def _fake_qk_norm_rope(q, k, *_):
     return _like(q), _like(k)
 
 
-def _fake_qk_norm_rope_backward(dq, dk, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, eps, flags, needs):
+def _fake_qk_norm_rope_backward(dq, dk, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, eps, flags,
+                                needs):  # fmt: skip
     vectors = (q_weight, k_weight, q_bias, k_bias)
     return (
         _like(q) if needs & 1 else q.new_empty(0),
@@ -134,11 +147,11 @@ def _vector(grad: Tensor, operand: Tensor | None, needed: bool) -> Tensor | None
     return grad.to(operand.dtype) if operand is not None and needed else None
 
 
-def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
+def _dense(grad: Tensor | None, like: Tensor) -> Tensor | None:
     """Incoming gradients may be missing, expanded or transposed; the kernels need a dense last dim."""
     if grad is None:
         return torch.zeros_like(like, memory_format=torch.contiguous_format)
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
+    return dense_last(grad)
 
 
 class _ModulationGrads:

@@ -61,7 +61,8 @@ def modulations(x: Tensor, mods: Named, tables: Named, rows: Tensor | None) -> N
 
 
 def kernel_operands(x: Tensor, mods: Named, tables: Named, weight: Tensor | None, bias: Tensor | None,
-                    rows: Tensor | None, *, a: Tensor | None = None, post_weight: Tensor | None = None) -> dict:  # fmt: skip
+                    rows: Tensor | None, *, a: Tensor | None = None,
+                    post_weight: Tensor | None = None) -> dict:  # fmt: skip
     """All operands as the raw ops take them: one modulation dtype, dense last dims."""
     modulation = _checks.one_dtype(x, *mods.values(), *tables.values())
     affine = _checks.one_dtype(x, weight, bias, post_weight)
@@ -119,7 +120,7 @@ def qk_operands(q: Tensor, k: Tensor, vectors: tuple[Tensor | None, ...], cos: T
             raise ValueError("positions is given without cos and sin")
         return
     _checks.floating("cos", cos)
-    if cos.requires_grad or sin.requires_grad:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("cos and sin get no gradient; pass them detached")
     _checks.like("sin", sin, "cos", cos)
     _checks.same_device("cos", cos, "q", q)
@@ -133,11 +134,13 @@ def qk_operands(q: Tensor, k: Tensor, vectors: tuple[Tensor | None, ...], cos: T
         )
     length = cos.shape[0] if cos.dim() == 2 else cos.shape[1]
     if positions is None and length != s:
-        raise ValueError(f"cos has {length} rows (shape {tuple(cos.shape)}); q has {s} tokens: give positions, or {s} rows")
+        shape = tuple(cos.shape)
+        raise ValueError(f"cos has {length} rows (shape {shape}); q has {s} tokens: give positions, or {s} rows")
     if cos.dim() > 2 and cos.shape[0] not in (1, batch):
         raise ValueError(f"cos has batch {cos.shape[0]}; allowed are 1 and {batch}")
     if cos.dim() == 4 and cos.shape[2] != 1 and (cos.shape[2] != heads or k.shape[2] != heads):
-        raise ValueError(f"cos has {cos.shape[2]} heads; q has {heads} and k {k.shape[2]}: per-head tables need all equal")
+        have = f"cos has {cos.shape[2]} heads; q has {heads} and k {k.shape[2]}"
+        raise ValueError(f"{have}: per-head tables need all equal")
     _checks.indices("positions", positions, batch, s, length, q)
 
 

@@ -91,8 +91,8 @@ def _row_form(value: Tensor | None, table: Tensor | None, x: Tensor, rows: Tenso
     return value if value.dim() == 3 else value[:, None]
 
 
-def _differentiate(run: Callable[..., tuple], leaves: list[Tensor | None], wanted: list[bool], grads: list[Tensor | None],
-                   activations: int) -> list[Tensor]:  # fmt: skip
+def _differentiate(run: Callable[..., tuple], leaves: list[Tensor | None], wanted: list[bool],
+                   grads: list[Tensor | None], activations: int) -> list[Tensor]:  # fmt: skip
     """Gradients of `run(*leaves)`; activations keep their dtype, everything else comes back in fp32."""
     x = leaves[0]
     assert x is not None
@@ -101,7 +101,9 @@ def _differentiate(run: Callable[..., tuple], leaves: list[Tensor | None], wante
         outputs = run(*fresh)
         at = [i for i, t in enumerate(fresh) if t is not None and wanted[i]]
         kept = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-        found = torch.autograd.grad([o for o, _ in kept], [fresh[i] for i in at], [g for _, g in kept], allow_unused=True)
+        ends, cotangents = [o for o, _ in kept], [g for _, g in kept]
+        begins = [t for t in (fresh[i] for i in at) if t is not None]
+        found = torch.autograd.grad(ends, begins, cotangents, allow_unused=True)
     out = [x.new_empty(0, dtype=x.dtype if i < activations else torch.float32) for i in range(len(leaves))]
     for i, g in zip(at, found, strict=True):
         leaf = leaves[i]

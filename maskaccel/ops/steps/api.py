@@ -19,8 +19,8 @@ def relative_difference(
 ) -> Tensor:
     """Sums for the relative L1 change of a feature, in one pass and without a synchronisation.
 
-    The ratio of the two columns is the indicator of First-Block Cache (residual against the last computed one) and of TeaCache
-    (Liu et al. 2024, eq. 5: modulated input against the previous step).
+    The ratio of the two columns is the indicator of First-Block Cache (residual against the last computed one) and of
+    TeaCache (Liu et al. 2024, eq. 5: modulated input against the previous step).
 
     Args:
         x: `(B, ...)`, fp32, bf16 or fp16.
@@ -37,7 +37,8 @@ def relative_difference(
     """
     if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
         try:
-            return _call.fast("relative_difference", x, (x, reference, base))
+            if x.dim() > 1:
+                return _call.fast("relative_difference", x, (x, reference, base))
         except _FAULTS:
             pass  # the checks below say what is wrong, or make the operands dense
     x = _checks.floating("x", x)
@@ -65,8 +66,8 @@ def combine_history(
 
     Args:
         history: `(K, B, N, D)` raw features of the last K computed steps, K at most 16; fp32, bf16 or fp16.
-        weights: fp32 `(K,)`, or `(K, D)` for one forecaster per channel (HyCa), on the same device.
-        x: `(B, N, D)` residual stream to add to; None returns the forecast alone.
+        weights: fp32 (or fp64) `(K,)`, or `(K, D)` for one forecaster per channel (HyCa), on the same device.
+        x: `(B, N, D)` residual stream to add to, of any floating dtype; None returns the forecast alone.
         gate: `(B, D)`, `(B, 1, D)`, `(B, F, D)` or `(B, N, D)` gate of the current step; the batch may be 1.
         backend: As in `maskaccel.ops.norm_modulate`.
 
@@ -92,13 +93,16 @@ def combine_history(
         raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be ({steps},) or ({steps}, {width})")
     _checks.same_device("weights", weights, "history", history)
     if x is not None:
-        _checks.like("x", x, "history[0]", history[0])
+        _checks.same_device("x", _checks.floating("x", x), "history", history)
+        if x.shape != history.shape[1:]:
+            need = tuple(history.shape[1:])
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be {need}, as a step of history")
     _checks.modulation("gate", gate, history[0], None)
     _no_grad("combine_history", history=history, weights=weights, x=x, gate=gate)
     like = history[0] if x is None else x
     dense = history if history.stride(3) == 1 and history.stride(2) == width else history.contiguous()
-    (gate_k,) = _checks.one_dtype(like, gate)
-    args = (dense, weights.contiguous(), None if x is None else x.contiguous(), gate_k)
+    (gate_k,) = _checks.one_dtype(like, gate if gate is None or gate.dim() == 3 else gate[:, None])
+    args = (dense, weights.float().contiguous(), None if x is None else x.contiguous(), gate_k)
     return _call.checked(
         "combine_history", history, args, backend, lambda: plain.combine_history(history, weights, x, gate)
     )

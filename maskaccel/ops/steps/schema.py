@@ -1,8 +1,8 @@
 """Schemas of the cached-feature ops; the namespaces and rules are those of `maskaccel.ops.adaln.schema`.
 
-`relative_difference(x, reference, base)`: `x`, `reference`, `base` are `(B, ...)` of one shape and dtype (fp32, bf16, fp16),
-contiguous. With `v = x - base` (or `x`): returns fp32 `(B, 2)`: sum |v - reference| and sum |reference| of each sample,
-in one pass, deterministic, without a synchronisation.
+`relative_difference(x, reference, base)`: `x`, `reference`, `base` are `(B, ...)` of one shape and dtype (fp32, bf16,
+fp16), contiguous. With `v = x - base` (or `x`): returns fp32 `(B, 2)`: sum |v - reference| and sum |reference| of each
+sample, in one pass, deterministic, without a synchronisation.
 
 `combine_history(history, weights, x, gate)`: `history` `(K, B, N, D)` of fp32, bf16, fp16 (dense in N and D; any stride
 of K and B), K <= 16, `weights` fp32 contiguous `(K,)` or `(K, D)` on the same device, `x` `(B, N, D)` or None (dense),
