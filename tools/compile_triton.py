@@ -9,7 +9,7 @@ dtype, but not every product of them (there are thousands).
     python tools/compile_triton.py                       # sm_80, 90, 100, 120
     python tools/compile_triton.py --arch 90 --json out.json
 
-Exits with 1 if a kernel does not compile, or if a kernel on the hot list spills registers.
+Exits with 1 if a kernel does not compile, or if one on the hot list spills registers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ ALL = (1 << 10) - 1
 NARROW, PLUS_ONE, RMS, TANH, CLAMP, SIGMOID, POST_RMS, POST_LAYER, CLIP = 4, 8, 1, 16, 32, 48, 64, 128, 256
 HALF, ACROSS = 32, 16
 
-# Every kernel is on the hot list unless named here with a reason.
-NOT_HOT: dict[str, str] = {}
+# Every case is on the hot list except these, with the reason.
+NOT_HOT = {
+    "residual+norm backward rms-narrow-clamp": "six sums at once (post weight, norm weight and bias, gate, scale, shift "
+    "with tables); no model in the library has all of them, and it spills 2 to 4 registers",
+}
 
 
 @dataclass
@@ -203,9 +206,9 @@ def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
 
 
-def compile_part(job: tuple[int, int, int]) -> tuple[list[Compiled], list[str], int]:
+def compile_part(job: tuple[int, int, int, str]) -> tuple[list[Compiled], list[str], int]:
     """Compile every `parts`-th case for one architecture: (results, failures, cases)."""
-    arch, part, parts = job
+    arch, part, parts, only = job
     warnings.filterwarnings("ignore")
     from triton.runtime import driver
 
@@ -233,7 +236,7 @@ def compile_part(job: tuple[int, int, int]) -> tuple[list[Compiled], list[str], 
     _triton.launcher = compile_only
     count = 0
     for i, (name, call) in enumerate(cases()):
-        if i % parts != part:
+        if i % parts != part or only not in name:
             continue
         count += 1
         current = name
@@ -265,10 +268,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", help="compute capability as in 90; may repeat")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result to FILE")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name contains TEXT")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     args = parser.parse_args()
     archs, parts = args.arch or ARCHS, 8
-    jobs = [(arch, part, parts) for arch in archs for part in range(parts)]
+    jobs = [(arch, part, parts, args.only) for arch in archs for part in range(parts)]
     results: list[Compiled] = []
     failures: list[str] = []
     known: set[str] = set()
@@ -281,7 +285,7 @@ def main() -> int:
             known.update(r.digest for r in found)
             failures += failed
             count += n
-    spilling = [r for r in results if r.spill_bytes and r.kernel not in NOT_HOT]
+    spilling = [r for r in results if r.spill_bytes and r.case[5:] not in NOT_HOT]
     print(summary(results))
     print(f"{len(results)} kernel variants of {count} calls, {len(archs)} targets, {time.perf_counter() - start:.0f} s")
     for line in failures:
