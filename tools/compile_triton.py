@@ -39,8 +39,8 @@ HALF, ACROSS = 32, 16
 
 # Every case is on the hot list except these, with the reason.
 NOT_HOT = {
-    "residual+norm backward rms-narrow-clamp": "six sums at once (post weight, norm weight and bias, gate, scale, shift); "
-    "no model in the library has all of them, and it spills 2 to 4 registers",
+    "residual+norm backward rms-narrow-clamp": "six sums at once (post weight, norm weight and bias, gate, scale, "
+    "shift): no model in the library has all of them, and it spills 2 to 4 registers",
 }
 
 
