@@ -1,7 +1,7 @@
 """CPU timings of every op against eager, on a shape small enough to repeat often.
 
-The acceptance shapes are timed by `python -m maskaccel.bench` (interleaved rounds); this suite follows the same registry
-over time with pytest-benchmark's own statistics and comparison (`--benchmark-autosave`, `--benchmark-compare`).
+The acceptance shapes are timed by `python -m maskaccel.bench` (interleaved rounds); this suite follows the same
+registry over time with pytest-benchmark's own statistics (`--benchmark-autosave`, `--benchmark-compare`).
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class NativeLibrary:
             return
         if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
             need = ".".join(map(str, MINIMUM_TORCH))
-            self._fail("incompatible", f"built for torch >= {need}, found {torch.__version__}", f"install torch >= {need}")
+            reason = f"built for torch >= {need}, found {torch.__version__}"
+            self._fail("incompatible", reason, f"install torch >= {need}")
             return
         try:
             torch.ops.load_library(str(self.path))

@@ -1,7 +1,7 @@
 """The error rule of the project, as assertions.
 
-Error against an fp64 truth must be at most twice that of plain torch in the same dtype, in maximum and in RMS, plus a tiny
-absolute term (flash-attention's rule).
+Error against an fp64 truth must be at most twice that of plain torch in the same dtype, in maximum and in RMS, plus a
+tiny absolute term (flash-attention's rule).
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def assert_close_to_truth(got: Tensor, plain: Tensor, truth: Tensor, *, what: st
         assert mine <= allowed, f"{what}: {label} error {mine:.3e}, plain torch {theirs:.3e}, allowed {allowed:.3e}"
 
 
-def assert_all_close_to_truth(got: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], what: str = "") -> None:
+def assert_all_close_to_truth(
+    got: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], what: str = ""
+) -> None:
     """`assert_close_to_truth` for each tensor of three sequences."""
     assert len(got) == len(plain) == len(truth)
     for i, (g, p, t) in enumerate(zip(got, plain, truth, strict=True)):

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FAKE_CMAKE = """#!{python}
 import pathlib, shutil, sys
 record = pathlib.Path({record!r})
-record.write_text(record.read_text() + " ".join(sys.argv[1:]) + "\\n" if record.exists() else " ".join(sys.argv[1:]) + "\\n")
-for argument in sys.argv[1:]:
+record.write_text(record.read_text() + " ".join(sys.argv[1:]) + "\\n" if record.exists() else " ".join(sys.argv[1:]) +
+"\\n") for argument in sys.argv[1:]:
     if argument.startswith("-DMASKACCEL_OUTPUT_DIR="):
         folder = pathlib.Path(argument.split("=", 1)[1])
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,8 @@ def test_import_survives_a_broken_torch(tmp_path):
     code = (
         "import maskaccel\n"
         "try:\n    maskaccel.patch\n"
-        "except ImportError as error:\n    assert 'broken on purpose' in str(error) and 'maskaccel info' in str(error)\n"
+        "except ImportError as error:\n"
+        "    assert 'broken on purpose' in str(error) and 'maskaccel info' in str(error)\n"
         "else:\n    raise SystemExit('no error')\n"
     )
     done = _python(code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")

@@ -143,9 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheels", nargs="+", type=Path)
-    parser.add_argument(
-        "--repair", type=Path, metavar="FOLDER", help="put them there, as manylinux where possible"
-    )
+    parser.add_argument("--repair", type=Path, metavar="FOLDER", help="put them there, as manylinux where possible")
     options = parser.parse_args(arguments)
     for wheel in options.wheels:
         try:

@@ -21,7 +21,7 @@ def norm_modulate(i: Inputs) -> tuple[Tensor, ...]:
 
 
 def gate_residual_norm_modulate(i: Inputs) -> tuple[Tensor, ...]:
-    """Middle of `JointTransformerBlock.forward` and `FluxTransformerBlock.forward`: gate, residual, norm2, modulation."""
+    """Middle of `JointTransformerBlock` and `FluxTransformerBlock`: gate, residual, norm2, modulation."""
     r = i["x"] + i["gate"].unsqueeze(1) * i["a"]
     n = F.layer_norm(r, (r.shape[-1],), None, None, 1e-6)
     return r, n * (1 + i["scale"][:, None]) + i["shift"][:, None]
@@ -54,13 +54,13 @@ def geglu(i: Inputs) -> tuple[Tensor, ...]:
 
 
 def relative_difference(i: Inputs) -> tuple[Tensor, ...]:
-    """The comparison in diffusers' first-block cache (mean |x - ref| against mean |ref|), as the two sums of each sample."""
+    """The comparison in diffusers' first-block cache (mean |x - ref|, mean |ref|), as two sums a sample."""
     difference = (i["x"] - i["reference"]).abs().flatten(1).sum(1, dtype=torch.float32)
     return (torch.stack((difference, i["reference"].abs().flatten(1).sum(1, dtype=torch.float32)), dim=1),)
 
 
 def combine_history(i: Inputs) -> tuple[Tensor, ...]:
-    """The prediction of diffusers' TaylorSeer cache (a running sum from zeros), then the gated residual of the block."""
+    """The prediction of diffusers' TaylorSeer cache (a running sum from zeros), then the gated residual."""
     history = i["history"]
     total = torch.zeros_like(history[0])
     for k, coefficient in enumerate(i["coefficients"]):

@@ -1,7 +1,7 @@
 """The ops that are measured: shapes of real models, inputs, our call, the eager baseline, and the bytes it must move.
 
-Every op of `maskaccel.ops` has one entry here; the runner, `maskaccel bench`, `maskaccel doctor` and the pytest suites all
-read this table.
+Every op of `maskaccel.ops` has one entry here; the runner, `maskaccel bench`, `maskaccel doctor` and the pytest
+suites all read this table.
 """
 
 from __future__ import annotations
@@ -220,7 +220,8 @@ def _activation(kind: str, baseline: Callable[[Inputs], Outputs]) -> Op:
         return _one(ops.gated_activation(i["x"], kind, backend=backend))
 
     return Op(
-        f"gated_activation.{kind}", "batch, tokens, width of both halves", HALVES, _halves, run, baseline, ("y",), ("x",),
+        f"gated_activation.{kind}", "batch, tokens, width of both halves", HALVES, _halves, run, baseline,
+        ("y",), ("x",),
         elements=lambda s: 3 * math.prod(s) // 2,
         elements_backward=lambda s: 5 * math.prod(s) // 2,
     )  # fmt: skip

@@ -20,8 +20,8 @@ def document(cases: Iterable[Case], settings: Settings) -> dict[str, Any]:
         "settings": {"rounds": settings.rounds, "min_seconds": settings.min_seconds, "warmup": settings.warmup},
         "notes": [
             "seconds per call: median, 20th and 80th percentile of interleaved rounds with rotated order",
-            "bytes: what the op must read and write; of_copy_*: time of a copy that moves as many bytes / time of the provider",
-            "a provider with `refused` was not timed: ours fail the error rule, others cannot run; `verdict` is the error rule",
+            "bytes: what the op must read and write; of_copy_*: time of a copy of as many bytes / time of the provider",
+            "refused: not timed, because ours failed the error rule or another could not run; verdict: the error rule",
         ],
         "cases": [case.as_dict() for case in cases],
     }
@@ -39,8 +39,8 @@ def _ours(providers: dict[str, Any]) -> str | None:
 def markdown(data: dict[str, Any]) -> str:
     """A table of a document: our fastest backend against the others."""
     lines = [
-        "| op | shape | dtype | direction | ours (ms) | spread | GB/s | of copy | of copy to new | eager (ms) | x eager "
-        "| compile (ms) | x compile |",
+        "| op | shape | dtype | direction | ours (ms) | spread | GB/s | of copy | of copy to new | eager (ms) "
+        "| x eager | compile (ms) | x compile |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in data["cases"]:
@@ -68,10 +68,11 @@ def markdown(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in mark["versions"].items())
     lines += [
         "",
-        f"{where}, {mark['threads']} threads, ISA {mark['native']['isa'] or 'none'}, Python {mark['python']}, {versions}; "
-        f"commit {mark['commit']}, {mark['time']}. Medians of {data['settings']['rounds']} interleaved rounds; spread: 20th to "
-        '80th percentile. "of copy": time of a copy that moves as many bytes into memory that is there already, divided by our time; '
-        '"to new": a copy that allocates its output, as our ops do.',
+        f"{where}, {mark['threads']} threads, ISA {mark['native']['isa'] or 'none'}, Python {mark['python']}, "
+        f"{versions}; commit {mark['commit']}, {mark['time']}. "
+        f"Medians of {data['settings']['rounds']} interleaved rounds; "
+        'spread: 20th to 80th percentile. "of copy": time of a copy that moves as many bytes into memory that is there '
+        'already, divided by our time; "to new": a copy that allocates its output, as our ops do.',
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,12 +1,14 @@
 """Checks and times one op on one shape: correctness first, then every provider in turn, round after round.
 
-Providers are our backends, eager, `torch.compile` of eager, installed peers, and two copies of as many bytes as the op must
-move: into memory that is there already, and into a new tensor (large CPU outputs pay for fresh pages, which no kernel can
-avoid while it returns a new tensor). A backend of ours that fails the error rule is not timed.
+Providers are our backends, eager, `torch.compile` of eager, installed peers, and two copies of as many bytes as the
+op must
+move: into memory that is there already, and into a new tensor (large CPU outputs pay for fresh pages, which no kernel
+can avoid while it returns a new tensor). A backend of ours that fails the error rule is not timed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -109,10 +111,14 @@ def _label(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _run(op: Op, backend: str | None, inputs: Inputs) -> Outputs:
+    return op.run(inputs, backend)
+
+
 def _forwards(op: Op, backends: Sequence[str | None], device: torch.device, compiled: bool) -> dict[str, Callable]:
     calls: dict[str, Callable[[Inputs], Outputs]] = {}
     for backend in backends:
-        calls[f"{OURS}{backend or 'auto'}"] = lambda i, b=backend: op.run(i, b)
+        calls[f"{OURS}{backend or 'auto'}"] = functools.partial(_run, op, backend)
     calls["eager"] = op.eager
     if compiled:
         torch._dynamo.reset()  # every case compiles for its own static shape, as a served model would
@@ -255,7 +261,7 @@ def run_case(
         if backward:
             setups[name], calls[name] = _backward_call(op, forward, inputs)
         else:
-            calls[name] = lambda f=forward: f(inputs)
+            calls[name] = functools.partial(forward, inputs)
     for name, copy in _copies(count, dtype, device).items():
         case.timings[name], calls[name] = Timing(name), copy
     _time(case, calls, setups, _Clock(device), settings, progress)

@@ -10,8 +10,8 @@ import sys
 import traceback
 
 INTERESTING = (
-    "libmaskaccel", "libtorch_cpu", "libtorch_cuda", "libc10", "libcudart", "libcuda.", "libcublas.", "libcublasLt", "libcudnn.",
-    "libnvrtc.", "libnccl", "libgomp", "libiomp", "libomp", "libmkl_rt", "libstdc++", "libtriton",
+    "libmaskaccel", "libtorch_cpu", "libtorch_cuda", "libc10", "libcudart", "libcuda.", "libcublas.", "libcublasLt",
+    "libcudnn.", "libnvrtc.", "libnccl", "libgomp", "libiomp", "libomp", "libmkl_rt", "libstdc++", "libtriton",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """`maskaccel info`: what is installed, what is loaded, and where the two differ. Standard library only.
 
-torch and the native library are probed in a process of their own (`_probe.py`), so that neither can take the report down.
+torch and the native library are probed in a process of their own (`_probe.py`), so that neither can take the report
+down.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "maskaccel", "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "typer", "tqdm",
-    "liger-kernel", "xformers", "flash-attn", "cache-dit",
+    "maskaccel", "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "typer",
+    "tqdm", "liger-kernel", "xformers", "flash-attn", "cache-dit",
 )  # fmt: skip
 ENVIRONMENT = ("MASKACCEL_", "CUDA_", "TORCH", "TRITON_", "OMP_", "MKL_", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
 _PROBE_SECONDS = 120

@@ -23,8 +23,8 @@ class Adapter:
 
     Attributes:
         cls: `"module:Class"` of the original. Classes of one name live in several modules, so both are needed.
-        forward: The replacement, `forward(self, *args, **kwargs)` with the original's signature; for an attention processor,
-            a function that makes the fused processor from the original one.
+        forward: The replacement, `forward(self, *args, **kwargs)` with the original's signature; for an attention
+            processor, a function that makes the fused processor from the original one.
         fingerprints: `fingerprint()` of the original methods it was written for; any other version is not replaced.
         sites: Children whose outputs are added to the residual stream before any gate: what a cache may remember.
         unsupported: Why this instance cannot use the replacement, or None.
@@ -55,7 +55,7 @@ def class_key(instance: Any) -> str:
 
 @functools.cache
 def fingerprint(cls: type, method: str = "forward") -> str:
-    """Twelve hex digits of the method's source without comments, blank lines and indentation; `"none"` without a source."""
+    """Twelve hex digits of a method's source without comments, blank lines and indentation; `"none"` without one."""
     try:
         source = inspect.getsource(inspect.unwrap(getattr(cls, method)))
     except (AttributeError, OSError, TypeError):

@@ -70,7 +70,9 @@ def _zero(self: Any, x: Tensor, attention_mask, encoder_hidden_states, timestep,
     return add_gated(x, mlp, gate_mlp, law="narrow")
 
 
-def _single(self: Any, x: Tensor, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, extra) -> Tensor:
+def _single(
+    self: Any, x: Tensor, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, extra
+) -> Tensor:
     temb = timestep.reshape(x.shape[0], 6, -1)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = temb.unbind(1)
     tables = self.scale_shift_table
@@ -78,7 +80,13 @@ def _single(self: Any, x: Tensor, attention_mask, encoder_hidden_states, encoder
     attn = recall(self.attn1, x)
     if attn is None:
         y = norm_modulate(
-            x, scale_msa, shift_msa, scale_table=tables[1], shift_table=tables[0], law="narrow", **norm_options(self.norm1)
+            x,
+            scale_msa,
+            shift_msa,
+            scale_table=tables[1],
+            shift_table=tables[0],
+            law="narrow",
+            **norm_options(self.norm1),
         )
         context = encoder_hidden_states if self.only_cross_attention else None
         attn = self.attn1(y, encoder_hidden_states=context, attention_mask=attention_mask, **extra)

@@ -102,7 +102,8 @@ def namespace(backend: str) -> str:
 @functools.cache
 def automatic_namespace(device_type: str, index: int | None) -> str | None:
     """Namespace that `backend=None` uses for fp32, bf16 and fp16 on a device; None means the reference."""
-    chosen = select(None, torch.device(device_type, index), torch.float32)
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    chosen = select(None, device, torch.float32)
     return None if chosen == "reference" else namespace(chosen)
 
 

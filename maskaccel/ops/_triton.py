@@ -63,8 +63,6 @@ def launch(kernel: Any, grid: tuple, like: Tensor, *args: Any, **options: Any) -
         launcher(kernel, grid, args, options)
 
 
-
-
 def check_activation(name: str, t: Tensor, like: Tensor | None = None, dims: int = 3) -> None:
     """Check rank, dtype, last stride and, against `like`, shape, dtype and device."""
     if t.dim() != dims:

@@ -207,8 +207,8 @@ def gate_residual_norm_modulate(
                 raise LookupError
             end = (weight, bias, scale_table, shift_table, rows, eps, post, offset, flags)
             if pair:
-                args = (x, a, gate, gate_table, post_weight, scale, shift, scale2, shift2, *end)
-                return _call.fast("gate_residual_norm_modulate_pair", x, args)
+                both = (x, a, gate, gate_table, post_weight, scale, shift, scale2, shift2, *end)
+                return _call.fast("gate_residual_norm_modulate_pair", x, both)
             return _call.fast(
                 "gate_residual_norm_modulate", x, (x, a, gate, gate_table, post_weight, scale, shift, *end)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -275,7 +276,7 @@ def _tensors(count: int):
     return lambda inputs, output: inputs[:count]
 
 
-_DERIVED = {
+_DERIVED: dict[str, tuple[Callable, Callable | None, Callable | None]] = {
     "norm_modulate": (_fake_norm_modulate, _tensors(8), _backward_norm_modulate),
     "norm_modulate_pair": (_fake_norm_modulate_pair, _tensors(10), _backward_norm_modulate),
     "gate_residual_norm_modulate": (_fake_grnm, _save_grnm, _backward_grnm),

@@ -62,7 +62,9 @@ def normalize(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, 
     return out if bias is None else (out + bias).to(x.dtype)
 
 
-def _modulate(n: Tensor, x: Tensor, scale, shift, scale_table, shift_table, rows, offset: float, narrow: bool) -> Tensor:
+def _modulate(
+    n: Tensor, x: Tensor, scale, shift, scale_table, shift_table, rows, offset: float, narrow: bool
+) -> Tensor:
     s = _modulation(scale, scale_table, x, rows, narrow)
     b = _modulation(shift, shift_table, x, rows, narrow)
     y = n if s is None else n * (offset + s)
@@ -82,7 +84,8 @@ def _gate(gate: Tensor | None, table: Tensor | None, x: Tensor, rows, act: str, 
 
 
 def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=None, eps=1e-6, offset=1.0, rows=None,
-                  law="fp32", weight_offset=0.0, scale_table=None, shift_table=None, scale2=None, shift2=None):  # fmt: skip
+                  law="fp32", weight_offset=0.0, scale_table=None, shift_table=None, scale2=None,
+                  shift2=None):  # fmt: skip
     """`norm(x) * (offset + scale) + shift`; a second result when `scale2` or `shift2` is given."""
     narrow = law == "narrow"
     n = normalize(x, norm, weight, bias, weight_offset, eps, narrow)
@@ -110,8 +113,8 @@ def gate_residual(x, a, gate=None, *, gate_act="none", post_norm=None, post_weig
 
 
 def gate_residual_norm_modulate(x, a, gate=None, scale=None, shift=None, *, gate_act="none", post_norm=None,
-                                post_weight=None, post_eps=None, norm="layer", weight=None, bias=None, eps=1e-6, offset=1.0,
-                                rows=None, law="fp32", weight_offset=0.0, gate_table=None, scale_table=None,
+                                post_weight=None, post_eps=None, norm="layer", weight=None, bias=None, eps=1e-6,
+                                offset=1.0, rows=None, law="fp32", weight_offset=0.0, gate_table=None, scale_table=None,
                                 shift_table=None, scale2=None, shift2=None, clip=False):  # fmt: skip
     """The residual `r` and its modulated norm `y` (and `y2`)."""
     r = gate_residual(x, a, gate, gate_act=gate_act, post_norm=post_norm, post_weight=post_weight, clip=clip, rows=rows,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,4 +31,4 @@ def combine_history(history: Tensor, weights: Tensor, x: Tensor | None = None, g
     return total.to(history.dtype).contiguous()
 
 
-KERNELS = {"relative_difference": relative_difference, "combine_history": combine_history}
+KERNELS: dict[str, Callable] = {"relative_difference": relative_difference, "combine_history": combine_history}
