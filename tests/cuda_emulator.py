@@ -1,7 +1,7 @@
 """Builds the CUDA kernels for the host: every thread a fiber (`csrc/common/cuda_emulation.h`).
 
-The ops then are `torch.ops.maskaccel_emulated.<op>` on CPU tensors: the same kernels, launch plans and argument checks as
-on a GPU, at the speed of an emulation.
+The ops then are `torch.ops.maskaccel_emulated.<op>` on CPU tensors: the same kernels, launch plans and argument
+checks as on a GPU, at the speed of an emulation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures: ops at shapes of real models, with the plain-torch form and the least traffic of each."""
+"""What the GPU benchmark measures: ops at shapes of real models, with plain-torch form and least traffic of each."""
 
 from __future__ import annotations
 

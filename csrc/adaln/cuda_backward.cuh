@@ -12,6 +12,9 @@
 
 namespace maskaccel::cuda {
 
+constexpr int kBackwardSteps = 2;      // vectors a thread holds
+constexpr int kBackwardThreads = 384;  // of a CTA at most; leaves a thread 168 registers
+
 enum Reduced : int { kGate, kScale, kShift, kScale2, kShift2, kWeight, kBias, kPostWeight, kReducedCount };
 
 struct BackwardParams {
@@ -186,8 +189,9 @@ struct Segment {
   }
 };
 
-template <typename T, int kSteps, int kMode>
-__global__ void __launch_bounds__(kMaxRowThreads) backward_kernel(const __grid_constant__ BackwardParams p) {
+template <typename T, int kMode>
+__global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const __grid_constant__ BackwardParams p) {
+  constexpr int kSteps = kBackwardSteps;
   __shared__ Two reduce_buffer[2][kWarp];
   RowReduce<true> reduce{reduce_buffer};
   const Common& c = p.c;
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) backward_kernel(const __grid_c
   const Accumulators acc{p.shared ? dynamic_shared() : slot_base, static_cast<int>(blockDim.x), p.padded, p.shared};
   acc.clear(p.slots, kSteps);
 
-  Pack<T> x_next[kSteps], dy_next[kSteps], dr_next[kSteps], a_next[kSteps];
+  Pack<T> x_next[kSteps], dy_next[kSteps], a_next[kSteps];
   auto fetch = [&](int n) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -210,8 +214,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) backward_kernel(const __grid_c
         dy_next[s] = load_pack(row_of<T>(p.dy, b, n), d, c.width, true);
       }
       if constexpr (kMode & kResidual) {
-        if (p.dr.data != nullptr) dr_next[s] = load_pack(row_of<T>(p.dr, b, n), d, c.width, true);
-        a_next[s] = load_pack(row_of<T>(p.a, b, n), d, c.width, true);
+        if constexpr (kMode == kResidual) a_next[s] = load_pack(row_of<T>(p.a, b, n), d, c.width, true);
       }
     }
   };
@@ -228,12 +231,15 @@ __global__ void __launch_bounds__(kMaxRowThreads) backward_kernel(const __grid_c
         hat[s] = to_floats<T>(x_next[s]);
         g[s] = to_floats<T>(dy_next[s]);
       }
-      if constexpr (kMode & kResidual) av[s] = to_floats<T>(a_next[s]);
+      if constexpr (kMode == kResidual) av[s] = to_floats<T>(a_next[s]);
     }
-    Pack<T> dr_now[kSteps];
+    Pack<T> dr[kSteps], a_late[kSteps];  // of this row: needed only after the reductions, which hide the latency
     if constexpr (kMode & kResidual) {
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) dr_now[s] = dr_next[s];
+      for (int s = 0; s < kSteps; ++s) {
+        if (p.dr.data != nullptr) dr[s] = load_pack(row_of<T>(p.dr, b, n), first + s * step, c.width, true);
+        if constexpr (kMode == kBoth) a_late[s] = load_pack(row_of<T>(p.a, b, n), first + s * step, c.width, true);
+      }
     }
     if (n + 1 < seg.end) fetch(n + 1);
 
@@ -257,9 +263,9 @@ __global__ void __launch_bounds__(kMaxRowThreads) backward_kernel(const __grid_c
     if constexpr (kMode & kResidual) {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        const Floats dr = p.dr.data != nullptr ? to_floats<T>(dr_now[s]) : zeros();
+        const Floats v = p.dr.data != nullptr ? to_floats<T>(dr[s]) : zeros();
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) g[s][i] = kMode & kNormalise ? g[s][i] + dr[i] : dr[i];
+        for (int i = 0; i < kVec; ++i) g[s][i] = kMode & kNormalise ? g[s][i] + v[i] : v[i];
       }
     }
     if (p.dx != nullptr) {
@@ -269,6 +275,10 @@ __global__ void __launch_bounds__(kMaxRowThreads) backward_kernel(const __grid_c
       }
     }
     if constexpr (kMode & kResidual) {
+      if constexpr (kMode == kBoth) {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) av[s] = to_floats<T>(a_late[s]);
+      }
       Stats stats{0.f, 1.f};
       Two sums{0.f, 0.f};
       if (post != 0) stats = row_stats(av, post == kPostLayer, c.inv_width, c.post_eps, c.width, first, step, reduce);

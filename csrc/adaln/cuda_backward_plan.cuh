@@ -23,11 +23,12 @@ template <typename T, int kMode, typename Allocate>
 void run_backward(const char* op, BackwardParams p, const Wanted (&wanted)[kReducedCount], const DeviceInfo& device,
                   Stream stream, Allocate&& allocate) {
   const Common& c = p.c;
-  const bool fast = p.out_vec && c.width <= kMaxRowThreads * kVec && all_aligned(p.dr) && all_aligned(p.dy) &&
+  const bool fast = p.out_vec && c.width <= kBackwardSteps * kBackwardThreads * kVec && all_aligned(p.dr) && all_aligned(p.dy) &&
                     all_aligned(p.dy2) && all_aligned(p.x) && all_aligned(p.a) && all_aligned(p.gate) && all_aligned(p.scale) &&
                     all_aligned(p.scale2) && all_aligned(p.weight) && all_aligned(p.bias) && all_aligned(p.post_weight);
-  const int threads = row_threads(c.width, fast ? kMaxRowThreads : 512);
-  const int steps = static_cast<int>(ceil_div(c.width, int64_t(threads) * kVec));
+  const int threads = fast ? row_threads(static_cast<int>(ceil_div(c.width, kBackwardSteps)), kBackwardThreads)
+                           : row_threads(c.width, 512);
+  const int steps = fast ? kBackwardSteps : static_cast<int>(ceil_div(c.width, int64_t(threads) * kVec));
 
   p.block = c.tokens;
   p.padded = int64_t(threads) * steps * kVec;
@@ -49,7 +50,7 @@ void run_backward(const char* op, BackwardParams p, const Wanted (&wanted)[kRedu
   }
 
   // About three waves of CTAs: enough that the last one costs little, few enough that the partial sums stay small.
-  const int resident = std::max(1, std::min(16, 65536 / (80 * threads)));
+  const int resident = std::max(1, std::min(16, 65536 / (160 * threads)));
   const int64_t segments_wanted = int64_t(device.multiprocessors) * resident * 3;
   const int64_t run = std::max<int64_t>(1, std::min<int64_t>(p.block, ceil_div(c.total, segments_wanted)));
   p.runs_per_block = static_cast<int>(ceil_div(p.block, run));
@@ -62,7 +63,7 @@ void run_backward(const char* op, BackwardParams p, const Wanted (&wanted)[kRedu
   const dim3 grid(static_cast<unsigned>(segments));
   const size_t dynamic = p.shared ? static_cast<size_t>(shared) : 0;
   if (fast) {
-    launch(op, backward_kernel<T, 1, kMode>, grid, threads, dynamic, stream, p);
+    launch(op, backward_kernel<T, kMode>, grid, threads, dynamic, stream, p);
   } else {
     launch(op, backward_any_kernel<T, kMode>, grid, threads, 0, stream, p);
   }

@@ -3,7 +3,7 @@
 // The fast kernel takes rows of a multiple of 8 elements, up to 6144, whose operands all lie on 16 bytes; a second, plain
 // kernel takes everything else. A row stays in registers from load to store. Rows of at most 1024 elements belong to a warp,
 // longer ones to a CTA.
-// Each warp or CTA walks a run of neighbouring rows, so that gate, scale and shift can stay in registers while the rows
+// Each warp or CTA walks a run of neighbouring rows, so that scale and shift can stay in registers while the rows
 // share them (they are fetched again when their address changes), and loads the next row before it reduces this one.
 #pragma once
 
@@ -24,12 +24,13 @@ struct ForwardParams {
 };
 
 constexpr int kWarpRowWarps = 4;      // warps of a CTA where each warp has its own rows
-constexpr int kMaxRowThreads = 768;   // threads of a CTA that shares one row
+constexpr int kRowSteps = 2;          // vectors a thread holds where a CTA shares one row
+constexpr int kMaxRowThreads = 384;   // threads of that CTA at most; leaves a thread 168 registers
 
 template <typename T, int kSteps, bool kWholeCta, int kMode>
 __global__ void __launch_bounds__(kWholeCta ? kMaxRowThreads : kWarpRowWarps* kWarp)
     forward_kernel(const __grid_constant__ ForwardParams p) {
-  constexpr bool kKeep = kWholeCta && kSteps == 1;  // modulation stays in registers between rows
+  constexpr bool kKeep = kWholeCta;  // scale and shift stay in registers between rows
   __shared__ Two reduce_buffer[2][kWarp];
   RowReduce<kWholeCta> reduce{reduce_buffer};
 
@@ -37,14 +38,15 @@ __global__ void __launch_bounds__(kWholeCta ? kMaxRowThreads : kWarpRowWarps* kW
   const Law law = Law::of<T>(c);
   const int lane = kWholeCta ? threadIdx.x : threadIdx.x & 31;
   const int row_threads = kWholeCta ? blockDim.x : kWarp;
-  const int64_t group = kWholeCta ? blockIdx.x : int64_t(blockIdx.x) * kWarpRowWarps + threadIdx.x / kWarp;
-  const int64_t begin = group * p.run, end = begin + p.run < c.total ? begin + p.run : c.total;
+  const int group = kWholeCta ? blockIdx.x : blockIdx.x * kWarpRowWarps + threadIdx.x / kWarp;
+  const int rows = static_cast<int>(c.total);  // below 2^31: the binding checks
+  if (group > (rows - 1) / p.run) return;      // whole warps or CTAs: nobody waits for them
+  const int begin = group * p.run, end = begin + (rows - begin < p.run ? rows - begin : p.run);
   const int first = lane * kVec, step = row_threads * kVec;
-  if (begin >= end) return;  // whole warps or CTAs: nobody waits for them
 
-  int b = static_cast<int>(begin / c.tokens), n = static_cast<int>(begin % c.tokens);
-  int64_t kept_gate = -1, kept_scale = -1, kept_shift = -1;
-  Floats gate_kept[1], scale_kept[1], shift_kept[1];
+  int b = begin / c.tokens, n = begin % c.tokens;
+  int64_t kept_scale = -1, kept_shift = -1;
+  Floats scale_kept[kSteps], shift_kept[kSteps];
 
   Pack<T> x_next[kSteps], a_next[kSteps];
   auto fetch = [&](int fb, int fn) {
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kWholeCta ? kMaxRowThreads : kWarpRowWarps* kW
   };
   fetch(b, n);
 
-  for (int64_t row = begin; row < end; ++row) {
+  for (int row = begin; row < end; ++row) {
     Floats r[kSteps];
     Floats av[kSteps];
 #pragma unroll
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(kWholeCta ? kMaxRowThreads : kWarpRowWarps* kW
     const int row_b = b, row_n = n;
     if (++n == c.tokens) n = 0, ++b;
     if (row + 1 < end) fetch(b, n);
-    const int64_t out_row = row * c.width;
+    const int64_t out_row = int64_t(row) * c.width;
 
     if constexpr (kMode & kResidual) {
       const int post = c.flags & kPostMask;
@@ -84,13 +86,9 @@ __global__ void __launch_bounds__(kWholeCta ? kMaxRowThreads : kWarpRowWarps* kW
       }
       if (p.gate.present()) {
         const int64_t at = p.gate.data != nullptr ? modulation_row(c, p.gate, row_b, row_n) : 0;
-        if (kKeep && at != kept_gate) {
-          kept_gate = at;
-          gate_kept[0] = gate_values<T, true>(c, p.gate, at, first, law);
-        }
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
-          const Floats g = kKeep ? gate_kept[0] : gate_values<T, true>(c, p.gate, at, first + s * step, law);
+          const Floats g = gate_values<T, true>(c, p.gate, at, first + s * step, law);
 #pragma unroll
           for (int i = 0; i < kVec; ++i) av[s][i] = round_if<T>(g[i] * av[s][i], law.modulation);
         }
@@ -124,11 +122,17 @@ __global__ void __launch_bounds__(kWholeCta ? kMaxRowThreads : kWarpRowWarps* kW
       if constexpr (kKeep) {
         if (p.scale.present() && scale_at != kept_scale) {
           kept_scale = scale_at;
-          scale_kept[0] = scale_factors<T, true>(c, p.scale, scale_at, first, law);
+#pragma unroll
+          for (int s = 0; s < kSteps; ++s) {
+            scale_kept[s] = scale_factors<T, true>(c, p.scale, scale_at, first + s * step, law);
+          }
         }
         if (p.shift.present() && shift_at != kept_shift) {
           kept_shift = shift_at;
-          shift_kept[0] = modulation_values<T, true>(c, p.shift, shift_at, first, law);
+#pragma unroll
+          for (int s = 0; s < kSteps; ++s) {
+            shift_kept[s] = modulation_values<T, true>(c, p.shift, shift_at, first + s * step, law);
+          }
         }
       }
 #pragma unroll
@@ -137,12 +141,12 @@ __global__ void __launch_bounds__(kWholeCta ? kMaxRowThreads : kWarpRowWarps* kW
         affine<T, true>(c, p.weight, p.bias, norm == kNormLayer, d, law, r[s]);
         Floats y = r[s];
         if (p.scale.present()) {
-          const Floats m = kKeep ? scale_kept[0] : scale_factors<T, true>(c, p.scale, scale_at, d, law);
+          const Floats m = kKeep ? scale_kept[s] : scale_factors<T, true>(c, p.scale, scale_at, d, law);
 #pragma unroll
           for (int i = 0; i < kVec; ++i) y[i] = round_if<T>(y[i] * m[i], law.modulation);
         }
         if (p.shift.present()) {
-          const Floats m = kKeep ? shift_kept[0] : modulation_values<T, true>(c, p.shift, shift_at, d, law);
+          const Floats m = kKeep ? shift_kept[s] : modulation_values<T, true>(c, p.shift, shift_at, d, law);
 #pragma unroll
           for (int i = 0; i < kVec; ++i) y[i] += m[i];
         }
@@ -273,7 +277,7 @@ template <typename T, int kMode>
 void run_forward(const char* op, ForwardParams p, const DeviceInfo& device, Stream stream) {
   const int width = p.c.width;
   if (p.c.total == 0) return;
-  const bool fast = p.out_vec && width <= kMaxRowThreads * kVec && all_aligned(p.x) && all_aligned(p.a) && all_aligned(p.gate) &&
+  const bool fast = p.out_vec && width <= kRowSteps * kMaxRowThreads * kVec && all_aligned(p.x) && all_aligned(p.a) && all_aligned(p.gate) &&
                     all_aligned(p.scale) && all_aligned(p.shift) && all_aligned(p.scale2) && all_aligned(p.shift2) &&
                     all_aligned(p.weight) && all_aligned(p.bias) && all_aligned(p.post_weight);
   if (!fast) {
@@ -294,7 +298,8 @@ void run_forward(const char* op, ForwardParams p, const DeviceInfo& device, Stre
   }
   p.run = run_of(sms * 32);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.c.total, p.run)));
-  launch(op, forward_kernel<T, 1, true, kMode>, grid, row_threads(width, kMaxRowThreads), 0, stream, p);
+  const int threads = row_threads(static_cast<int>(ceil_div(width, kRowSteps)), kMaxRowThreads);
+  launch(op, forward_kernel<T, kRowSteps, true, kMode>, grid, threads, 0, stream, p);
 }
 
 }  // namespace maskaccel::cuda

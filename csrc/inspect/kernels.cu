@@ -19,13 +19,13 @@ void check(cudaError_t error) {
 
 const std::map<std::string, const void*>& table() {
   static const std::map<std::string, const void*> all = {
-      {"forward_kernel<bfloat16_t, 1, true, 1>", reinterpret_cast<const void*>(&forward_kernel<bf16, 1, true, kResidual>)},
-      {"forward_kernel<bfloat16_t, 1, true, 2>", reinterpret_cast<const void*>(&forward_kernel<bf16, 1, true, kNormalise>)},
-      {"forward_kernel<bfloat16_t, 1, true, 3>", reinterpret_cast<const void*>(&forward_kernel<bf16, 1, true, kBoth>)},
+      {"forward_kernel<bfloat16_t, 2, true, 1>", reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kResidual>)},
+      {"forward_kernel<bfloat16_t, 2, true, 2>", reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kNormalise>)},
+      {"forward_kernel<bfloat16_t, 2, true, 3>", reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kBoth>)},
       {"forward_kernel<bfloat16_t, 4, false, 2>", reinterpret_cast<const void*>(&forward_kernel<bf16, 4, false, kNormalise>)},
       {"forward_kernel<bfloat16_t, 4, false, 3>", reinterpret_cast<const void*>(&forward_kernel<bf16, 4, false, kBoth>)},
-      {"backward_kernel<bfloat16_t, 1, 2>", reinterpret_cast<const void*>(&backward_kernel<bf16, 1, kNormalise>)},
-      {"backward_kernel<bfloat16_t, 1, 3>", reinterpret_cast<const void*>(&backward_kernel<bf16, 1, kBoth>)},
+      {"backward_kernel<bfloat16_t, 2>", reinterpret_cast<const void*>(&backward_kernel<bf16, kNormalise>)},
+      {"backward_kernel<bfloat16_t, 3>", reinterpret_cast<const void*>(&backward_kernel<bf16, kBoth>)},
       {"qk_head_kernel<bfloat16_t, false>", reinterpret_cast<const void*>(&qk_head_kernel<bf16, false>)},
       {"qk_head_kernel<bfloat16_t, true>", reinterpret_cast<const void*>(&qk_head_kernel<bf16, true>)},
   };
@@ -92,7 +92,7 @@ Occupancy occupancy(const std::string& kernel, int threads, size_t dynamic_share
 
 std::vector<float> time_forward(int batch, int tokens, int width, bool residual, int launches) {
   if (batch <= 0 || tokens <= 0 || launches <= 0) throw std::invalid_argument("batch, tokens and launches must be positive");
-  if (width <= 0 || width % kVec != 0 || width > kMaxRowThreads * kVec) {
+  if (width <= 0 || width % kVec != 0 || width > kRowSteps * kMaxRowThreads * kVec) {
     throw std::invalid_argument("width must be a multiple of 8 up to 6144, which the fast kernels take");
   }
   int device = 0;
