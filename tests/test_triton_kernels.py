@@ -16,6 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 def test_kernels_under_the_interpreter() -> None:
     options = ["-q", "-x", "-p", "no:cacheprovider"]
@@ -23,7 +24,7 @@ def test_kernels_under_the_interpreter() -> None:
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "2"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
