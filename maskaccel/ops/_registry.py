@@ -60,9 +60,8 @@ def define(spec: OpSpec) -> None:
         torch.library.register_autograd(
             f"maskaccel::{spec.name}", function.backward_rule, setup_context=function.setup, lib=_LIBRARIES["maskaccel"]
         )
-    elif not spec.name.endswith("_backward"):
-        # Without a rule torch would let gradients end here in silence. (Not for backward ops: `_Once` refuses there,
-        # and their fallback differentiates the reference, which cannot run below an autograd key of its own.)
+    else:
+        # Without a rule torch would let gradients end here in silence.
         torch.library.register_autograd(f"maskaccel::{spec.name}", _refuse(spec.name), lib=_LIBRARIES["maskaccel"])
 
 

@@ -5,7 +5,8 @@ Forward ops decode the flags and call the reference; backward ops differentiate 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -91,12 +92,21 @@ def _row_form(value: Tensor | None, table: Tensor | None, x: Tensor, rows: Tenso
     return value if value.dim() == 3 else value[:, None]
 
 
+@contextlib.contextmanager
+def _autograd_on() -> Iterator[None]:
+    """Autograd inside a kernel: the dispatcher and modes (a FLOP counter, say) run it with autograd switched off."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded - autograd):
+        yield
+
+
 def _differentiate(run: Callable[..., tuple], leaves: list[Tensor | None], wanted: list[bool],
                    grads: list[Tensor | None], activations: int) -> list[Tensor]:  # fmt: skip
     """Gradients of `run(*leaves)`; activations keep their dtype, everything else comes back in fp32."""
     x = leaves[0]
     assert x is not None
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_on():
         fresh = [None if t is None else t.detach().requires_grad_() for t in leaves]
         outputs = run(*fresh)
         at = [i for i, t in enumerate(fresh) if t is not None and wanted[i]]
