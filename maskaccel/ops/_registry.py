@@ -5,8 +5,7 @@ Namespaces (one schema each):
 * `maskaccel`: the public op. Differentiable, works on every device: the native kernel where there is one, else Triton
   (CUDA) or the reference (CPU).
 * `maskaccel_raw`: the native kernels alone. No autograd key, hence the cheapest call; used by the Python API when no
-input
-  needs a gradient, and inside the autograd functions.
+  input needs a gradient, and inside the autograd functions.
 * `maskaccel_triton`: the Triton kernels alone.
 
 The native library implements `maskaccel` and `maskaccel_raw` for the keys CPU and CUDA.

@@ -78,9 +78,7 @@ class Transaction:
         self.set(module, "forward", types.MethodType(forward, module), claimant)
 
     def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any], claimant: str) -> None:
-        """Plan a wrapper, `wrapper(self, *args, **kwargs)`, that calls `original(self)`; hooks below it keep
-        working.
-        """
+        """Plan a wrapper, `wrapper(self, *args, **kwargs)`, that calls `original(self)`; hooks below it stay."""
         if "forward" in module.__dict__:
             self.set(module, PREVIOUS, module.__dict__["forward"], claimant)
         kind: Any = type(module)

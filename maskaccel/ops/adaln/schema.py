@@ -3,7 +3,8 @@
 Each op is defined in three namespaces with one schema (see `maskaccel.ops._registry`):
 
 * `torch.ops.maskaccel.<op>`: differentiable, picks the kernel by device;
-* `torch.ops.maskaccel_raw.<op>`: the native kernel alone, no autograd; what the API calls when nothing needs a gradient;
+* `torch.ops.maskaccel_raw.<op>`: the native kernel alone, no autograd; what the API calls when nothing needs
+  a gradient;
 * `torch.ops.maskaccel_triton.<op>`: the Triton kernel alone.
 
 Contract of the raw ops (a kernel may rely on it, and must check it and raise `RuntimeError` otherwise; the API turns
@@ -11,11 +12,11 @@ such an error into a `TypeError`/`ValueError` that names the argument, or normal
 
 * `x`, `a`, `r` and their gradients: `(B, N, D)`, one dtype of fp32, bf16, fp16, last dim contiguous, any other strides.
   Outputs are contiguous. `B`, `N` may be 0. `D` is any positive number.
-* Modulation (`scale`, `shift`, `gate`, `scale2`, `shift2`): all of one dtype, `x.dtype` or fp32, last dim contiguous, any
-  other strides (chunks of a projection are read in place). Shape `(B|1, D)`, or `(B|1, F, D)` where token `n` reads row
-  `n // (N // F)` and F divides N (F = 1 per sample, F = N per token). With `rows` (int32, contiguous, `(N,)` or `(B, N)`)
-  every modulation tensor is `(R, D)` and token `n` of sample `b` reads row `rows[n]` or `rows[b, n]`; values are trusted.
-  Each modulation tensor has its own shape and strides.
+* Modulation (`scale`, `shift`, `gate`, `scale2`, `shift2`): all of one dtype, `x.dtype` or fp32, last dim contiguous,
+  any other strides (chunks of a projection are read in place). Shape `(B|1, D)`, or `(B|1, F, D)` where token `n` reads
+  row `n // (N // F)` and F divides N (F = 1 per sample, F = N per token). With `rows` (int32, contiguous, `(N,)` or
+  `(B, N)`) every modulation tensor is `(R, D)` and token `n` of sample `b` reads row `rows[n]` or `rows[b, n]`; values
+  are trusted. Each modulation tensor has its own shape and strides.
 * Tables (`scale_table`, `shift_table`, `gate_table`): `(D,)`, contiguous, same dtype as the modulation; added to the
   modulation value before use (adaLN-single). A table without its modulation tensor stands alone.
 * `weight`, `bias`, `post_weight`: `(D,)`, contiguous, one dtype, `x.dtype` or fp32.
@@ -30,10 +31,10 @@ Math: `p = post_norm(a)` (or `a`), `r = x + act(gate + gate_table) * p` (`act` o
 (no scale and no table: `y = n + shift`).
 
 Backward ops recompute the statistics from the stored row and return gradients in schema order; a gradient whose bit is
-not set in `needs` (and `None` modulation) is a 0-element tensor. Gradients of modulation are fp32 of shape `(B|1, F, D)`
-(F as in the forward tensor, 1 for a 2-D one; the batch-broadcast form is summed over the batch), or per token
-`(B, N, D)` when `rows` is given (the caller reduces it); gradients of tables are formed by the caller from them (a table
-that stands alone counts as modulation of shape `(1, 1, D)` for this purpose). Gradients of `weight`, `bias`,
+not set in `needs` (and `None` modulation) is a 0-element tensor. Gradients of modulation are fp32 of shape
+`(B|1, F, D)` (F as in the forward tensor, 1 for a 2-D one; the batch-broadcast form is summed over the batch), or per
+token `(B, N, D)` when `rows` is given (the caller reduces it); gradients of tables are formed by the caller from them
+(a table that stands alone counts as modulation of shape `(1, 1, D)` for this purpose). Gradients of `weight`, `bias`,
 `post_weight` and RoPE-side weights are fp32. Reductions are deterministic: no atomics.
 """
 
@@ -89,8 +90,9 @@ SCHEMAS = {
     # Weights and biases (Dh,), or (H * Dh,) with ACROSS_HEADS, all of one dtype: q.dtype or fp32, contiguous.
     # cos, sin: same dtype (fp32 or q.dtype) and shape, any strides (also in the last dim: complex tables are viewed as
     # real), (S', T), (B|1, S', T) or (B|1, S', H|1, T); T = Dh/2 (one value a pair) or Dh (one value an element:
-    # out_i = x_i cos_i -+ x_j sin_i). S' = S, or any with `positions` (int32, contiguous, (S,) or (B, S)): token s reads
-    # row positions[s]. Per-head tables need Hk = H. Norm, then RoPE; law narrow rounds in between (and after RMS).
+    # out_i = x_i cos_i -+ x_j sin_i). S' = S, or any with `positions` (int32, contiguous, (S,) or (B, S)): token s
+    # reads row positions[s]. Per-head tables need Hk = H. Norm, then RoPE; law narrow rounds in between (and after
+    # RMS).
     "qk_norm_rope": "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias,"
     " Tensor? cos, Tensor? sin, Tensor? positions, float eps, int flags) -> (Tensor, Tensor)",
     # needs: bit 0 dq, 1 dk, 2 q weight, 3 k weight, 4 q bias, 5 k bias. cos and sin get no gradient.
