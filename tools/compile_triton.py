@@ -9,8 +9,8 @@ dtype, but not every product of them (there are thousands).
     python tools/compile_triton.py                       # sm_80, 90, 100, 120
     python tools/compile_triton.py --arch 90 --json out.json
 
-Exits with 1 if a kernel does not compile, or if one spills more than SPILL_LIMIT bytes of registers a thread; smaller spills
-are listed.
+Exits with 1 if a kernel does not compile, or if one spills more than SPILL_LIMIT bytes a thread; smaller spills are
+listed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ALL = (1 << 10) - 1
 NARROW, PLUS_ONE, RMS, TANH, CLAMP, SIGMOID, POST_RMS, POST_LAYER, CLIP = 4, 8, 1, 16, 32, 48, 64, 128, 256
 HALF, ACROSS = 32, 16
 
-# ptxas stops at a register count that lets more threads be resident and stores the last few values to reach it (seen: 8 to
-# 16 bytes at 40 and 64 registers, up to 40 at the limit of 128). Such spills are listed; beyond this many bytes they fail.
+# ptxas stops at a register count that lets more threads be resident and stores the last few values to reach it (seen:
+# 8 to 16 bytes at 40 and 64 registers, up to 40 at the limit of 128). Such spills are listed; more bytes than this fail.
 SPILL_LIMIT = 48
 
 
