@@ -39,7 +39,7 @@ NARROW, PLUS_ONE, RMS, TANH, CLAMP, SIGMOID, POST_RMS, POST_LAYER, CLIP = 4, 8, 
 HALF, ACROSS = 32, 16
 
 # ptxas stops at a register count that lets more threads be resident and stores the last few values to reach it (seen:
-# 8 to 16 bytes at 40 and 64 registers, up to 40 at the limit of 128). Such spills are listed; more bytes than this fail.
+# 8 to 16 bytes at 40 and 64 registers, up to 40 at the limit of 128). Such spills are listed; larger ones fail.
 SPILL_LIMIT = 48
 
 
