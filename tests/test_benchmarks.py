@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def test_eager_baseline_computes_the_op(name, dtype):
         assert (got.double() - want).abs().max().item() <= 8 * torch.finfo(got.dtype).eps * scale + (
             0 if got.dtype == DTYPES[dtype] else 8 * torch.finfo(DTYPES[dtype]).eps * scale
         )
+
+
+def test_rotary_baseline_is_the_same_without_diffusers(monkeypatch):
+    inputs = OPS["qk_norm_rope"].inputs(TINY["qk_norm_rope"], torch.bfloat16, CPU)
+    with_diffusers = OPS["qk_norm_rope"].eager(inputs)
+    monkeypatch.setitem(sys.modules, "diffusers.models.embeddings", None)
+    for got, want in zip(OPS["qk_norm_rope"].eager(inputs), with_diffusers, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", OPS)

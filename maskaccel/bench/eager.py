@@ -32,13 +32,21 @@ def gate_residual(i: Inputs) -> tuple[Tensor, ...]:
     return (i["x"] + i["gate"].unsqueeze(1) * i["a"],)
 
 
-def qk_norm_rope(i: Inputs) -> tuple[Tensor, ...]:
-    """`FluxAttnProcessor`: `torch.nn.RMSNorm` of q and k, then `apply_rotary_emb(..., sequence_dim=1)`."""
-    from diffusers.models.embeddings import apply_rotary_emb
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rotary_emb(..., sequence_dim=1)` of diffusers, or the same arithmetic where diffusers is not installed."""
+    try:
+        from diffusers.models.embeddings import apply_rotary_emb
+    except ImportError:
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-second, first), dim=-1).flatten(-2)
+        return (x.float() * cos[:, None].to(x.device) + turned.float() * sin[:, None].to(x.device)).to(x.dtype)
+    return apply_rotary_emb(x, (cos, sin), sequence_dim=1)
 
-    rotary = (i["cos"], i["sin"])
+
+def qk_norm_rope(i: Inputs) -> tuple[Tensor, ...]:
+    """`FluxAttnProcessor`: `torch.nn.RMSNorm` of q and k, then the rotary embedding."""
     q, k = i["norm_q"](i["q"]), i["norm_k"](i["k"])
-    return apply_rotary_emb(q, rotary, sequence_dim=1), apply_rotary_emb(k, rotary, sequence_dim=1)
+    return _rotary(q, i["cos"], i["sin"]), _rotary(k, i["cos"], i["sin"])
 
 
 def swiglu(i: Inputs) -> tuple[Tensor, ...]:
