@@ -63,8 +63,9 @@ native: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
 demo: native
 	$(PY) -m maskaccel demo
 
-# One thread for each of the two workers: more would wait for each other.
-test: native
+# One thread for each of the two workers: more would wait for each other. The CUTLASS headers are for the host emulation
+# of the CUDA kernels.
+test: native $(VENV)/.cuda
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST_ARGS)
 
 OUT ?= benchmarks/results

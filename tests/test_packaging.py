@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FAKE_CMAKE = """#!{python}
 import pathlib, shutil, sys
 record = pathlib.Path({record!r})
-record.write_text(record.read_text() + " ".join(sys.argv[1:]) + "\\n" if record.exists() else " ".join(sys.argv[1:]) +
-"\\n") for argument in sys.argv[1:]:
+before = record.read_text() if record.exists() else ""
+record.write_text(before + " ".join(sys.argv[1:]) + "\\n")
+for argument in sys.argv[1:]:
     if argument.startswith("-DMASKACCEL_OUTPUT_DIR="):
         folder = pathlib.Path(argument.split("=", 1)[1])
         folder.mkdir(parents=True, exist_ok=True)
