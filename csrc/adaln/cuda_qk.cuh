@@ -161,7 +161,7 @@ __device__ __forceinline__ void normalise_lane(Floats& v, const LaneMap& m, cons
 }
 
 constexpr int kQkThreads = 128;     // of a CTA whose warps split heads
-constexpr int kQkRowThreads = 512;  // of a CTA that owns a row, at most
+constexpr int kQkRowThreads = 384;  // of a CTA that owns a row, at most: leaves a thread 168 registers, so that none spill
 constexpr int kQkRowSteps = 2;
 
 template <typename T, bool kBackward>
