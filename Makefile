@@ -1,5 +1,5 @@
 # Every target makes .venv on its first run and reuses it. Needs Python 3.10 or newer, gcc/g++ and git; cmake and ninja come
-# from pip. Variables: PYTHON (which interpreter makes .venv), MASKACCEL_CUDA=0|1, MAX_JOBS, PYTEST_ARGS, OUT.
+# from pip. Variables: PYTHON (which interpreter makes .venv), MASKACCEL_CUDA=0|1, MAX_JOBS, PYTEST_ARGS, DEMO_ARGS, OUT.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -61,7 +61,7 @@ native: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
 	$(PY) setup.py --quiet build_ext --inplace
 
 demo: native
-	$(PY) -m maskaccel demo
+	$(PY) -m maskaccel demo $(DEMO_ARGS)
 
 # One thread for each of the two workers: more would wait for each other. The CUTLASS headers are for the host emulation
 # of the CUDA kernels.
