@@ -91,7 +91,13 @@ def select(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
     return backend
 
 
-select_while_tracing = torch.compiler.assume_constant_result(select)
+def select_while_tracing(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """`select`, whose answer tracing takes as a constant."""
+    return select(backend, device, dtype)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the whole compiler with this package.
+select_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def namespace(backend: str) -> str:
