@@ -206,9 +206,10 @@ def measure(case: Any, device: str, dtype: torch.dtype, usable: dict[str, Any], 
 def bench_all(device: str, correct: dict[str, dict[str, str]], rounds: int, tiny: bool) -> list[dict[str, Any]]:
     """Times every case with every backend that passed its correctness check."""
     from cases import all_cases
+    from torch._functorch import config as functorch_config
 
     # A compiled backward is timed by running it again on one graph.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     results = []
     for case in all_cases(tiny):
         usable = {b: find(case.op) for b, find in kernels(device).items() if correct[b][case.op] == "ok"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import torch
 from torch import nn
 
 from .transaction import PatchError
@@ -37,6 +37,12 @@ def find_models(target: Any) -> tuple[list[nn.Module], Any | None]:
 def _not_compiled(model: nn.Module) -> nn.Module:
     """The model, or PatchError: compiled code does not see a patch that comes after it."""
     for module in model.modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        if _is_optimized(module) or module._compiled_call_impl is not None:
             raise PatchError(f"{type(model).__name__}: {type(module).__name__} is compiled; patch first, compile after")
     return model
+
+
+def _is_optimized(module: nn.Module) -> bool:
+    """Whether `torch.compile(module)` made it; asked without importing the compiler."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
