@@ -14,6 +14,7 @@ import torch
 
 from .._native import native
 from . import _registry
+from ._triton import interpreting
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return f"dtype {dtype} is not served by kernels (float32, bfloat16, float16)"
     if backend == "triton":
         reason = _triton_reason()
-        if reason is None and device.type == "cpu" and not _interpreting():
+        if reason is None and device.type == "cpu" and not interpreting():
             return "Triton runs on GPUs; on CPU only interpreted (TRITON_INTERPRET=1)"
         return reason
     if device.type != backend:
@@ -52,12 +53,6 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     if backend == "cpu":
         return None if native.has_cpu else "the native library was built without CPU kernels"
     return _cuda_reason(device.index or 0)
-
-
-def _interpreting() -> bool:
-    import os
-
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
