@@ -17,7 +17,7 @@ sys.path.insert(0, str(EXAMPLE))
 from classifier import FashionClassifier, load_classifier, save_classifier  # noqa: E402
 from data import CLASSES, DEFAULT_ROOT, load_split, to_float  # noqa: E402
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler  # noqa: E402
-from evaluate import frechet_distance, parse_methods, score  # noqa: E402
+from evaluate import frechet_distance, parse_call, parse_methods, score  # noqa: E402
 from pipeline import FashionPipeline  # noqa: E402
 
 from maskaccel.cli import demo  # noqa: E402
@@ -294,6 +294,10 @@ def test_methods_are_parsed_from_text():
     assert parse_methods("none") == []
     with pytest.raises(ValueError, match=r"'Nothing' is no method; known are .*FORA"):
         parse_methods("Nothing")
+    assert parse_call("Name:a=(1, 0),b='x',c=-0.5") == ("Name", {"a": (1, 0), "b": "x", "c": -0.5})
+    for text in ("Name:3", "Name:a", "Name:a=b", "Name:**{}"):
+        with pytest.raises(ValueError, match="arguments must look like name=1"):
+            parse_call(text)
 
 
 # ---------------------------------------------------------------- demo

@@ -48,17 +48,32 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (mean + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """`"FORA:interval=3,last=1"` as `("FORA", {"interval": 3, "last": 1})`; values are Python literals.
+
+    Raises:
+        ValueError: What follows the colon is no list of `name=literal`.
+    """
+    name, _, arguments = text.partition(":")
+    try:
+        call = ast.parse(f"_({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("positional argument")
+        return name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{text!r}: arguments must look like name=1,other='word', got {arguments!r}") from error
+
+
 def parse_methods(text: str) -> list[Any]:
     """`"FORA:interval=3+FusedAdaLN"` as a list of method objects; `"none"` is the empty list."""
     if text == "none":
         return []
     chosen = []
     for part in text.split("+"):
-        name, _, arguments = part.partition(":")
+        name, arguments = parse_call(part)
         if not hasattr(methods, name):
             raise ValueError(f"--run: {name!r} is no method; known are {', '.join(sorted(methods.__all__))}")
-        pairs = [pair.partition("=") for pair in arguments.split(",") if pair]
-        chosen.append(getattr(methods, name)(**{key: ast.literal_eval(value) for key, _, value in pairs}))
+        chosen.append(getattr(methods, name)(**arguments))
     return chosen
 
 
