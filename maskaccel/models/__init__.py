@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from ._adapter import Adapter, class_key, fingerprint
+from ._stack import Stack, stack_of
+from ._streams import Streams, streams_of
 
 
 @functools.cache
@@ -67,6 +69,8 @@ def known_processors() -> dict[str, Adapter]:
 
 __all__ = [
     "Adapter",
+    "Stack",
+    "Streams",
     "block_adapter",
     "fingerprint",
     "known_blocks",
@@ -74,4 +78,6 @@ __all__ = [
     "known_processors",
     "norm_adapter",
     "processor_adapter",
+    "stack_of",
+    "streams_of",
 ]
