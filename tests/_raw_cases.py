@@ -17,11 +17,10 @@ from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL
 from maskaccel.ops.steps import reference as steps_reference
 
 WIDTHS = (3, 7, 8, 24, 72, 130, 256, 520, 1000, 1024, 1032, 1152, 1536)
-OPS = (
+ADALN = (
     "norm_modulate", "norm_modulate_pair", "norm_modulate_backward", "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_pair", "gate_residual_norm_modulate_backward", "gate_residual",
     "gate_residual_backward", "qk_norm_rope", "qk_norm_rope_backward", "gated_activation", "gated_activation_backward",
-    "relative_difference", "combine_history",
 )  # fmt: skip
 
 
@@ -191,12 +190,15 @@ def _activation(op: str, d: Draw) -> tuple:
     return (x, flags) if op == "gated_activation" else (d.tensor((rows, width), d.dtype), x, flags)
 
 
-def _steps(op: str, d: Draw) -> tuple:
+def _relative_difference(d: Draw) -> tuple:
     batch, n, width = d.adaln_shape()
-    if op == "relative_difference":
-        shape = d.rng.choice([(batch, n, width), (batch, width), (batch, 3, n, width)])
-        x, reference = (d.tensor(shape, d.dtype, strided=False) for _ in range(2))
-        return x, reference, d.maybe(d.tensor, shape, d.dtype, 1.0, False)
+    shape = d.rng.choice([(batch, n, width), (batch, width), (batch, 3, n, width)])
+    x, reference = (d.tensor(shape, d.dtype, strided=False) for _ in range(2))
+    return x, reference, d.maybe(d.tensor, shape, d.dtype, 1.0, False)
+
+
+def _combine_history(d: Draw) -> tuple:
+    batch, n, width = d.adaln_shape()
     terms = d.rng.choice([1, 2, 5, 16])
     history = d.tensor((terms, batch, n, width), d.dtype, strided=False)
     weights = d.tensor(d.rng.choice([(terms,), (terms, width)]), torch.float32, strided=False)
@@ -204,11 +206,20 @@ def _steps(op: str, d: Draw) -> tuple:
     return history, weights, x, d.maybe(d.modulation, (batch, n, width), None, 0)
 
 
+STEPS: dict[str, Callable[[Draw], tuple]] = {
+    "relative_difference": _relative_difference,
+    "combine_history": _combine_history,
+}
+
+
+OPS = (*ADALN, *STEPS)
+
+
 def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = WIDTHS) -> tuple:
     """Arguments of one random call of a raw op."""
     d = Draw(seed, dtype, device, widths)
-    if op in ("relative_difference", "combine_history"):
-        return _steps(op, d)
+    if op in STEPS:
+        return STEPS[op](d)
     if op.startswith("qk"):
         return _qk(op, d)
     return _activation(op, d) if op.startswith("gated_activation") else _adaln(op, d)

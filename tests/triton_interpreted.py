@@ -1,4 +1,4 @@
-"""Every Triton kernel against the fp64 reference, run by `test_triton_kernels.py` with TRITON_INTERPRET=1."""
+"""Every Triton kernel of the adaLN ops against the fp64 reference, run by `test_triton_kernels.py`, interpreted."""
 
 from __future__ import annotations
 
@@ -6,135 +6,30 @@ import inspect
 import random
 import re
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from _numerics import assert_all_close_to_truth
+from _triton_cases import BF16, DTYPES, FP16, FP32, Case, as_tuple, double, poisoned_memory  # noqa: F401
 from torch import Tensor
-from triton.runtime import interpreter
 
 import maskaccel
 from maskaccel.ops import _registry, _triton
 from maskaccel.ops.adaln import fallback, schema
 from maskaccel.ops.adaln import triton as adaln
-from maskaccel.ops.steps import reference as steps_reference
-from maskaccel.ops.steps import schema as steps_schema
-from maskaccel.ops.steps import triton as steps
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = (FP32, BF16, FP16)
 ALL_NEEDS = (1 << 10) - 1
 GATE_NEEDS = schema.NEED_A | schema.NEED_GATE | schema.NEED_POST
-_EMULATED_CAST, _PATCH_LANGUAGE = interpreter._convert_float, interpreter._patch_lang
-_PATCHED: set[tuple[str, ...]] = set()
-
-
-def _cast(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
-    """fp32 <-> bf16 to nearest even, as GPUs convert; Triton's interpreter drops the low half instead."""
-    if source == tl.float32 and target == tl.bfloat16:
-        t = torch.from_numpy(np.ascontiguousarray(data)).to(BF16)
-        return t.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
-    if source == tl.bfloat16 and target == tl.float32:
-        return (np.ascontiguousarray(data).astype(np.uint32) << 16).view(np.uint32)
-    return _EMULATED_CAST(data, source, target, mode)
-
-
-def _patch_once(fn: object) -> object:
-    """Triton exchanges all of triton.language at every call of a device function: three quarters of the time."""
-    modules = tuple(sorted(name for name, value in fn.__globals__.items() if value in (tl, tl.core)))
-    if modules not in _PATCHED:
-        _PATCHED.add(modules)
-        _PATCH_LANGUAGE(fn)
-    return interpreter._LangPatchScope()  # empty: this process only interprets, so nothing is restored
-
-
-interpreter._convert_float = _cast
-interpreter._patch_lang = _patch_once
 adaln.register()
-steps.register()
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, so an element that a kernel forgets fails the comparison."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        out = new_empty(self, *args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-
-
-def _double(value: object) -> object:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _tuple(value: object) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def check(name: str, *args: object) -> tuple[Tensor, ...]:
     """Run an adaLN op by Triton, plain torch and in fp64; apply the error rule to every result."""
-    got = _tuple(adaln.KERNELS[name](*args))
-    plain = _tuple(fallback.KERNELS[name](*args))
-    truth = _tuple(fallback.KERNELS[name](*map(_double, args)))
+    got = as_tuple(adaln.KERNELS[name](*args))
+    plain = as_tuple(fallback.KERNELS[name](*args))
+    truth = as_tuple(fallback.KERNELS[name](*map(double, args)))
     assert_all_close_to_truth(got, plain, [t.double() for t in truth], what=name)
     assert all(t.is_contiguous() for t in got)
     return got
-
-
-class Case:
-    """Seeded random operands of one shape."""
-
-    def __init__(self, seed: int, dtype: torch.dtype, shape: tuple[int, int, int],
-                 mod_dtype: torch.dtype | None = None) -> None:  # fmt: skip
-        self.g = torch.Generator().manual_seed(seed)
-        self.dtype, self.shape, self.mod_dtype = dtype, shape, mod_dtype or dtype
-
-    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self.g).to(dtype or self.dtype)
-
-    def x(self, layout: str = "dense") -> Tensor:
-        batch, n, width = self.shape
-        if layout == "sliced":  # a slice of tokens of a wider, longer tensor
-            return self.normal(batch, n + 3, width + 8)[:, 2 : n + 2, :width]
-        if layout == "transposed":
-            return self.normal(n, batch, width).transpose(0, 1)
-        if layout == "expanded":
-            return self.normal(1, n, width).expand(batch, n, width)
-        return self.normal(*self.shape)
-
-    def mod(self, form: str | None) -> Tensor | None:
-        """A modulation tensor; forms are those of the contract, `chunk` a strided view of a projection."""
-        batch, n, width = self.shape
-        if form is None:
-            return None
-        if form == "rows":
-            return self.normal(5, width, dtype=self.mod_dtype)
-        if form == "chunk":
-            return self.normal(batch, 3 * width, dtype=self.mod_dtype).chunk(3, dim=1)[1]
-        if form == "chunk3":
-            return self.normal(batch, n, 2, width, dtype=self.mod_dtype)[:, :, 1]
-        if form == "expanded":
-            return self.normal(1, 1, width, dtype=self.mod_dtype).expand(batch, n, width)
-        lead = {"BD": (batch,), "1D": (1,), "B1D": (batch, 1), "BFD": (batch, n // 2), "1FD": (1, n // 2),
-                "BND": (batch, n), "1ND": (1, n)}[form]  # fmt: skip
-        return self.normal(*lead, width, dtype=self.mod_dtype)
-
-    def table(self, wanted: bool = True) -> Tensor | None:
-        return self.normal(self.shape[2], dtype=self.mod_dtype) if wanted else None
-
-    def vector(self, wanted: bool = True, dtype: torch.dtype | None = None) -> Tensor | None:
-        return self.normal(self.shape[2], dtype=dtype) if wanted else None
-
-    def rows(self, form: str | None) -> Tensor | None:
-        if form is None:
-            return None
-        batch, n, _ = self.shape
-        shape = (n,) if form == "N" else (batch, n)
-        return torch.randint(0, 5, shape, generator=self.g, dtype=torch.int32)
 
 
 def whole(case: Case, *, norm: int = 0, flags: int = 0, layout: str = "dense", gate: str | None = "BD",
@@ -423,40 +318,12 @@ def test_gated_activation(flags: int, dtype: torch.dtype) -> None:
     check("gated_activation_backward", y[:0], x[:0], flags)
 
 
-# --------------------------------------------------------------------------------------------------------- steps
-def check_step(name: str, *args: object) -> None:
-    got = steps.KERNELS[name](*args)
-    plain = steps_reference.KERNELS[name](*args)
-    truth = steps_reference.KERNELS[name](*map(_double, args))
-    assert_all_close_to_truth([got], [plain], [truth], what=name)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_relative_difference(dtype: torch.dtype) -> None:
-    for shape in ((2, 5, 7), (3, 9000), (1, 1), (0, 4), (2, 0)):
-        x, reference, base = torch.randn(3, *shape, generator=torch.Generator().manual_seed(50)).to(dtype)
-        check_step("relative_difference", x, reference, None)
-        check_step("relative_difference", x, reference, base)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gate", [None, "B1D", "1FD", "BND", "chunk3"])
-def test_combine_history(gate: str | None, dtype: torch.dtype) -> None:
-    case = Case(51, dtype, (2, 6, 24), FP32 if gate == "1FD" else None)
-    history = case.normal(2, 5, 6, 24).transpose(0, 1)[:3]  # strides of K and B are free
-    for weights in (case.normal(3, dtype=FP32), case.normal(3, 24, dtype=FP32)):
-        for x in (None, case.x()):
-            check_step("combine_history", history, weights, x, case.mod(gate))
-    check_step("combine_history", history[:1, :0], weights[:1], None, None)
-
-
 # ------------------------------------------------------------------------------------------- contract and wiring
-@pytest.mark.parametrize("name", sorted({**schema.SCHEMAS, **steps_schema.SCHEMAS}))
+@pytest.mark.parametrize("name", sorted(schema.SCHEMAS))
 def test_signature_is_the_schema(name: str) -> None:
-    text = {**schema.SCHEMAS, **steps_schema.SCHEMAS}[name]
+    text = schema.SCHEMAS[name]
     wanted = [part.split()[-1] for part in text[1 : text.index(")")].split(",")]
-    kernel = {**adaln.KERNELS, **steps.KERNELS}[name]
-    assert list(inspect.signature(kernel).parameters) == wanted
+    assert list(inspect.signature(adaln.KERNELS[name]).parameters) == wanted
 
 
 def _opcheck_arguments() -> dict[str, tuple]:
@@ -481,12 +348,10 @@ def _opcheck_arguments() -> dict[str, tuple]:
         "qk_norm_rope_backward": (q, q, q, q, weights, weights, None, None, cos, cos, None, 1e-6, 1, 63),
         "gated_activation": (wide, 0),
         "gated_activation_backward": (wide[:, :24].contiguous(), wide, 0),
-        "relative_difference": (x, x, None),
-        "combine_history": (case.normal(2, 2, 2, 24), torch.ones(2), x, g),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted({**schema.SCHEMAS, **steps_schema.SCHEMAS}))
+@pytest.mark.parametrize("name", sorted(schema.SCHEMAS))
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # opcheck compares runs bit by bit, and poisoned empty results never equal themselves
     tests = ("test_schema", "test_faketensor")

@@ -88,19 +88,20 @@ class Call {
 class Result {
  public:
   Result() = default;
-  Result(const Call& call, const int64_t* sizes, int dim, Dtype dtype) {
+  Result(const Call& call, const int64_t* sizes, int dim, Dtype dtype)
+      : Result(call, sizes, dim, codes().of(dtype), size_of(dtype)) {}
+  /// Of any dtype: torch's code, and the bytes of an element.
+  Result(const Call& call, const int64_t* sizes, int dim, int32_t code, int64_t item) {
     int64_t strides[8], count = 1, step = 1;
     for (int i = dim - 1; i >= 0; --i) {
       strides[i] = step;
       step *= sizes[i] > 0 ? sizes[i] : 1;
       count *= sizes[i];
     }
-    const DtypeCodes& c = codes();
-    const int32_t code = dtype == Dtype::f32 ? c.f32 : dtype == Dtype::bf16 ? c.bf16 : c.f16;
     MASKACCEL_SHIM(
         aoti_torch_empty_strided(dim, sizes, strides, code, call.device_type(), call.device(), &handle_));
     MASKACCEL_SHIM(aoti_torch_get_data_ptr(handle_, &data_));
-    bytes_ = count * size_of(dtype);
+    bytes_ = count * item;
   }
   Result(const Call& call, std::initializer_list<int64_t> sizes, Dtype dtype)
       : Result(call, sizes.begin(), static_cast<int>(sizes.size()), dtype) {}

@@ -147,7 +147,8 @@ __device__ __forceinline__ void sync_threads() {
 #endif
 }
 
-__device__ __forceinline__ float shuffle_xor(float v, int mask) {
+template <typename T>  // float or double
+__device__ __forceinline__ T shuffle_xor(T v, int mask) {
 #ifdef MASKACCEL_EMULATE
   return emulation::shuffle(v, (threadIdx.x & 31) ^ mask);
 #else
@@ -156,7 +157,8 @@ __device__ __forceinline__ float shuffle_xor(float v, int mask) {
 }
 
 /// Sum over groups of `width` lanes (a power of two); every lane of the warp takes part.
-__device__ __forceinline__ float warp_sum(float v, int width = kWarp) {
+template <typename T>  // float or double
+__device__ __forceinline__ T warp_sum(T v, int width = kWarp) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
     if (mask < width) v += shuffle_xor(v, mask);

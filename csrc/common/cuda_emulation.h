@@ -36,7 +36,7 @@ struct Machine {
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<char> done;
   std::vector<Barrier> warps;
-  std::vector<std::vector<float>> slots;  // two slots per thread: consecutive shuffles need one barrier each
+  std::vector<std::vector<double>> slots;  // two slots per thread: consecutive shuffles need one barrier each
   std::vector<int> parity;
   Barrier cta;
   jmp_buf scheduler;
@@ -70,13 +70,14 @@ inline void wait(Barrier& barrier) {
 
 inline void sync_threads() { wait(machine().cta); }
 
-inline float shuffle(float value, int source_lane) {
+template <typename T>  // float or double
+inline T shuffle(T value, int source_lane) {
   Machine& m = machine();
   const int tid = current(), base = tid & ~31;
   const int at = m.parity[tid] ^= 1;
   m.slots[tid][at] = value;
   wait(m.warps[tid / 32]);
-  return m.slots[base + source_lane][at];
+  return static_cast<T>(m.slots[base + source_lane][at]);
 }
 
 inline void fiber_main() {
@@ -93,7 +94,7 @@ inline void run_cta(int threads) {
   m.fibers.resize(threads);
   m.done.assign(threads, 0);
   m.parity.assign(threads, 0);
-  m.slots.assign(threads, std::vector<float>(2, 0.f));
+  m.slots.assign(threads, std::vector<double>(2, 0.0));
   m.warps.assign((threads + 31) / 32, Barrier{});
   for (size_t w = 0; w < m.warps.size(); ++w) m.warps[w].size = std::min(32, threads - static_cast<int>(w) * 32);
   m.cta = Barrier{threads, 0, 0};

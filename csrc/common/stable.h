@@ -48,7 +48,8 @@ struct Arg {
 
 struct DtypeCodes {
   int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16(),
-          i32 = aoti_torch_dtype_int32(), cpu = aoti_torch_device_type_cpu();
+          f64 = aoti_torch_dtype_float64(), i32 = aoti_torch_dtype_int32(), cpu = aoti_torch_device_type_cpu();
+  int32_t of(Dtype dtype) const { return dtype == Dtype::f32 ? f32 : dtype == Dtype::bf16 ? bf16 : f16; }
 };
 inline const DtypeCodes& codes() {
   static const DtypeCodes all;
@@ -88,6 +89,7 @@ class Inputs {
   }
   double number() { return as<double>(stack_[at_++]); }
   int64_t integer() { return as<int64_t>(stack_[at_++]); }
+  bool boolean() { return as<bool>(stack_[at_++]); }
 
  private:
   template <class T>
@@ -126,18 +128,18 @@ class Output {
   Output() = default;
   Output(std::initializer_list<int64_t> sizes, Dtype dtype)
       : Output(sizes.begin(), static_cast<int>(sizes.size()), dtype) {}
-  Output(const int64_t* sizes, int dim, Dtype dtype) {
+  Output(const int64_t* sizes, int dim, Dtype dtype) : Output(sizes, dim, codes().of(dtype), size_of(dtype)) {}
+  // Of any dtype: torch's code, and the bytes of an element.
+  Output(const int64_t* sizes, int dim, int32_t code, int64_t item) {
     int64_t strides[8];
     int64_t n = 1;
     for (int i = dim - 1; i >= 0; --i) {
       strides[i] = n;
       n *= sizes[i] > 0 ? sizes[i] : 1;
     }
-    const DtypeCodes& c = codes();
-    const int32_t code = dtype == Dtype::f32 ? c.f32 : dtype == Dtype::bf16 ? c.bf16 : c.f16;
-    MASKACCEL_SHIM(aoti_torch_empty_strided(dim, sizes, strides, code, c.cpu, 0, &handle_));
+    MASKACCEL_SHIM(aoti_torch_empty_strided(dim, sizes, strides, code, codes().cpu, 0, &handle_));
     MASKACCEL_SHIM(aoti_torch_get_data_ptr(handle_, &data_));
-    bytes_ = n * size_of(dtype);
+    bytes_ = n * item;
     if (bytes_ >= kHugeFrom) prefer_huge_pages(data_, static_cast<size_t>(bytes_));
   }
   Output(Output&& o) noexcept : handle_(o.handle_), data_(o.data_), bytes_(o.bytes_) { o.handle_ = nullptr; }

@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 from . import _registry
 from ._backends import KERNEL_DTYPES, automatic_namespace, namespace, select, select_while_tracing
 
+# What a fast call may raise before it did anything; the checked path then finds the fault and names it.
+FAULTS = (RuntimeError, LookupError, AttributeError, TypeError)
 _RAW: dict[tuple[str, str], Any] = {}
 
 

@@ -115,6 +115,13 @@ def dense_last(t: Tensor | None) -> Tensor | None:
     return t.clone(memory_format=torch.contiguous_format)
 
 
+def no_gradient(op: str, **tensors: Tensor | None) -> None:
+    """Refuse inputs that require grad, for an op without a derivative."""
+    for name, t in tensors.items():
+        if torch.is_grad_enabled() and t is not None and t.requires_grad:
+            raise ValueError(f"{op} has no derivative, but {name} requires grad; call it under torch.no_grad()")
+
+
 def one_dtype(x: Tensor, *operands: Tensor | None) -> list[Tensor | None]:
     """Operands as the kernels take them: all of x's dtype, or all fp32, last dim contiguous."""
     dtypes = {t.dtype for t in operands if t is not None}

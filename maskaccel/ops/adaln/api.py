@@ -43,8 +43,6 @@ _ACTIVATION_FLAGS = {
     (kind, first): ACTIVATIONS[kind] | (GATE_FIRST if first else 0) for kind in ACTIVATIONS for first in (False, True)
 }
 _INF = float("inf")
-# What a fast call may raise before it did anything; the checked path then finds the fault and names it.
-_FAULTS = (RuntimeError, LookupError, AttributeError, TypeError)
 
 
 def norm_modulate(
@@ -105,7 +103,7 @@ def norm_modulate(
                 return _call.fast("norm_modulate_pair", x, (x, scale, shift, scale2, shift2, *end))
             args = (x, scale, shift, *end)
             return _call.fast("norm_modulate", x, args)
-        except _FAULTS as error:
+        except _call.FAULTS as error:
             fault = error
     else:
         fault = None
@@ -212,7 +210,7 @@ def gate_residual_norm_modulate(
             return _call.fast(
                 "gate_residual_norm_modulate", x, (x, a, gate, gate_table, post_weight, scale, shift, *end)
             )
-        except _FAULTS as error:
+        except _call.FAULTS as error:
             fault = error
 
     check.norm_arguments(x, norm, law, weight_offset, weight, bias, eps, offset)
@@ -292,7 +290,7 @@ def gate_residual(
             if not 0.0 <= post_eps < _INF or (post_weight is not None and not flags & _POSTS):
                 raise LookupError
             return _call.fast("gate_residual", x, (x, a, gate, gate_table, post_weight, rows, post_eps, flags))
-        except _FAULTS as error:
+        except _call.FAULTS as error:
             fault = error
 
     check.norm_arguments(x, "none", law, weight_offset, None, None, post_eps, 1.0)
@@ -368,7 +366,7 @@ def qk_norm_rope(
                 raise LookupError
             args = (q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, eps, flags)
             return _call.fast("qk_norm_rope", q, args)
-        except _FAULTS as error:
+        except _call.FAULTS as error:
             fault = error
 
     check.qk_arguments(q, k, norm, law, weight_offset, rope, across_heads, eps)
@@ -409,7 +407,7 @@ def gated_activation(
             rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
             out = _call.fast("gated_activation", rows, (rows, _ACTIVATION_FLAGS[kind, gate_first]))
             return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
-        except _FAULTS:
+        except _call.FAULTS:
             pass  # the checks below say what is wrong, or make the argument dense
 
     check.activation_arguments(x, kind)

@@ -1,0 +1,65 @@
+"""Ops that form a feature from remembered ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _call, _checks
+from . import reference as plain
+
+MAX_HISTORY = 16
+
+
+def combine_history(
+    history: Tensor,
+    weights: Tensor,
+    *,
+    x: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`x + gate * sum_k weights[k] * history[k]`: every forecaster of cached features is this sum.
+
+    Args:
+        history: `(K, B, N, D)` raw features of the last K computed steps, K at most 16; fp32, bf16 or fp16.
+        weights: fp32 (or fp64) `(K,)`, or `(K, D)` for one forecaster per channel (HyCa), on the same device.
+        x: `(B, N, D)` residual stream to add to, of any floating dtype; None returns the forecast alone.
+        gate: `(B, D)`, `(B, 1, D)`, `(B, F, D)` or `(B, N, D)` gate of the current step; the batch may be 1.
+        backend: As in `maskaccel.ops.norm_modulate`.
+
+    Returns:
+        `(B, N, D)` in the dtype of `x` (of `history` without `x`).
+
+    Raises:
+        TypeError: An argument is no tensor, or of a dtype that is not allowed.
+        ValueError: Shapes do not fit, an input requires grad, or `backend` cannot run the call.
+    """
+    if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        try:
+            return _call.fast("combine_history", history, (history, weights, x, gate))
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong, or make the operands dense
+    history = _checks.activation("history", history, "K, B, N, D")
+    steps, width = history.shape[0], history.shape[-1]
+    if not 1 <= steps <= MAX_HISTORY:
+        raise ValueError(f"history holds K={steps} steps; allowed are 1 to {MAX_HISTORY}")
+    if _checks.tensor("weights", weights).dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weights has dtype {weights.dtype}; it must be float32")
+    if tuple(weights.shape) not in ((steps,), (steps, width)):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be ({steps},) or ({steps}, {width})")
+    _checks.same_device("weights", weights, "history", history)
+    if x is not None:
+        _checks.same_device("x", _checks.floating("x", x), "history", history)
+        if x.shape != history.shape[1:]:
+            need = tuple(history.shape[1:])
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be {need}, as a step of history")
+    _checks.modulation("gate", gate, history[0], None)
+    _checks.no_gradient("combine_history", history=history, weights=weights, x=x, gate=gate)
+    like = history[0] if x is None else x
+    dense = history if history.stride(3) == 1 and history.stride(2) == width else history.contiguous()
+    (gate_k,) = _checks.one_dtype(like, gate if gate is None or gate.dim() == 3 else gate[:, None])
+    args = (dense, weights.float().contiguous(), None if x is None else x.contiguous(), gate_k)
+    return _call.checked(
+        "combine_history", history, args, backend, lambda: plain.combine_history(history, weights, x, gate)
+    )

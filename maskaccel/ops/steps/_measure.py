@@ -1,0 +1,49 @@
+"""Ops that measure features: how far they moved."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _call, _checks
+from . import reference as plain
+
+
+def relative_difference(
+    x: Tensor, reference: Tensor, *, base: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Sums for the relative L1 change of a feature, in one pass and without a synchronisation.
+
+    The ratio of the two columns is the indicator of First-Block Cache (residual against the last computed one) and of
+    TeaCache (Liu et al. 2024, eq. 5: modulated input against the previous step).
+
+    Args:
+        x: `(B, ...)`, fp32, bf16 or fp16.
+        reference: As `x`, the remembered feature.
+        base: As `x`; the feature is then `x - base` (a residual formed on the fly).
+        backend: As in `maskaccel.ops.norm_modulate`.
+
+    Returns:
+        fp32 `(B, 2)`: sum |feature - reference| and sum |reference| of each sample, on x's device.
+
+    Raises:
+        TypeError: An argument is no tensor, or of another dtype than `x`.
+        ValueError: Shapes differ, an input requires grad, or `backend` cannot run the call.
+    """
+    if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        try:
+            if x.dim() > 1:
+                return _call.fast("relative_difference", x, (x, reference, base))
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong, or make the operands dense
+    x = _checks.floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must be (B, ...) of two dims or more, got shape {tuple(x.shape)}")
+    _checks.like("reference", reference, "x", x)
+    if base is not None:
+        _checks.like("base", base, "x", x)
+    _checks.no_gradient("relative_difference", x=x, reference=reference, base=base)
+    dense = [None if t is None else t.contiguous() for t in (x, reference, base)]
+    return _call.checked(
+        "relative_difference", x, tuple(dense), backend, lambda: plain.relative_difference(x, reference, base)
+    )

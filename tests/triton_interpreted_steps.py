@@ -1,0 +1,67 @@
+"""Every Triton kernel of the step ops against the fp64 reference, run by `test_triton_kernels.py` as its sibling."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from _numerics import assert_all_close_to_truth
+from _triton_cases import BF16, DTYPES, FP32, Case, as_tuple, double, poisoned_memory  # noqa: F401
+
+from maskaccel.ops import _registry
+from maskaccel.ops.steps import reference, schema
+from maskaccel.ops.steps import triton as steps
+
+steps.register()
+
+
+def check_step(name: str, *args: object) -> None:
+    got = as_tuple(steps.KERNELS[name](*args))
+    plain = as_tuple(reference.KERNELS[name](*args))
+    truth = as_tuple(reference.KERNELS[name](*map(double, args)))
+    assert_all_close_to_truth(got, plain, truth, what=name)
+    assert all(t.is_contiguous() for t in got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relative_difference(dtype: torch.dtype) -> None:
+    for shape in ((2, 5, 7), (3, 9000), (1, 1), (0, 4), (2, 0)):
+        x, reference, base = torch.randn(3, *shape, generator=torch.Generator().manual_seed(50)).to(dtype)
+        check_step("relative_difference", x, reference, None)
+        check_step("relative_difference", x, reference, base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [None, "B1D", "1FD", "BND", "chunk3"])
+def test_combine_history(gate: str | None, dtype: torch.dtype) -> None:
+    case = Case(51, dtype, (2, 6, 24), FP32 if gate == "1FD" else None)
+    history = case.normal(2, 5, 6, 24).transpose(0, 1)[:3]  # strides of K and B are free
+    for weights in (case.normal(3, dtype=FP32), case.normal(3, 24, dtype=FP32)):
+        for x in (None, case.x()):
+            check_step("combine_history", history, weights, x, case.mod(gate))
+    check_step("combine_history", history[:1, :0], weights[:1], None, None)
+
+
+# ------------------------------------------------------------------------------------------- contract and wiring
+@pytest.mark.parametrize("name", sorted(schema.SCHEMAS))
+def test_signature_is_the_schema(name: str) -> None:
+    text = schema.SCHEMAS[name]
+    wanted = [part.split()[-1] for part in text[1 : text.index(")")].split(",")]
+    assert list(inspect.signature(steps.KERNELS[name]).parameters) == wanted
+
+
+def _opcheck_arguments() -> dict[str, tuple]:
+    case = Case(60, BF16, (2, 2, 24))
+    x, g = case.x(), case.mod("B1D")
+    return {
+        "relative_difference": (x, x, None),
+        "combine_history": (case.normal(2, 2, 2, 24), torch.ones(2), x, g),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(schema.SCHEMAS))
+def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # opcheck compares runs bit by bit, and poisoned empty results never equal themselves
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(_registry.op("maskaccel_triton", name), _opcheck_arguments()[name], test_utils=tests)
