@@ -18,7 +18,10 @@ from maskaccel.state.site import SITE
 
 STEPS = 6
 # Calls of the model in one step, and remembered modules, of each tiny pipeline.
-BRANCHES = {"dit": 1, "pixart": 1, "sd3": 1, "flux": 1, "wan": 2, "qwen": 2, "ltx": 1}
+BRANCHES = {
+    "dit": 1, "pixart": 1, "sd3": 1, "flux": 1, "wan": 2, "qwen": 2, "ltx": 1, "zimage": 1, "hunyuan_video": 1,
+    "hunyuan_video_cfg": 2,
+}  # fmt: skip
 
 
 @functools.cache
@@ -56,6 +59,8 @@ def test_fused_adaln_in_a_pipeline_keeps_the_error_rule(name):
 
     def run(net, args, kw, dtype=None):
         def cast(value):
+            if isinstance(value, list):
+                return [cast(item) for item in value]
             return value.to(dtype) if dtype and isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
         with torch.no_grad():
