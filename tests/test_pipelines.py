@@ -20,11 +20,8 @@ CALLS = {
 
 def recorded(pipeline, kwargs):
     """One run: the result, and for each call the model, the step and the branch."""
-    calls, steps, branch = [], [], [None]
-    scheduler, models = (
-        pipeline.scheduler,
-        [m for name, m in pipeline.components.items() if "transformer" in name and m],
-    )
+    calls, steps, branch, scheduler = [], [], [None], pipeline.scheduler
+    models = [model for name, model in pipeline.components.items() if "transformer" in name and model is not None]
 
     def step(*args, **keywords):
         steps.append(1)
