@@ -25,9 +25,9 @@ class Stack:
 
     To skip a segment, every block of it hands its streams on (`Streams.give(Streams.take(...))`) and the last one
     returns what its streams are to be. The update of a segment is the difference between what its last block returns
-    and what its *first* takes: in between a model may add to the streams, or run a block on another view of them. It may
-    also write into the tensor that a block returned (the control residuals of Chroma and Bria), so what a skipped block
-    hands on must not be a tensor that is still needed.
+    and what its *first* takes: in between a model may add to the streams, or run a block on another view of them. It
+    may also write into the tensor that a block returned (the control residuals of Chroma and Bria), so what a skipped
+    block hands on must not be a tensor that is still needed.
 
     A call may leave blocks out (skip-layer guidance). Where it leaves out the first or the last of a segment, the
     segment has no update to remember.
