@@ -206,9 +206,16 @@ def _combine_history(d: Draw) -> tuple:
     return history, weights, x, d.maybe(d.modulation, (batch, n, width), None, 0)
 
 
+def _gram(d: Draw) -> tuple:
+    batch, n, width = d.adaln_shape()
+    base = d.tensor((batch, d.rng.choice([1, 2, 3, 4, 5, 9, 16]), n, width), d.dtype, strided=False)
+    return base.transpose(0, 1), d.rng.random() < 0.5
+
+
 STEPS: dict[str, Callable[[Draw], tuple]] = {
     "relative_difference": _relative_difference,
     "combine_history": _combine_history,
+    "gram": _gram,
 }
 
 

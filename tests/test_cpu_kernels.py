@@ -325,7 +325,7 @@ def test_lower_instruction_sets(isa):
         [sys.executable, "-c", probe], env=env, capture_output=True, text=True, cwd=here.parent.parent
     )
     assert found.stdout.strip() == isa, found.stderr
-    files = [str(here), str(here.with_name("test_cpu_backward.py"))]
+    files = [str(here), *(str(here.with_name(f"test_cpu_{name}.py")) for name in ("backward", "steps"))]
     command = [
         sys.executable,
         "-m",

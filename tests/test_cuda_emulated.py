@@ -75,6 +75,7 @@ def test_empty(emulated):
         assert emulated.qk_norm_rope(q, q, *[None] * 7, 1e-6, 1)[0].shape == q.shape
     assert emulated.gated_activation(torch.randn(0, 16), 0).shape == (0, 8)
     assert torch.equal(emulated.relative_difference(torch.randn(2, 0), torch.randn(2, 0), None), torch.zeros(2, 2))
+    assert torch.equal(emulated.gram(torch.randn(3, 2, 0, 8), True), torch.zeros(2, 3, 3, dtype=torch.float64))
 
 
 X = torch.randn(2, 6, 16)

@@ -47,11 +47,12 @@ def test_real_widths(op):
         _check(op, seed, torch.bfloat16, widths=REAL_WIDTHS)
 
 
-@pytest.mark.parametrize(
-    "op", ["norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward"]
-)
+REDUCTIONS = ("norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward", "gram")
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
 def test_deterministic(op):
-    """Two runs of a backward give the same bits."""
+    """Two runs of a reduction over tokens give the same bits."""
     args = draw(op, 7, torch.bfloat16, "cuda", widths=(3072,))
     first, second = _op(op)(*args), _op(op)(*args)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -43,6 +43,17 @@ def test_combine_history(gate: str | None, dtype: torch.dtype) -> None:
     check_step("combine_history", history[:1, :0], weights[:1], None, None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gram(per_sample: bool, dtype: torch.dtype) -> None:
+    for terms, shape in ((1, (2, 3, 40)), (3, (2, 5, 7)), (16, (1, 2, 33)), (5, (2, 90, 100)), (2, (0, 3, 8))):
+        case = Case(52, dtype, shape)
+        history = case.normal(shape[0], terms, *shape[1:]).transpose(0, 1)
+        check_step("gram", history, per_sample)
+        got = steps.KERNELS["gram"](history, per_sample)
+        assert got.dtype == torch.float64 and torch.equal(got, got.mT)
+
+
 # ------------------------------------------------------------------------------------------- contract and wiring
 @pytest.mark.parametrize("name", sorted(schema.SCHEMAS))
 def test_signature_is_the_schema(name: str) -> None:
@@ -57,6 +68,7 @@ def _opcheck_arguments() -> dict[str, tuple]:
     return {
         "relative_difference": (x, x, None),
         "combine_history": (case.normal(2, 2, 2, 24), torch.ones(2), x, g),
+        "gram": (case.normal(2, 2, 2, 24), True),
     }
 
 

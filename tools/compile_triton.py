@@ -201,6 +201,8 @@ def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         history = empty(count, BATCH, TOKENS, WIDTH)
         weights = empty(count, dtype=torch.float32)
         yield f"{prefix} combine K={count}", lambda h=history, w=weights: steps["combine_history"](h, w, x, frame)
+        yield f"{prefix} gram K={count}", lambda h=history: steps["gram"](h, False)
+    yield f"{prefix} gram K=16 per sample", lambda: steps["gram"](empty(16, BATCH, TOKENS, WIDTH), True)
     per_channel = empty(4, WIDTH, dtype=torch.float32)
     yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
 

@@ -74,3 +74,9 @@ def combine_history(i: Inputs) -> tuple[Tensor, ...]:
     for k, coefficient in enumerate(i["coefficients"]):
         total = total + history[k] * coefficient
     return (i["x"] + i["gate"].unsqueeze(1) * total,)
+
+
+def gram(i: Inputs) -> tuple[Tensor, ...]:
+    """A matrix product in fp64: dynamic mode decomposition needs the digits."""
+    flat = i["history"].flatten(1).double()
+    return (flat @ flat.T,)

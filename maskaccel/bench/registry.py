@@ -186,6 +186,10 @@ def _history(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Ge
     }
 
 
+def _history_alone(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Inputs:
+    return {"history": _normal(g, dtype, device, *shape)}
+
+
 def _one(value: Any) -> Outputs:
     return (value,)
 
@@ -213,6 +217,10 @@ def _run_relative_difference(i: Inputs, backend: str | None) -> Outputs:
 
 def _run_combine_history(i: Inputs, backend: str | None) -> Outputs:
     return _one(ops.combine_history(i["history"], i["weights"], x=i["x"], gate=i["gate"], backend=backend))
+
+
+def _run_gram(i: Inputs, backend: str | None) -> Outputs:
+    return _one(ops.gram(i["history"], backend=backend))
 
 
 def _activation(kind: str, baseline: Callable[[Inputs], Outputs]) -> Op:
@@ -264,6 +272,10 @@ _ALL = (
         "combine_history", "steps, batch, tokens, width", HISTORIES, _history, _run_combine_history,
         eager.combine_history, ("y",), (),
         elements=lambda s: math.prod(s) + 2 * math.prod(s[1:]),
+    ),
+    Op(
+        "gram", "steps, batch, tokens, width", HISTORIES, _history_alone, _run_gram, eager.gram, ("products",), (),
+        elements=math.prod,
     ),
 )  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for op in _ALL}

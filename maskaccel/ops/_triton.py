@@ -122,7 +122,7 @@ def runs(total: int, segment: int, *, programs: int = 1024, least: int = 8) -> t
 
 
 def reduce_partials(partials: Tensor, batch: int, groups: int) -> Tensor:
-    """Sum fp32 partials `(B, chunks, D)` to `(batch, groups, D)`; batch is 1 or B, chunks a multiple of groups."""
+    """Sum partials `(B, chunks, D)`, fp32 or fp64, to `(batch, groups, D)`; groups divides chunks, batch is 1 or B."""
     from ._triton_lib import reduce_rows
 
     full, chunks, width = partials.shape

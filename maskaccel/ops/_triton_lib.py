@@ -51,7 +51,7 @@ def reduce_rows(partials, out, batches, chunks, per_group, groups, D, ROWS: tl.c
     f = row - o * groups
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lanes = tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    total = tl.zeros([ROWS, BLOCK], partials.dtype.element_ty)
     count = batches * per_group
     for start in range(0, count, ROWS):
         i = start + lanes

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _call, _checks
+from . import _check
 from . import reference as plain
+from ._check import MAX_HISTORY
 
-MAX_HISTORY = 16
+__all__ = ["MAX_HISTORY", "combine_history"]
 
 
 def combine_history(
@@ -40,10 +42,8 @@ def combine_history(
             return _call.fast("combine_history", history, (history, weights, x, gate))
         except _call.FAULTS:
             pass  # the checks below say what is wrong, or make the operands dense
-    history = _checks.activation("history", history, "K, B, N, D")
+    history = _check.history(history)
     steps, width = history.shape[0], history.shape[-1]
-    if not 1 <= steps <= MAX_HISTORY:
-        raise ValueError(f"history holds K={steps} steps; allowed are 1 to {MAX_HISTORY}")
     if _checks.tensor("weights", weights).dtype not in (torch.float32, torch.float64):
         raise TypeError(f"weights has dtype {weights.dtype}; it must be float32")
     if tuple(weights.shape) not in ((steps,), (steps, width)):
@@ -57,9 +57,8 @@ def combine_history(
     _checks.modulation("gate", gate, history[0], None)
     _checks.no_gradient("combine_history", history=history, weights=weights, x=x, gate=gate)
     like = history[0] if x is None else x
-    dense = history if history.stride(3) == 1 and history.stride(2) == width else history.contiguous()
     (gate_k,) = _checks.one_dtype(like, gate if gate is None or gate.dim() == 3 else gate[:, None])
-    args = (dense, weights.float().contiguous(), None if x is None else x.contiguous(), gate_k)
+    args = (_check.dense_steps(history), weights.float().contiguous(), None if x is None else x.contiguous(), gate_k)
     return _call.checked(
         "combine_history", history, args, backend, lambda: plain.combine_history(history, weights, x, gate)
     )

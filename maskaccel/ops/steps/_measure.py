@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _call, _checks
+from . import _check
 from . import reference as plain
 
 
@@ -47,3 +48,35 @@ def relative_difference(
     return _call.checked(
         "relative_difference", x, tuple(dense), backend, lambda: plain.relative_difference(x, reference, base)
     )
+
+
+def gram(history: Tensor, *, per_sample: bool = False, backend: str | None = None) -> Tensor:
+    """All inner products `<history[i], history[j]>` in one read of the history, fp64.
+
+    The only reduction over features that a DMD forecast needs: dynamic mode decomposition by the method of snapshots
+    (Sirovich 1987) takes its weights from this matrix. A rank cut at 1e-4 of the singular values is one at 1e-8 here,
+    hence the fp64. Distances between steps, for schedules chosen by dynamic programming, follow from it too:
+    `|H_i - H_j|^2 = G[i, i] + G[j, j] - 2 G[i, j]`.
+
+    Args:
+        history: `(K, B, N, D)` raw features of K steps, K at most 16; fp32, bf16 or fp16. Any stride of K and B.
+        per_sample: One matrix for each sample instead of one over all.
+        backend: As in `maskaccel.ops.norm_modulate`.
+
+    Returns:
+        fp64 `(K, K)`, or `(B, K, K)` with `per_sample`; exactly symmetric, on the device of `history`.
+
+    Raises:
+        TypeError: `history` is no tensor, or of a dtype that is not allowed.
+        ValueError: Its shape does not fit, it requires grad, or `backend` cannot run the call.
+    """
+    if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        try:
+            return _call.fast("gram", history, (history, per_sample))
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong, or make the history dense
+    history = _check.history(history)
+    _checks.choice("per_sample", per_sample, (False, True))
+    _checks.no_gradient("gram", history=history)
+    args = (_check.dense_steps(history), bool(per_sample))
+    return _call.checked("gram", history, args, backend, lambda: plain.gram(history, per_sample))

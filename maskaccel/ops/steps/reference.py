@@ -31,4 +31,24 @@ def combine_history(history: Tensor, weights: Tensor, x: Tensor | None = None, g
     return total.to(history.dtype).contiguous()
 
 
-KERNELS: dict[str, Callable] = {"relative_difference": relative_difference, "combine_history": combine_history}
+def gram(history: Tensor, per_sample: bool = False) -> Tensor:
+    """`<history[i], history[j]>`, fp64, over all elements or over those of each sample."""
+    steps, batch = history.shape[:2]
+    if history.dtype != torch.float64:
+        wide = history.flatten(2).transpose(0, 1).double()
+        out = wide @ wide.mT
+        out = (out + out.mT) / 2
+        return out if per_sample else out.sum(0)
+    # The truth of the tests: torch sums in a tree, where a matrix product adds one term after the other.
+    out = history.new_empty((batch, steps, steps))
+    for i in range(steps):
+        for j in range(i, steps):
+            out[:, i, j] = out[:, j, i] = (history[i] * history[j]).flatten(1).sum(1)
+    return out if per_sample else out.sum(0)
+
+
+KERNELS: dict[str, Callable] = {
+    "relative_difference": relative_difference,
+    "combine_history": combine_history,
+    "gram": gram,
+}

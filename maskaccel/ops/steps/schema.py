@@ -8,10 +8,16 @@ sample, in one pass, deterministic, without a synchronisation.
 of K and B), K <= 16, `weights` fp32 contiguous `(K,)` or `(K, D)` on the same device, `x` `(B, N, D)` or None (dense),
 `gate` `(B|1, F, D)` as the modulation of the adaLN ops (x.dtype or fp32) or None:
 `out = x + gate * sum_k weights[k] * history[k]`, in fp32, rounded once to the dtype of `x` (of `history` without `x`).
-K = 0 is not allowed. Neither op is differentiable: the API refuses inputs that require grad.
+K = 0 is not allowed.
+
+`gram(history, per_sample)`: `history` as above. Returns fp64 `(K, K)`: `<history[i], history[j]>` over all elements, or
+`(B, K, K)` of each sample. Products and sums are fp64, deterministic; `out[i, j]` and `out[j, i]` have the same bits.
+
+No op here is differentiable: the API refuses inputs that require grad.
 """
 
 SCHEMAS = {
     "relative_difference": "(Tensor x, Tensor reference, Tensor? base) -> Tensor",
     "combine_history": "(Tensor history, Tensor weights, Tensor? x, Tensor? gate) -> Tensor",
+    "gram": "(Tensor history, bool per_sample) -> Tensor",
 }

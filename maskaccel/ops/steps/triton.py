@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton as host
+from . import triton_launch
 
 MAX_HISTORY = 16
 _BLOCK = 1024
@@ -78,7 +79,11 @@ def combine_history(history: Tensor, weights: Tensor, x: Tensor | None, gate: Te
     return out
 
 
-KERNELS: dict[str, Callable] = {"relative_difference": relative_difference, "combine_history": combine_history}
+KERNELS: dict[str, Callable] = {
+    "relative_difference": relative_difference,
+    "combine_history": combine_history,
+    **triton_launch.KERNELS,
+}
 
 
 def available() -> str | None:
