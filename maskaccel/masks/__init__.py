@@ -1,5 +1,5 @@
 """What to compute: plain data and its algebra."""
 
-from .schedule import Schedule
+from .schedule import Action, Position, Rule, Schedule, Window
 
-__all__ = ["Schedule"]
+__all__ = ["Action", "Position", "Rule", "Schedule", "Window"]

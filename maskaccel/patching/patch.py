@@ -75,6 +75,9 @@ class Patch:
         if self.active:
             for method in self.methods:
                 self._report.activity[method.name] = _total([method.activity(model) for model in self.models])
+            for note in (note for one in self._generations for note in one.notes):
+                if note not in self._report.notes:
+                    self._report.notes.append(note)
             scheduler = getattr(self.target, "scheduler", None)
             if self._follows and not is_followed(scheduler) and _REPLACED not in self._report.notes:
                 self._report.notes.append(_REPLACED)
@@ -114,7 +117,9 @@ class Patch:
         raise PatchError("a patched model cannot be pickled: remove() the patch first, or save its state_dict()")
 
     @contextlib.contextmanager
-    def generation(self, num_steps: int | None = None) -> Iterator[Run]:
+    def generation(
+        self, num_steps: int | None = None, *, timesteps: Sequence[float] | torch.Tensor | None = None
+    ) -> Iterator[Run]:
         """One denoising run of a loop of your own (a pipeline does this by itself).
 
         Call `step()` of the yielded object after each step. A model that runs several times a step, once per guidance
@@ -122,12 +127,13 @@ class Patch:
 
         Args:
             num_steps: Steps of the run, if known.
+            timesteps: The scheduler's timesteps (1000 to 0) of every step; some methods are bound to a window of them.
 
         Raises:
-            ValueError: `num_steps` is below 1.
+            ValueError: `num_steps` is below 1, or another number than that of `timesteps`.
         """
         for one in self._generations:
-            one.begin(num_steps)
+            one.begin(num_steps, timesteps)
         try:
             yield Run(self._generations)
         finally:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-PREVIOUS = "_maskaccel_previous_forward"
+BASE = "_maskaccel_base_forward"
+CHAIN = "_maskaccel_forward_chain"
 
 
 class PatchError(RuntimeError):
@@ -50,21 +51,34 @@ class _Edit:
 
 
 @dataclass
+class _Forward:
+    """What becomes of the forward of one module: a replacement of its own, and wrappers before it."""
+
+    module: nn.Module
+    replacement: Callable[..., Any] | None = None
+    wrappers: list[Callable[..., Any]] = field(default_factory=list)
+
+
+@dataclass
 class Transaction:
     """A list of edits. `commit` applies all or none; `undo` restores all in reverse order."""
 
     edits: list[_Edit] = field(default_factory=list)
     claimed: dict[tuple[int, str], str] = field(default_factory=dict)
+    forwards: dict[int, _Forward] = field(default_factory=dict)
 
     def set(self, owner: Any, name: str, value: Any, claimant: str) -> None:
         """Plan `owner.<name> = value` on the instance. Two claimants of one attribute are an error."""
+        self._claim(owner, name, claimant)
+        self.edits.append(_Edit(owner, name, value))
+
+    def _claim(self, owner: Any, name: str, claimant: str) -> None:
         key = (id(owner), name)
         if key in self.claimed:
             raise PatchError(
                 f"{claimant} and {self.claimed[key]} both want {name} of one {type(owner).__name__}; use one of them"
             )
         self.claimed[key] = claimant
-        self.edits.append(_Edit(owner, name, value))
 
     def replace_forward(self, module: nn.Module, forward: Callable[..., Any], claimant: str) -> None:
         """Plan a new forward for this instance; `forward(self, *args, **kwargs)` is a plain function.
@@ -75,17 +89,22 @@ class Transaction:
         # A hook that was removed may leave the class's own forward behind as an instance attribute.
         if held is not None and getattr(held, "__func__", None) is not type(module).forward:
             raise PatchError(hooked(module))
-        self.set(module, "forward", types.MethodType(forward, module), claimant)
+        self._claim(module, "forward", claimant)
+        self.forwards.setdefault(id(module), _Forward(module)).replacement = forward
 
-    def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any], claimant: str) -> None:
-        """Plan a wrapper, `wrapper(self, *args, **kwargs)`, that calls `original(self)`; hooks below it stay."""
-        if "forward" in module.__dict__:
-            self.set(module, PREVIOUS, module.__dict__["forward"], claimant)
-        kind: Any = type(module)
-        self.set(module, "forward", types.MethodType(_signed(wrapper, kind), module), claimant)
+    def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
+        """Plan a wrapper, `wrapper(self, inner, *args, **kwargs)`, before the forward; hooks below it stay.
+
+        `inner(*args, **kwargs)` is the next wrapper, and at last the module's own forward, or its replacement.
+        Wrappers planned first stand outermost.
+        """
+        self.forwards.setdefault(id(module), _Forward(module)).wrappers.append(wrapper)
 
     def commit(self) -> None:
         """Apply every edit, or none if one fails."""
+        for one in self.forwards.values():
+            self.edits += _forward_edits(one)
+        self.forwards.clear()
         try:
             for edit in self.edits:
                 edit.apply()
@@ -99,21 +118,45 @@ class Transaction:
         return [note for note in notes if note is not None]
 
 
+def _forward_edits(plan: _Forward) -> list[_Edit]:
+    module, edits = plan.module, []
+    base = module.__dict__.get("forward")
+    if plan.replacement is not None:
+        base = types.MethodType(plan.replacement, module)
+    if not plan.wrappers:
+        return [_Edit(module, "forward", base)]
+    if base is not None:
+        edits.append(_Edit(module, BASE, base))
+    edits.append(_Edit(module, CHAIN, tuple(plan.wrappers)))
+    edits.append(_Edit(module, "forward", types.MethodType(_chained(type(module)), module)))
+    return edits
+
+
 @functools.cache
-def _signed(wrapper: Callable[..., Any], cls: type[nn.Module]) -> Callable[..., Any]:
-    """The wrapper with the signature of the class's forward: callers inspect it to choose what to pass."""
+def _chained(cls: type[nn.Module]) -> Callable[..., Any]:
+    """A forward that runs the chain, with the signature of the class's: callers inspect it to choose what to pass."""
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(self, *args, **kwargs)
+        return _call(self, 0, *args, **kwargs)
 
     return forward
 
 
-def original(module: nn.Module) -> Callable[..., Any]:
-    """The forward that a wrapper stands before."""
-    previous = module.__dict__.get(PREVIOUS)
-    return previous if previous is not None else types.MethodType(type(module).forward, module)
+def _call(module: nn.Module, position: int, /, *args: Any, **kwargs: Any) -> Any:
+    chain = module.__dict__[CHAIN]
+    last = position + 1 == len(chain)
+    inner = base_forward(module) if last else functools.partial(_call, module, position + 1)
+    return chain[position](module, inner, *args, **kwargs)
+
+
+def base_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that the wrappers of a module stand before."""
+    base = module.__dict__.get(BASE)
+    if base is not None:
+        return base
+    kind: Any = type(module)
+    return types.MethodType(kind.forward, module)
 
 
 def hooked(module: nn.Module) -> str:

@@ -48,7 +48,7 @@ def is_followed(scheduler: Any) -> bool:
 def _begin(scheduler: Any) -> None:
     timesteps = getattr(scheduler, "timesteps", None)
     for generation in scheduler.__dict__[FOLLOWERS]:
-        generation.begin(None if timesteps is None or len(timesteps) == 0 else len(timesteps))
+        generation.begin(timesteps=None if timesteps is None or len(timesteps) == 0 else timesteps)
 
 
 def _step(scheduler: Any) -> None:

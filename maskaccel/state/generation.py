@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
+from ..masks.schedule import Rule, Window, reuses
+
 if TYPE_CHECKING:
-    from ..masks import Schedule
     from ..patching.transaction import Transaction
 
 STATE = "_maskaccel_generation"
@@ -38,46 +39,94 @@ class Generation:
     Attributes:
         index: Step of the run, from 0.
         num_steps: Steps of the run, if known.
+        offset: Steps that an image-to-image run left out at its start.
         active: A run was begun and has not ended. Outside a run nothing is ever reused.
         run: Number of the run, from 1.
         branch_key: Name of the guidance branch being computed; empty where nobody names it.
         memories: Whatever remembers features of this run; cleared when a run begins or ends.
-        schedules: Step mask of each method, by its name: a run in which one can never reuse anything is warned about.
+        rules: Step masks by the name of their method: a run in which one can never reuse anything is warned about.
+        notes: What a person should know of the runs so far, for the report.
         peak_bytes: Most bytes that the memories held at the end of a step.
     """
 
     def __init__(self) -> None:
         self.index = 0
         self.num_steps: int | None = None
+        self.offset = 0
         self.active = False
         self.run = 0
         self.branch_key = ""
         self.memories: list[Memory] = []
-        self.schedules: dict[str, Schedule] = {}
+        self.rules: dict[str, list[Rule]] = {}
+        self.notes: list[str] = []
         self.peak_bytes = 0
+        self._timesteps: Any = None
+        self._adapter_scale: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy stands in no run, whatever the original was doing.
-        return {**self.__dict__, "index": 0, "num_steps": None, "active": False, "branch_key": ""}
+        fresh = {"index": 0, "num_steps": None, "offset": 0, "active": False, "branch_key": "", "_timesteps": None}
+        return {**self.__dict__, **fresh}
 
-    def begin(self, num_steps: int | None = None) -> None:
-        """Start a run; everything remembered from earlier ones is forgotten.
+    @property
+    def timestep(self) -> float:
+        """The scheduler's timestep of this step, 1000 (noise) to 0.
 
         Raises:
-            ValueError: `num_steps` is below 1.
+            ValueError: Nobody told the timesteps.
+        """
+        times = self.timesteps
+        if times is None or self.index >= len(times):
+            raise ValueError("a rule needs the timesteps of the run; pass them to generation(timesteps=...)")
+        return times[self.index]
+
+    @property
+    def timesteps(self) -> tuple[float, ...] | None:
+        """The scheduler's timesteps; read from its device once a run, and only if a rule asks."""
+        if self._timesteps is not None and not isinstance(self._timesteps, tuple):
+            values = self._timesteps.tolist() if hasattr(self._timesteps, "tolist") else self._timesteps
+            self._timesteps = tuple(float(t) for t in values)
+        return None if self._timesteps is None else self._timesteps[self.offset :]
+
+    def begin(self, num_steps: int | None = None, timesteps: Any = None) -> None:
+        """Start a run; everything remembered from earlier ones is forgotten.
+
+        Args:
+            num_steps: Steps of the run, if known.
+            timesteps: Timesteps of the run, a tensor or sequence, if known; they tell `num_steps`.
+
+        Raises:
+            ValueError: `num_steps` is below 1, or another number than that of the timesteps.
         """
         if num_steps is not None and num_steps < 1:
             raise ValueError(f"num_steps={num_steps} must be 1 or more")
+        if timesteps is not None:
+            if num_steps is not None and num_steps != len(timesteps):
+                raise ValueError(f"num_steps={num_steps}, but timesteps has {len(timesteps)} entries")
+            num_steps = len(timesteps) or None
         self.end()
-        self.index, self.num_steps, self.active, self.run = 0, num_steps, True, self.run + 1
-        for name, schedule in self.schedules.items():
-            if num_steps is not None and not schedule.reuses(num_steps):
-                warnings.warn(f"{name} can never reuse anything in {num_steps} steps: {schedule}", stacklevel=3)
+        self.index, self.num_steps, self.offset, self.active, self.run = 0, num_steps, 0, True, self.run + 1
+        self._timesteps, self._adapter_scale = timesteps, None
+        for name, rules in self.rules.items():
+            self._warn_if_idle(name, rules)
+
+    def _warn_if_idle(self, name: str, rules: list[Rule]) -> None:
+        if self.num_steps is None or not rules:
+            return
+        # Timesteps are read only where a rule needs them: that may wait for the device.
+        timed = any(isinstance(rule, Window) for rule in rules)
+        if timed and self.timesteps is None:
+            raise ValueError(f"{name} needs the timesteps of the run; pass them to generation(timesteps=...)")
+        times = self.timesteps if timed else None
+        if not any(reuses(rule, self.num_steps, times) for rule in rules):
+            shown = ", ".join(sorted({str(rule) for rule in rules}))
+            warnings.warn(f"{name} can never reuse anything in {self.num_steps} steps: {shown}", stacklevel=4)
 
     def shorten(self, skipped: int) -> None:
         """The run leaves out this many of its first steps (image to image)."""
         if self.active and self.index == 0 and self.num_steps is not None and 0 < skipped < self.num_steps:
             self.num_steps -= skipped
+            self.offset += skipped
 
     def end(self) -> None:
         """End the run (also after an exception) and free what was remembered."""
@@ -92,6 +141,20 @@ class Generation:
         self.index += 1
         if self.num_steps is not None and self.index >= self.num_steps:
             self.end()
+
+    def enter(self, kwargs: dict[str, Any]) -> None:
+        """A call of the model begins: a LoRA scale that changed within the run makes what is remembered stale."""
+        scale = next((v["scale"] for k, v in kwargs.items() if k.endswith("_kwargs") and v and "scale" in v), None)
+        if self.active and self.index > 0 and scale != self._adapter_scale:
+            self.note(f"the LoRA scale changed to {scale} at step {self.index}: memory dropped")
+            for memory in self.memories:
+                memory.clear()
+        self._adapter_scale = scale
+
+    def note(self, text: str) -> None:
+        """Say something in the report, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:
@@ -143,18 +206,18 @@ class Run:
 def track(model: nn.Module, generation: Generation, transaction: Transaction, claimant: str) -> None:
     """Let exceptions in the model end its run, and diffusers' cache contexts name its branch."""
     transaction.set(model, STATE, generation, claimant)
-    transaction.wrap_forward(model, _tracked_forward, claimant)
+    transaction.wrap_forward(model, _tracked_forward)
     if hasattr(model, "cache_context"):
         transaction.set(model, "cache_context", types.MethodType(_tracked_cache_context, model), claimant)
 
 
-def _tracked_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    from ..patching.transaction import original
-
+def _tracked_forward(self: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    generation: Generation = self.__dict__[STATE]
+    generation.enter(kwargs)
     try:
-        return original(self)(*args, **kwargs)
+        return inner(*args, **kwargs)
     except BaseException:
-        self.__dict__[STATE].end()
+        generation.end()
         raise
 
 

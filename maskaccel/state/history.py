@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops import combine_history
 from ..ops.steps.api import MAX_HISTORY
+
+_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+_FP8_MAX = 448.0  # largest e4m3 value
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where and how remembered features are kept.
+
+    Attributes:
+        dtype: None keeps the dtype of the feature; `"bf16"`, `"fp16"`, or `"fp8"` (e4m3 with a scale for each row).
+        device: None keeps them where they are computed; `"cpu"` in (pinned) host memory.
+        max_bytes: Bound of the bytes that one model's features may take; going beyond is an error that says how many
+            are needed.
+    """
+
+    dtype: str | None = None
+    device: str | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}; allowed are None, 'bf16', 'fp16' and 'fp8'")
+        if self.device not in (None, "cpu"):
+            raise ValueError(f"device={self.device!r}; allowed are None (where the feature is) and 'cpu'")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError(f"max_bytes={self.max_bytes} must be 1 or more")
 
 
 class History:
@@ -20,13 +49,20 @@ class History:
 
     Args:
         capacity: Values kept, 1 to 16.
+        storage: Dtype and place of the buffer.
     """
 
-    def __init__(self, capacity: int = 1) -> None:
+    def __init__(self, capacity: int = 1, storage: Storage | None = None) -> None:
         if not 1 <= capacity <= MAX_HISTORY:
             raise ValueError(f"capacity={capacity} must be 1 to {MAX_HISTORY}")
-        self.capacity = capacity
+        self.capacity, self.storage = capacity, storage or Storage()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything and free the buffer."""
         self._ring: Tensor | None = None
+        self._scales: Tensor | None = None  # of the rows of an fp8 ring
+        self._kind: tuple | None = None  # shape, dtype and device of the values
         self._stamps: list[float] = []  # newest first
         self._head = 0  # slot of the newest value
 
@@ -41,53 +77,124 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer: `capacity` values, from the first push on."""
-        return 0 if self._ring is None else self._ring.nbytes
+        return sum(t.nbytes for t in (self._ring, self._scales) if t is not None)
 
-    def push(self, value: Tensor, stamp: float) -> None:
-        """Remember a copy of `value` (any shape) as of step `stamp`."""
+    def push(self, value: Tensor, stamp: float, base: Tensor | None = None) -> None:
+        """Remember a copy of `value` (any shape), or of `value - base`, as of step `stamp`."""
+        kind = (value.shape, value.dtype, value.device)
         ring = self._ring
         # A ring made in inference mode cannot be written to outside it.
         frozen = ring is not None and ring.is_inference() and not torch.is_inference_mode_enabled()
-        if ring is None or frozen or not _alike(ring[0], value):
+        if ring is None or frozen or kind != self._kind:
             self.clear()
-            ring = self._ring = value.new_empty((self.capacity, *value.shape))
+            ring = self._ring = self._allocate(value)
+            self._kind = kind
         self._head = (self._head + 1) % self.capacity
+        slot = ring[self._head]
         with torch.no_grad():
-            ring[self._head].copy_(value)
+            if self._scales is not None:
+                self._quantise(slot, value if base is None else value - base)
+            elif base is None:
+                slot.copy_(value, non_blocking=True)
+            elif slot.dtype == value.dtype and slot.device == value.device:
+                torch.sub(value, base, out=slot)
+            else:
+                slot.copy_(value - base, non_blocking=True)
         self._stamps = [stamp, *self._stamps][: self.capacity]
 
+    def _allocate(self, value: Tensor) -> Tensor:
+        dtype = _DTYPES[self.storage.dtype] if value.is_floating_point() else None
+        device = torch.device(self.storage.device or value.device)
+        pinned = device.type == "cpu" and value.device.type == "cuda"
+        options = {"device": device, "pin_memory": pinned}
+        if dtype is torch.float8_e4m3fn and value.dim() > 0:
+            self._scales = torch.empty((self.capacity, *value.shape[:-1], 1), dtype=torch.float32, **options)
+        else:
+            dtype = value.dtype if dtype is torch.float8_e4m3fn else dtype
+        return torch.empty((self.capacity, *value.shape), dtype=dtype or value.dtype, **options)
+
+    def _quantise(self, slot: Tensor, value: Tensor) -> None:
+        assert self._scales is not None
+        wide = value.float()
+        scale = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _FP8_MAX
+        self._scales[self._head].copy_(scale, non_blocking=True)
+        slot.copy_((wide / scale).to(torch.float8_e4m3fn), non_blocking=True)
+
+    def _slots(self, slots: Sequence[int]) -> Tensor:
+        """The values of these slots, stacked, where and as the feature was computed."""
+        assert self._ring is not None and self._kind is not None
+        _, dtype, device = self._kind
+        in_order = list(slots) == list(range(self.capacity))
+        ring = self._ring if in_order else self._ring[slots[0] : slots[0] + 1] if len(slots) == 1 else None
+        if ring is None:
+            ring = torch.stack([self._ring[slot] for slot in slots])
+        if self._scales is None:
+            # The combining kernel reads narrower floats than it writes, so only the device has to be right.
+            return ring if ring.device == device else ring.to(device, non_blocking=True)
+        scales = torch.stack([self._scales[slot] for slot in slots])
+        wide = ring.to(device, non_blocking=True).float() * scales.to(device, non_blocking=True)
+        return wide.to(dtype)
+
     def newest(self) -> Tensor:
-        """The last value: a view of the buffer, not to be written to.
+        """The last value: a view of the buffer where that has the feature's dtype and device; not to be written to.
 
         Raises:
             LookupError: Nothing was pushed yet.
         """
-        if self._ring is None or not self._stamps:
+        if self._ring is None or self._kind is None or not self._stamps:
             raise LookupError("the history is empty")
-        return self._ring[self._head]
+        return self._slots([self._head])[0].to(self._kind[1])
 
-    def combine(self, weights: Sequence[float], *, x: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-        """`x + gate * sum_k weights[k] * value_k`, newest first; values are `(B, N, D)`.
+    def combine(
+        self, weights: Sequence[float] | Tensor, *, x: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """`x + gate * sum_k weights[k] * value_k`, newest first.
+
+        Args:
+            weights: One for each value held, or a tensor `(values held, D)` with one for each channel (last dim).
+            x: Residual stream of the values' shape, or None.
+            gate: Gate of `(B, N, D)` values, as `maskaccel.ops.combine_history` takes it.
 
         Raises:
             ValueError: Another number of weights than values.
         """
-        if self._ring is None or len(weights) != len(self._stamps):
-            raise ValueError(f"{len(weights)} weights for {len(self._stamps)} values")
-        in_slots = [0.0] * self.capacity
-        for age, weight in enumerate(weights):
-            in_slots[(self._head - age) % self.capacity] = float(weight)
         held = len(self._stamps)
-        ring = self._ring
-        if held < self.capacity:  # unfilled slots hold garbage, which a zero weight would not silence if it is NaN
-            slots = [(self._head - age) % self.capacity for age in range(held)]
-            ring, in_slots = ring[slots], [float(weight) for weight in weights]
-        return combine_history(ring, torch.tensor(in_slots, device=ring.device), x=x, gate=gate)
+        if self._ring is None or self._kind is None or len(weights) != held:
+            raise ValueError(f"{len(weights)} weights for {held} values")
+        ages = {(self._head - age) % self.capacity: age for age in range(held)}
+        # Unfilled slots hold garbage, which a zero weight would not silence if it is NaN; a host ring moves used slots.
+        used = [slot for slot in sorted(ages) if _nonzero(weights[ages[slot]])] or [self._head]
+        if held == self.capacity and len(used) == held:
+            used = list(range(self.capacity))
+        ring = self._slots(used)
+        shape, dtype, device = self._kind
+        if isinstance(weights, Tensor):
+            table = weights[[ages[slot] for slot in used]].float()
+            w = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.contiguous()
+        else:
+            w = on_device(tuple(float(weights[ages[slot]]) for slot in used), device)
+        rows = _as_rows(shape)
+        like = None if x is None else x.reshape(rows)
+        out = combine_history(ring.reshape(len(used), *rows), w, x=like, gate=gate)
+        return out.reshape(shape).to(dtype if x is None else x.dtype)
 
-    def clear(self) -> None:
-        """Forget everything and free the buffer."""
-        self._ring, self._stamps, self._head = None, [], 0
+
+def _nonzero(weight: float | Tensor) -> bool:
+    return bool(weight.any()) if isinstance(weight, Tensor) else weight != 0.0
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+def _as_rows(shape: torch.Size) -> tuple[int, int, int]:
+    """The shape `(B, N, D)` that the combining kernel reads a value of any rank in."""
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    if len(shape) < 2:
+        return 1, 1, shape.numel()
+    middle = shape[1:-1].numel() if len(shape) > 2 else 1
+    return shape[0], middle, shape[-1]
+
+
+@functools.lru_cache(maxsize=512)
+def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A small fp32 tensor, copied to a GPU without waiting for it; schedules repeat the same few weights."""
+    host = torch.tensor(values, dtype=torch.float32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
