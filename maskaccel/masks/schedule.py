@@ -32,7 +32,10 @@ class Position(Protocol):
 
 
 class Rule(Protocol):
-    """A step mask that is known before the run: no signal, no synchronisation. Hashable."""
+    """A step mask. Hashable."""
+
+    def __hash__(self) -> int:
+        """Plans are remembered by their rule."""
 
     def action(self, at: Position) -> Action:
         """What happens at a step."""

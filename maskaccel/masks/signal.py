@@ -28,8 +28,9 @@ class SignalState:
 class Signal:
     """Reuse while a feature moves little: `map(sum|f - f_ref| / sum|f_ref|) < threshold`.
 
-    First-Block Cache compares the residual of the first blocks with the last computed step; TeaCache (Liu et al. 2024,
-    arXiv 2411.19108, eqs. 5 to 7) compares the modulated input with the previous step and accumulates a polynomial of it.
+    First-Block Cache compares the residual of the first blocks with the last computed step; TeaCache (Liu et al.
+    2024, arXiv 2411.19108, eqs. 5 to 7) compares the modulated input with the previous step and accumulates a
+    polynomial of it.
 
     Attributes:
         threshold: Above or at it a sample is computed; 0 computes always.
@@ -40,8 +41,8 @@ class Signal:
         last: Steps at the end that are always computed; needs a known number of steps.
         max_consecutive: Most reused steps in a row; None is unlimited.
         max_reused: Most reused steps of a run; None is unlimited.
-        reduce: `"sample"` decides for each sample of the batch by itself, `"mean"` for all of them by their mean, `"any"`
-            computes all if one would be computed.
+        reduce: `"sample"` decides for each sample of the batch by itself, `"mean"` for all of them by their mean,
+            `"any"` computes all if one would be computed.
     """
 
     threshold: float

@@ -1,6 +1,8 @@
 """Published methods, one file each, made of the pieces below."""
 
+from .dbcache import DBCache, FBCache
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
+from .taylorseer import TaylorSeer
 
-__all__ = ["FORA", "FusedAdaLN"]
+__all__ = ["FORA", "DBCache", "FBCache", "FusedAdaLN", "TaylorSeer"]

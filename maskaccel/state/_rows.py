@@ -18,8 +18,8 @@ def slice_batch(
 ) -> tuple[tuple, dict[str, Any]] | None:
     """The arguments of a block with every per-sample tensor cut to `rows`.
 
-    A tensor whose first dim is the batch is per sample; one whose first dim is 1 or the number of tokens (of a stream, or
-    of all together) is shared. Anything else, such as frames folded into the batch, is unclear.
+    A tensor whose first dim is the batch is per sample; one whose first dim is 1 or the number of tokens (of a stream,
+    or of all together) is shared. Anything else, such as frames folded into the batch, is unclear.
 
     Returns:
         Arguments and keywords, or None if some tensor is unclear.

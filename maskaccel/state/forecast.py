@@ -1,8 +1,8 @@
 """Forecasts of a feature from its history: weights over raw values, computed on the host.
 
-Every forecast of the field is `sum_k w_k H_k` over the last computed values `H_k`, newest first. A forecaster is the rule
-that gives `w` for the steps at which the values were computed and the step that is wanted. Its `capacity` is the number
-of values it can use; with fewer (early in a run) it falls back to the order that they allow.
+Every forecast of the field is `sum_k w_k H_k` over the last computed values `H_k`, newest first. A forecaster is the
+rule that gives `w` for the steps at which the values were computed and the step that is wanted. Its `capacity` is the
+number of values it can use; with fewer (early in a run) it falls back to the order that they allow.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Hold:
 class Taylor:
     """TaylorSeer's ladder (Liu et al. 2025, arXiv 2503.06923, eqs. 3 to 5).
 
-    `D^0 = F`, `D^(i+1) = (D^i - D^i of the computed step before) / steps between`, forecast `sum_i D^i e^i / i!`. Backward
-    differences stand in for derivatives, so it is exact on lines only; `Newton` is exact on polynomials of its order.
+    `D^0 = F`, `D^(i+1) = (D^i - D^i of the computed step before) / steps between`, forecast `sum_i D^i e^i / i!`.
+    Backward differences stand in for derivatives, so it is exact on lines only; `Newton` is exact on polynomials of
+    its order.
 
     Attributes:
         order: Highest difference used.
@@ -113,7 +114,9 @@ class Newton:
     def weights(self, stamps: Sequence[float], target: float, values: Any = None) -> list[float]:
         """Lagrange's basis at `target`."""
         used = stamps[: self.capacity]
-        found = [math.prod((target - s) / (stamps[k] - s) for j, s in enumerate(used) if j != k) for k in range(len(used))]
+        found = [
+            math.prod((target - s) / (stamps[k] - s) for j, s in enumerate(used) if j != k) for k in range(len(used))
+        ]
         return found + [0.0] * (len(stamps) - len(used))
 
 
@@ -132,9 +135,9 @@ def _slopes(stamps: Sequence[float], count: int) -> list[list[float]]:
 class AdamsBashforth:
     """Adams-Bashforth over backward differences as slopes.
 
-    No new evaluation is allowed on a reused step, so the slopes `f_j` at the computed steps are differences of the history.
-    `F(target) = F_0 + integral of the polynomial through (s_j, f_j)` from the newest step to the target; with order 1 this
-    is the line through the last two values.
+    No new evaluation is allowed on a reused step, so the slopes `f_j` at the computed steps are differences of the
+    history. `F(target) = F_0 + integral of the polynomial through (s_j, f_j)` from the newest step to the target; with
+    order 1 this is the line through the last two values.
 
     Attributes:
         order: Slopes used, 1 or more.
@@ -178,8 +181,8 @@ class BDF:
     """The backward differentiation formula of order 2 with the last slope in place of the unknown one.
 
     With `h` from the newest step to the target, `g` between the last two computed steps and `r = h / g`:
-    `F = ((1 + r)^2 F_0 - r^2 F_1 + h (1 + r) f) / (1 + 2 r)`, `f` the backward difference at the newest step. For equal steps
-    this is `(4 F_0 - F_1) / 3 + 2 h f / 3`.
+    `F = ((1 + r)^2 F_0 - r^2 F_1 + h (1 + r) f) / (1 + 2 r)`, `f` the backward difference at the newest step. For equal
+    steps this is `(4 F_0 - F_1) / 3 + 2 h f / 3`.
     """
 
     capacity = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class History:
         dtype = _DTYPES[self.storage.dtype] if value.is_floating_point() else None
         device = torch.device(self.storage.device or value.device)
         pinned = device.type == "cpu" and value.device.type == "cuda"
-        options = {"device": device, "pin_memory": pinned}
+        options: dict[str, Any] = {"device": device, "pin_memory": pinned}
         if dtype is torch.float8_e4m3fn and value.dim() > 0:
             self._scales = torch.empty((self.capacity, *value.shape[:-1], 1), dtype=torch.float32, **options)
         else:

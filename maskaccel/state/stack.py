@@ -1,8 +1,8 @@
 """A run of transformer blocks whose change of the residual stream is remembered.
 
-Blocks are wrapped one by one, and the model's own loop stays: on a reused step the blocks of a segment hand on what they
-are given, and its last block returns the segment's input plus the forecast of `output - input`. So whatever the model
-does around its blocks (embeddings, control residuals, splitting and joining streams) is done as always.
+Blocks are wrapped one by one, and the model's own loop stays: on a reused step the blocks of a segment hand on what
+they are given, and its last block returns the segment's input plus the forecast of `output - input`. So whatever the
+model does around its blocks (embeddings, control residuals, splitting and joining streams) is done as always.
 
 Stack, segment and block level are one thing: a segment of all blocks, of some, or of one.
 """
@@ -139,7 +139,9 @@ class Stack:
     def attach(self, transaction: Transaction, claimant: str) -> None:
         """Plan the wrappers of all blocks."""
         for i, (block, streams) in enumerate(self.lead):
-            _wrap(block, _Role(self, "lead", streams, opens=i == 0, last=i == len(self.lead) - 1), transaction, claimant)
+            _wrap(
+                block, _Role(self, "lead", streams, opens=i == 0, last=i == len(self.lead) - 1), transaction, claimant
+            )
         for number, segment in enumerate(self.segments):
             for i, (block, streams) in enumerate(zip(segment.blocks, segment.streams, strict=True)):
                 opens = number == 0 and i == 0 and not self.lead
@@ -166,7 +168,9 @@ class Stack:
         visit, segment, streams = self._visit, role.segment, role.streams
         assert segment is not None
         if role.first:
-            self._enter(segment, streams.take(args, kwargs), role.opens)
+            self._enter(segment, streams.take(args, kwargs))
+            if segment is self.segments[0]:
+                self._count()
         if visit.result is not None and visit.rows is None:  # every sample is reused
             return streams.give(visit.result if role.last else streams.take(args, kwargs))
         if visit.rows is None or visit.merged:
@@ -174,7 +178,7 @@ class Stack:
             return output if not role.last else self._leave(segment, streams, output)
         return self._some(role, segment, inner, args, kwargs)
 
-    def _enter(self, segment: Segment, bases: tuple[Tensor | None, ...], first: bool) -> None:
+    def _enter(self, segment: Segment, bases: tuple[Tensor | None, ...]) -> None:
         """Before the first block of a segment: what is reused is forecast here, before a model can write to `bases`."""
         visit = self._visit
         visit.bases, visit.held, visit.result, visit.rows, visit.merged = bases, None, None, None, False
@@ -206,7 +210,7 @@ class Stack:
             segment.feature.store(key_of(*visit.bases), after, bases=visit.bases)
             return output
         rows = visit.rows
-        index = torch.tensor(rows, device=after[0].device)
+        index = torch.tensor(rows, device=_first(after).device)
         fresh = [None if t is None else t[index] for t in after]
         bases = [None if b is None else b[index] for b in visit.bases]
         segment.feature.store(key_of(*visit.bases), fresh, bases=bases, rows=rows)
@@ -217,7 +221,7 @@ class Stack:
         visit = self._visit
         assert visit.rows is not None and visit.result is not None
         computed = set(visit.rows)
-        first = next(v for v in values if v is not None)
+        first = _first(values)
         index = torch.tensor([i for i in range(first.shape[0]) if i not in computed], device=first.device)
         return [
             None if v is None or r is None else v.index_copy(0, index, r.to(v.dtype))
@@ -237,7 +241,7 @@ class Stack:
             output = inner(*args, **kwargs)
             return output if not role.last else self._leave(segment, streams, output)
         after = streams.read(inner(*picked[0], **picked[1]))
-        index = torch.tensor(visit.rows, device=full[0].device)
+        index = torch.tensor(visit.rows, device=_first(full).device)
         whole = [
             None if f is None or a is None else f.index_copy(0, index, a.to(f.dtype))
             for f, a in zip(full, after, strict=True)
@@ -252,7 +256,6 @@ class Stack:
             visit.computes = action == "compute"
         else:
             visit.computes = self._watch(self.signal, action, block, args, kwargs, after)
-        self._count(visit.computes)
 
     def _watch(
         self, signal: Signal, action: Action, block: nn.Module, args: tuple, kwargs: dict, after: Tensor | None
@@ -272,7 +275,7 @@ class Stack:
         if forced and signal.reference == "computed":
             sums: list[list[float]] = [[0.0, 0.0]] * samples
         else:
-            sums = self._sums(value, watch.feature if known else value, base, samples)
+            sums = self._sums(value, watch.feature if known else None, base, samples)
         computes = signal.judge(sums, watch.state, forced)
         if all(computes) or signal.reference == "previous":
             watch.feature = _copied(watch.feature, value, base)
@@ -283,22 +286,23 @@ class Stack:
             watch.feature.index_copy_(0, index, rows)
         return True if all(computes) else False if not any(computes) else computes
 
-    def _sums(self, value: Tensor, reference: Tensor, base: Tensor | None, samples: int) -> list[list[float]]:
-        sums = relative_difference(value, reference, base=base)
+    def _sums(self, value: Tensor, reference: Tensor | None, base: Tensor | None, samples: int) -> list[list[float]]:
+        sums = relative_difference(value, value if reference is None else reference, base=base)
         if self.group is not None:
             torch.distributed.all_reduce(sums, group=self.group)
         found = sums.tolist()
         return found if len(found) == samples else [[sum(s[0] for s in found), sum(s[1] for s in found)]] * samples
 
-    def _count(self, computes: list[bool] | bool) -> None:
+    def _count(self) -> None:
+        """Note what becomes of this call; nothing remembered means that it is computed, whatever the rule says."""
         if self._run != self.generation.run:
             self._run, self.actions = self.generation.run, {}
-        letter = "C" if computes is True else "." if computes is False else "m"
+        letter = "C" if self._visit.result is None else "." if self._visit.rows is None else "m"
         line = self.actions.setdefault(self.generation.branch_key, [])
         line += [" "] * (self.generation.index - len(line)) + [letter]
-        self.computed += computes is True
-        self.reused += computes is False
-        self.mixed += isinstance(computes, list)
+        self.computed += letter == "C"
+        self.reused += letter == "."
+        self.mixed += letter == "m"
 
 
 @dataclass
@@ -322,6 +326,10 @@ def _wrap(block: nn.Module, role: _Role, transaction: Transaction, claimant: str
 def _stacked_forward(self: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     role: _Role = self.__dict__[ROLE]
     return role.stack.run(role, self, inner, args, kwargs)
+
+
+def _first(values: Sequence[Tensor | None]) -> Tensor:
+    return next(value for value in values if value is not None)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
