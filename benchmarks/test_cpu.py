@@ -21,6 +21,7 @@ SHAPES = {
     "gated_activation.geglu": (2, 256, 4608),
     "relative_difference": (2, 256, 1152),
     "combine_history": (3, 2, 256, 1152),
+    "combine_sites": (8, 2, 2, 256, 1152),
     "gram": (3, 2, 256, 1152),
 }
 CPU = torch.device("cpu")

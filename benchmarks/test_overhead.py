@@ -20,6 +20,7 @@ SHAPES = {
     "gated_activation.swiglu": (1, 1, 32),
     "relative_difference": (1, 1, 16),
     "combine_history": (2, 1, 1, 16),
+    "combine_sites": (2, 2, 1, 1, 16),
     "gram": (2, 1, 1, 16),
 }
 CALLS = {"rounds": 200, "iterations": 100, "warmup_rounds": 5}

@@ -206,6 +206,18 @@ def _combine_history(d: Draw) -> tuple:
     return history, weights, x, d.maybe(d.modulation, (batch, n, width), None, 0)
 
 
+def _combine_sites(d: Draw) -> tuple:
+    batch, n, width = shape = d.adaln_shape()
+    sites, terms = d.rng.choice([1, 2, 5]), d.rng.choice([1, 2, 3, 7])
+    history = d.tensor((terms, sites, batch, n, width), d.dtype, strided=False).transpose(0, 1)
+    weights = d.rng.choice([(terms,), (sites, terms), (sites, terms, width)])
+    frames = d.rng.choice([f for f in range(1, n + 1) if n % f == 0])
+    b = d.rng.choice([1, batch])
+    gates = d.maybe(d.tensor, d.rng.choice([(sites, b, width), (sites, b, frames, width)]), d.other)
+    x = d.maybe(d.tensor, shape, d.dtype, 1.0, False)
+    return history, d.tensor(weights, torch.float32, strided=False), x, gates
+
+
 def _gram(d: Draw) -> tuple:
     batch, n, width = d.adaln_shape()
     base = d.tensor((batch, d.rng.choice([1, 2, 3, 4, 5, 9, 16]), n, width), d.dtype, strided=False)
@@ -215,6 +227,7 @@ def _gram(d: Draw) -> tuple:
 STEPS: dict[str, Callable[[Draw], tuple]] = {
     "relative_difference": _relative_difference,
     "combine_history": _combine_history,
+    "combine_sites": _combine_sites,
     "gram": _gram,
 }
 

@@ -26,6 +26,7 @@ TINY = {
     "gated_activation.geglu": (2, 6, 64),
     "relative_difference": (2, 12, 40),
     "combine_history": (3, 2, 12, 40),
+    "combine_sites": (4, 2, 2, 12, 40),
     "gram": (3, 2, 12, 40),
 }
 CPU = torch.device("cpu")

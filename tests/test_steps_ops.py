@@ -152,6 +152,7 @@ def _sample(name: str) -> tuple:
         "gated_activation_backward": (_random(9, 5, 8), _random(10, 5, 16), 1),
         "relative_difference": (x, a, dy),
         "combine_history": (H + 1, W, x[:, :4].contiguous(), frames[:, :1]),
+        "combine_sites": (torch.stack([H, H + 1]), W, x[:, :4].contiguous(), torch.stack([frames[:, :2]] * 2)),
         "gram": (H + 1, True),
     }  # fmt: skip
     return samples[name]

@@ -44,6 +44,17 @@ def test_combine_history(gate: str | None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [None, "B1D", "1FD", "BND", "chunk3", "BD"])
+def test_combine_sites(gate: str | None, dtype: torch.dtype) -> None:
+    case = Case(53, dtype, (2, 2, 24), FP32 if gate == "1FD" else None)
+    history = case.normal(2, 4, 2, 2, 24).permute(1, 2, 0, 3, 4)  # strides of S, K and B are free
+    gates = None if gate is None else torch.stack([case.mod(gate) for _ in range(4)])
+    for shape, x in (((2,), None), ((4, 2), case.x()), ((4, 2, 24), case.x())):
+        check_step("combine_sites", history, case.normal(*shape, dtype=FP32), x, gates)
+    check_step("combine_sites", history[:1, :1, :0], case.normal(1, dtype=FP32), None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_gram(per_sample: bool, dtype: torch.dtype) -> None:
     for terms, shape in ((1, (2, 3, 40)), (3, (2, 5, 7)), (16, (1, 2, 33)), (5, (2, 90, 100)), (2, (0, 3, 8))):
@@ -68,6 +79,7 @@ def _opcheck_arguments() -> dict[str, tuple]:
     return {
         "relative_difference": (x, x, None),
         "combine_history": (case.normal(2, 2, 2, 24), torch.ones(2), x, g),
+        "combine_sites": (case.normal(3, 2, 2, 2, 24), torch.ones(3, 2), x, case.normal(3, 2, 24)),
         "gram": (case.normal(2, 2, 2, 24), True),
     }
 

@@ -203,6 +203,11 @@ def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{prefix} combine K={count}", lambda h=history, w=weights: steps["combine_history"](h, w, x, frame)
         yield f"{prefix} gram K={count}", lambda h=history: steps["gram"](h, False)
     yield f"{prefix} gram K=16 per sample", lambda: steps["gram"](empty(16, BATCH, TOKENS, WIDTH), True)
+    stack = empty(4, 2, BATCH, TOKENS, WIDTH)
+    for name, shape in (("shared", (2,)), ("per site", (4, 2)), ("per channel", (4, 2, WIDTH))):
+        weights = empty(*shape, dtype=torch.float32)
+        gates = empty(4, BATCH, 6 * WIDTH)[..., :WIDTH] if name == "per site" else None
+        yield f"{prefix} sites {name}", lambda w=weights, g=gates: steps["combine_sites"](stack, w, x, g)
     per_channel = empty(4, WIDTH, dtype=torch.float32)
     yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
 

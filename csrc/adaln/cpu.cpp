@@ -4,9 +4,6 @@
 namespace maskaccel {
 namespace {
 
-// Results this large do not stay in the cache anyway; writing past it saves reading each line first.
-constexpr int64_t kPastCacheFrom = int64_t{8} << 20;
-
 void run(AdalnForward& f) {
   const int64_t row_bytes = f.D * size_of(f.dtype);
   const int outputs = (f.r != nullptr) + (f.y != nullptr) + (f.y2 != nullptr);

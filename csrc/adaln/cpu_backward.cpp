@@ -39,7 +39,7 @@ class Gradients {
       return;
     }
     const int64_t row_bytes = s_.D * size_of(s_.dtype), outputs = (s_.dx != nullptr) + (s_.da != nullptr);
-    s_.past_cache = row_bytes % kLine == 0 && row_bytes * s_.B * s_.N * outputs >= (int64_t{8} << 20);
+    s_.past_cache = row_bytes % kLine == 0 && row_bytes * s_.B * s_.N * outputs >= kPastCacheFrom;
     const AdalnKernels& kernels = adaln_kernels();
     const int64_t grain = grain_for(s_.chunk * s_.D);
     parallel(s_.B * s_.chunks, grain, [&](int64_t begin, int64_t end) { kernels.backward(s_, begin, end); });

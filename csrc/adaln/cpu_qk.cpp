@@ -5,7 +5,6 @@
 namespace maskaccel {
 namespace {
 
-constexpr int64_t kPastCacheFrom = int64_t{8} << 20;
 
 void check_side(QkNormRope& s, int i, const Arg& x) {
   STD_TORCH_CHECK(x.dim == 4, x.name, " must be (B, S, H, Dh), got ", x.dim, " dimensions");

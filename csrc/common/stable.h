@@ -169,6 +169,14 @@ class Output {
   int64_t bytes_ = 0;
 };
 
+// Results this large do not stay in the cache anyway; writing past it saves reading each line first.
+constexpr int64_t kPastCacheFrom = int64_t{8} << 20;
+
+// Whether a result of rows of `row_bytes` is written past the cache.
+inline bool past_cache(const Output& out, int64_t row_bytes) {
+  return row_bytes % kLine == 0 && out.bytes() >= kPastCacheFrom;
+}
+
 inline Output nothing(Dtype dtype) { return Output({0}, dtype); }
 
 // f(begin, end) over ranges of at least `grain`, on torch's threads.

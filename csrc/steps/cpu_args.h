@@ -27,6 +27,7 @@ struct CombineHistory {
   int64_t gate_b = 0, gate_row = 0, group = 1;
   Dtype history_dtype = Dtype::f32, dtype = Dtype::f32, gate_dtype = Dtype::f32;  // dtype: of x and of the result
   void* out = nullptr;
+  bool past_cache = false;  // the result is written past the cache
 };
 
 struct StepsKernels {

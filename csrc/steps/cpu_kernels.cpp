@@ -1,6 +1,5 @@
 // Compiled once per instruction set; see common/isa.h.
-#include "../common/vec.h"
-#include "cpu_args.h"
+#include "cpu_weighted.h"
 
 namespace maskaccel {
 namespace MASKACCEL_ISA {
@@ -47,27 +46,17 @@ void relative_difference(const RelativeDifference& s, int64_t begin, int64_t end
 
 template <class H, class T>
 void combine_rows(const CombineHistory& s, int64_t begin, int64_t end) {
-  const H* past[CombineHistory::kMost];
+  const int64_t step = (s.D + 15) & ~int64_t{15};
+  CombinedRows<H, T> rows(s, static_cast<float*>(scratch(static_cast<size_t>((s.K + 1) * step) * sizeof(float))), step);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / s.N, n = row - b * s.N;
-    for (int64_t k = 0; k < s.K; ++k)
-      past[k] = static_cast<const H*>(s.history) + k * s.stride_k + b * s.stride_b + n * s.stride_n;
-    const T* x = s.x != nullptr ? static_cast<const T*>(s.x) + b * s.x_b + n * s.x_n : nullptr;
-    const int64_t gate_at = b * s.gate_b + n / s.group * s.gate_row;
-    const Source gate{s.gate == nullptr ? nullptr : static_cast<const char*>(s.gate) + gate_at * size_of(s.gate_dtype),
-                      s.gate_dtype};
     T* const out = static_cast<T*>(s.out) + row * s.D;
-    sweep(s.D, [&](int64_t i, auto part, auto) MASKACCEL_HOT {
-      V v = set1(0.0f);
-      for (int64_t k = 0; k < s.K; ++k) {
-        const V w = s.weight_stride != 0 ? load(s.weights + k * s.weight_stride + i, part) : set1(s.weights[k]);
-        v = fma(w, load(past[k] + i, part), v);
-      }
-      if (gate.data != nullptr) v = mul(v, load(gate, i, part));
-      if (x != nullptr) v = add(v, load(x + i, part));
-      store(out + i, v, part);
-    });
+    rows.row(
+        b, n, n + 1 < s.N && row + 1 < end,
+        [&](int64_t i, Two v, auto) MASKACCEL_HOT { put2(out + i, v, s.past_cache); },
+        [&](int64_t i, V v, auto part, auto) MASKACCEL_HOT { put(out + i, v, part, s.past_cache); });
   }
+  if (s.past_cache) stream_end();
 }
 
 template <class H>

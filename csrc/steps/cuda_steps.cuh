@@ -77,6 +77,38 @@ struct HistoryParams {
   bool gate_wide = false, history_vec = false, x_vec = false, gate_vec = false, weights_vec = false, out_vec = false;
 };
 
+/// sum += weights[t] * h for elements [d, d + 8) of a row.
+__device__ __forceinline__ void add_term(const HistoryParams& p, int t, int d, const Floats& h, Floats& sum) {
+  if (p.per_channel) {
+    const Floats w = to_floats<float>(load_pack(p.weights + int64_t(t) * p.width, d, p.width, p.weights_vec));
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum[i] += w[i] * h[i];
+  } else {
+    const float w = p.weights[t];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum[i] += w * h[i];
+  }
+}
+
+/// Stores x + gate * sum for elements [d, d + 8) of token n of sample b.
+template <typename T>
+__device__ __forceinline__ void store_sum(const HistoryParams& p, int b, int n, int d, Floats sum) {
+  if (p.gate != nullptr) {
+    const int64_t at = b * p.gate_b + (n / p.group) * p.gate_g;
+    const Floats g = load_operand<T>(p.gate, at, p.gate_wide, d, p.width, p.gate_vec);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum[i] *= g[i];
+  }
+  if (p.x != nullptr) {
+    const T* x = static_cast<const T*>(p.x) + b * p.x_b + n * p.x_n;
+    const Floats v = to_floats<T>(load_pack(x, d, p.width, p.x_vec));
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum[i] += v[i];
+  }
+  T* out = static_cast<T*>(p.out) + (int64_t(b) * p.tokens + n) * p.width;
+  store_pack(out, d, p.width, p.out_vec, to_pack<T>(sum));
+}
+
 /// H: dtype of the history; T: dtype of x and of the result.
 template <typename H, typename T>
 __global__ void __launch_bounds__(256) history_kernel(const __grid_constant__ HistoryParams p) {
@@ -89,30 +121,9 @@ __global__ void __launch_bounds__(256) history_kernel(const __grid_constant__ Hi
     const H* history = static_cast<const H*>(p.history) + b * p.history_b + int64_t(n) * p.width;
     Floats sum = zeros();
     for (int t = 0; t < p.terms; ++t) {
-      const Floats h = to_floats<H>(load_pack(history + t * p.history_k, d, p.width, p.history_vec));
-      if (p.per_channel) {
-        const Floats w = to_floats<float>(load_pack(p.weights + int64_t(t) * p.width, d, p.width, p.weights_vec));
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) sum[i] += w[i] * h[i];
-      } else {
-        const float w = p.weights[t];
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) sum[i] += w * h[i];
-      }
+      add_term(p, t, d, to_floats<H>(load_pack(history + t * p.history_k, d, p.width, p.history_vec)), sum);
     }
-    if (p.gate != nullptr) {
-      const int64_t at = b * p.gate_b + (n / p.group) * p.gate_g;
-      const Floats g = load_operand<T>(p.gate, at, p.gate_wide, d, p.width, p.gate_vec);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) sum[i] *= g[i];
-    }
-    if (p.x != nullptr) {
-      const T* x = static_cast<const T*>(p.x) + b * p.x_b + n * p.x_n;
-      const Floats v = to_floats<T>(load_pack(x, d, p.width, p.x_vec));
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) sum[i] += v[i];
-    }
-    store_pack(static_cast<T*>(p.out) + row * p.width, d, p.width, p.out_vec, to_pack<T>(sum));
+    store_sum<T>(p, b, n, d, sum);
   }
 }
 

@@ -76,6 +76,14 @@ def combine_history(i: Inputs) -> tuple[Tensor, ...]:
     return (i["x"] + i["gate"].unsqueeze(1) * total,)
 
 
+def combine_sites(i: Inputs) -> tuple[Tensor, ...]:
+    """`combine_history` of one site after the other, as the blocks of a cached step run it."""
+    x = i["x"]
+    for s, gate in enumerate(i["gates"]):
+        (x,) = combine_history({**i, "history": i["history"][s], "x": x, "gate": gate})
+    return (x,)
+
+
 def gram(i: Inputs) -> tuple[Tensor, ...]:
     """A matrix product in fp64: dynamic mode decomposition needs the digits."""
     flat = i["history"].flatten(1).double()

@@ -53,6 +53,12 @@ HALVES: dict[str, Shape] = {
 }
 # (steps, batch, tokens, width)
 HISTORIES: dict[str, Shape] = {f"{name} order 2": (3, *shape) for name, shape in TOKENS.items()}
+# (sites, steps, batch, tokens, width): attention and MLP of every block, except FLUX: one site a block
+SITES: dict[str, Shape] = {
+    "DiT-XL/2 512px order 1": (56, 2, *TOKENS["DiT-XL/2 512px"]),
+    "SD3.5-medium 1024px order 0": (48, 1, *TOKENS["SD3.5-medium 1024px"]),
+    "FLUX.1 1024px order 1": (57, 2, *TOKENS["FLUX.1 1024px"]),
+}
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,20 @@ def _history(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Ge
     }
 
 
+def _sites(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Inputs:
+    sites, steps, batch, _, width = shape
+    coefficients = [2.0**k / math.factorial(k) for k in range(steps)]
+    # Every block has a projection of its own, of which two chunks are gates.
+    gates = _normal(g, dtype, device, sites, batch, 6 * width, scale=0.3)[..., 2 * width : 3 * width]
+    return {
+        "history": _normal(g, dtype, device, *shape),
+        "weights": torch.tensor([coefficients] * sites, device=device),
+        "coefficients": coefficients,
+        "x": _normal(g, dtype, device, *shape[2:]),
+        "gates": gates,
+    }
+
+
 def _history_alone(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Inputs:
     return {"history": _normal(g, dtype, device, *shape)}
 
@@ -217,6 +237,10 @@ def _run_relative_difference(i: Inputs, backend: str | None) -> Outputs:
 
 def _run_combine_history(i: Inputs, backend: str | None) -> Outputs:
     return _one(ops.combine_history(i["history"], i["weights"], x=i["x"], gate=i["gate"], backend=backend))
+
+
+def _run_combine_sites(i: Inputs, backend: str | None) -> Outputs:
+    return _one(ops.combine_sites(i["history"], i["weights"], x=i["x"], gates=i["gates"], backend=backend))
 
 
 def _run_gram(i: Inputs, backend: str | None) -> Outputs:
@@ -272,6 +296,11 @@ _ALL = (
         "combine_history", "steps, batch, tokens, width", HISTORIES, _history, _run_combine_history,
         eager.combine_history, ("y",), (),
         elements=lambda s: math.prod(s) + 2 * math.prod(s[1:]),
+    ),
+    Op(
+        "combine_sites", "sites, steps, batch, tokens, width", SITES, _sites, _run_combine_sites,
+        eager.combine_sites, ("y",), (),
+        elements=lambda s: math.prod(s) + 2 * math.prod(s[2:]),
     ),
     Op(
         "gram", "steps, batch, tokens, width", HISTORIES, _history_alone, _run_gram, eager.gram, ("products",), (),

@@ -18,6 +18,7 @@ CPU_SHAPES: dict[str, tuple[Shape, ...]] = {
     "gated_activation.geglu": ((1, 4128, 20480),),
     "relative_difference": CPU_TOKENS,
     "combine_history": tuple((3, *shape) for shape in CPU_TOKENS),
+    "combine_sites": ((14, 2, 2, 1024, 1152),),
     "gram": tuple((3, *shape) for shape in CPU_TOKENS),
 }
 

@@ -23,6 +23,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "gated_activation.geglu": ((2, 33, 2048), (3, 5, 134)),
     "relative_difference": _TOKENS,
     "combine_history": tuple((3, *shape) for shape in _TOKENS),
+    "combine_sites": tuple((4, 2, *shape) for shape in _TOKENS),
     "gram": tuple((5, *shape) for shape in _TOKENS),
 }
 

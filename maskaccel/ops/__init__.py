@@ -5,11 +5,12 @@ from .adaln import autograd as _adaln_autograd
 from .adaln import fallback as _adaln_fallback
 from .adaln import gate_residual, gate_residual_norm_modulate, gated_activation, norm_modulate, qk_norm_rope
 from .steps import api as _steps_api
-from .steps import combine_history, gram, relative_difference
+from .steps import combine_history, combine_sites, gram, relative_difference
 from .steps import reference as _steps_reference
 
 __all__ = [
     "combine_history",
+    "combine_sites",
     "gate_residual",
     "gate_residual_norm_modulate",
     "gated_activation",

@@ -10,7 +10,7 @@ from . import _check
 from . import reference as plain
 from ._check import MAX_HISTORY
 
-__all__ = ["MAX_HISTORY", "combine_history"]
+__all__ = ["MAX_HISTORY", "combine_history", "combine_sites"]
 
 
 def combine_history(
@@ -44,16 +44,8 @@ def combine_history(
             pass  # the checks below say what is wrong, or make the operands dense
     history = _check.history(history)
     steps, width = history.shape[0], history.shape[-1]
-    if _checks.tensor("weights", weights).dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weights has dtype {weights.dtype}; it must be float32")
-    if tuple(weights.shape) not in ((steps,), (steps, width)):
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be ({steps},) or ({steps}, {width})")
-    _checks.same_device("weights", weights, "history", history)
-    if x is not None:
-        _checks.same_device("x", _checks.floating("x", x), "history", history)
-        if x.shape != history.shape[1:]:
-            need = tuple(history.shape[1:])
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be {need}, as a step of history")
+    _check.weights(weights, history, (steps,), (steps, width))
+    _check.residual(x, history)
     _checks.modulation("gate", gate, history[0], None)
     _checks.no_gradient("combine_history", history=history, weights=weights, x=x, gate=gate)
     like = history[0] if x is None else x
@@ -61,4 +53,53 @@ def combine_history(
     args = (_check.dense_steps(history), weights.float().contiguous(), None if x is None else x.contiguous(), gate_k)
     return _call.checked(
         "combine_history", history, args, backend, lambda: plain.combine_history(history, weights, x, gate)
+    )
+
+
+def combine_sites(
+    history: Tensor,
+    weights: Tensor,
+    *,
+    x: Tensor | None = None,
+    gates: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`x + sum_s gates[s] * sum_k weights[s, k] * history[s, k]`: the forecast of a whole stack in one launch.
+
+    A step that computes nothing adds the forecast of every attention and MLP to the residual stream (FORA, TaylorSeer:
+    a skipped step is this sum). Site by site the stream is read and written S times; here it is once.
+
+    Args:
+        history: `(S, K, B, N, D)` raw features of S sites at their last K computed steps, K at most 16; fp32, bf16 or
+            fp16. Any stride of S, K and B.
+        weights: fp32 (or fp64) `(K,)` for all sites, `(S, K)`, or `(S, K, D)` for one forecaster per channel, on the
+            same device.
+        x: `(B, N, D)` residual stream to add to, of any floating dtype; None returns the sum alone.
+        gates: `(S, B, D)`, or `(S, B, F, D)` with F dividing N, gates of the current step; the batch may be 1.
+        backend: As in `maskaccel.ops.norm_modulate`.
+
+    Returns:
+        `(B, N, D)` in the dtype of `x` (of `history` without `x`).
+
+    Raises:
+        TypeError: An argument is no tensor, or of a dtype that is not allowed.
+        ValueError: Shapes do not fit, an input requires grad, or `backend` cannot run the call.
+    """
+    if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        try:
+            return _call.fast("combine_sites", history, (history, weights, x, gates))
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong, or make the operands dense
+    history = _check.history(history, "S, K, B, N, D")
+    sites, steps, width = history.shape[0], history.shape[1], history.shape[-1]
+    if sites == 0:
+        raise ValueError(f"history holds S=0 sites: shape {tuple(history.shape)}; at least one is needed")
+    _check.weights(weights, history, (steps,), (sites, steps), (sites, steps, width))
+    _check.residual(x, history)
+    _check.gates(gates, history)
+    _checks.no_gradient("combine_sites", history=history, weights=weights, x=x, gates=gates)
+    (gates_k,) = _checks.one_dtype(history[0, 0] if x is None else x, gates)
+    args = (_check.dense_steps(history), weights.float().contiguous(), None if x is None else x.contiguous(), gates_k)
+    return _call.checked(
+        "combine_sites", history, args, backend, lambda: plain.combine_sites(history, weights, x, gates)
     )

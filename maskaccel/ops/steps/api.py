@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from .._registry import OpSpec, define
-from ._combine import MAX_HISTORY, combine_history
+from ._combine import MAX_HISTORY, combine_history, combine_sites
 from ._measure import gram, relative_difference
 from .schema import SCHEMAS
 
-__all__ = ["MAX_HISTORY", "combine_history", "gram", "register", "relative_difference"]
+__all__ = ["MAX_HISTORY", "combine_history", "combine_sites", "gram", "register", "relative_difference"]
 
 
 def _relative_difference_fake(x, reference, base):
@@ -23,6 +23,10 @@ def _combine_history_fake(history, weights, x, gate):
     return (history if x is None else x).new_empty(history.shape[1:])
 
 
+def _combine_sites_fake(history, weights, x, gates):
+    return (history if x is None else x).new_empty(history.shape[2:])
+
+
 def _gram_fake(history, per_sample):
     steps, batch = history.shape[:2]
     return history.new_empty((batch, steps, steps) if per_sample else (steps, steps), dtype=torch.float64)
@@ -31,6 +35,7 @@ def _gram_fake(history, per_sample):
 _FAKES: dict[str, Callable[..., Any]] = {
     "relative_difference": _relative_difference_fake,
     "combine_history": _combine_history_fake,
+    "combine_sites": _combine_sites_fake,
     "gram": _gram_fake,
 }
 

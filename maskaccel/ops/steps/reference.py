@@ -31,6 +31,16 @@ def combine_history(history: Tensor, weights: Tensor, x: Tensor | None = None, g
     return total.to(history.dtype).contiguous()
 
 
+def combine_sites(history: Tensor, weights: Tensor, x: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
+    """`x + sum_s gates[s] * sum_k weights[s, k] * history[s, k]`, fp32 inside (fp64 for fp64)."""
+    wide = torch.float64 if history.dtype == torch.float64 else torch.float32
+    total = history.new_zeros(history.shape[2:], dtype=wide) if x is None else x.to(wide)
+    for s, site in enumerate(history):
+        w = weights if weights.dim() == 1 else weights[s]
+        total = total + combine_history(site.to(wide), w, None, None if gates is None else gates[s])
+    return total.to(history.dtype if x is None else x.dtype).contiguous()
+
+
 def gram(history: Tensor, per_sample: bool = False) -> Tensor:
     """`<history[i], history[j]>`, fp64, over all elements or over those of each sample."""
     steps, batch = history.shape[:2]
@@ -50,5 +60,6 @@ def gram(history: Tensor, per_sample: bool = False) -> Tensor:
 KERNELS: dict[str, Callable] = {
     "relative_difference": relative_difference,
     "combine_history": combine_history,
+    "combine_sites": combine_sites,
     "gram": gram,
 }

@@ -10,6 +10,12 @@ of K and B), K <= 16, `weights` fp32 contiguous `(K,)` or `(K, D)` on the same d
 `out = x + gate * sum_k weights[k] * history[k]`, in fp32, rounded once to the dtype of `x` (of `history` without `x`).
 K = 0 is not allowed.
 
+`combine_sites(history, weights, x, gates)`: S forecasts at once: `history` `(S, K, B, N, D)` (dense in N and D; any
+stride of S, K and B), S of 1 or more, K <= 16, D of 1 or more, `weights` fp32 contiguous `(K,)`, `(S, K)` or
+`(S, K, D)`, `x` as above, `gates` `(S, B|1, F, D)` with F dividing N, or `(S, B|1, D)`, or None (the dtype of the
+result, or fp32; last dim contiguous): `out = x + sum_s gates[s] * sum_k weights[s, k] * history[s, k]`, in fp32,
+rounded once.
+
 `gram(history, per_sample)`: `history` as above. Returns fp64 `(K, K)`: `<history[i], history[j]>` over all elements, or
 `(B, K, K)` of each sample. Products and sums are fp64, deterministic; `out[i, j]` and `out[j, i]` have the same bits.
 
@@ -19,5 +25,6 @@ No op here is differentiable: the API refuses inputs that require grad.
 SCHEMAS = {
     "relative_difference": "(Tensor x, Tensor reference, Tensor? base) -> Tensor",
     "combine_history": "(Tensor history, Tensor weights, Tensor? x, Tensor? gate) -> Tensor",
+    "combine_sites": "(Tensor history, Tensor weights, Tensor? x, Tensor? gates) -> Tensor",
     "gram": "(Tensor history, bool per_sample) -> Tensor",
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _triton as host
 from ._check import MAX_HISTORY
 
+_BLOCK = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,4 +47,51 @@ def gram(history: Tensor, per_sample: bool) -> Tensor:
     return host.reduce_partials(partials, batch if per_sample else 1, 1).view(shape)
 
 
-KERNELS: dict[str, Callable] = {"gram": gram}
+def check_combine(history: Tensor, weights: Tensor, x: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Check weights of one of `shapes`, and the residual of a step of `history`."""
+    if tuple(weights.shape) not in shapes or weights.dtype != torch.float32 or not weights.is_contiguous():
+        raise RuntimeError(f"weights must be contiguous fp32 of {' or '.join(map(str, shapes))}, got {weights.dtype} "
+                           f"{tuple(weights.shape)}")  # fmt: skip
+    step = history.shape[-3:]
+    if x is not None and (x.shape != step or x.dtype not in _DTYPES or not x.is_contiguous()):
+        raise RuntimeError(f"x must be contiguous {tuple(step)}, got {x.dtype} {tuple(x.shape)}")
+    if any(t is not None and t.device != history.device for t in (weights, x)):
+        raise RuntimeError(f"weights and x must be on {history.device}")
+
+
+def _gates_operand(gates: Tensor, like: Tensor, sites: int) -> tuple[Tensor, int, int, int, int]:
+    """(tensor, site stride, batch stride, row stride, tokens of a row)."""
+    batch, n, width = like.shape
+    groups = gates.shape[2] if gates.dim() == 4 else 1
+    fits = gates.dim() in (3, 4) and gates.shape[0] == sites and gates.shape[1] in (1, batch)
+    if not fits or gates.shape[-1] != width or groups == 0 or n % groups or (width > 1 and gates.stride(-1) != 1):
+        lead = f"({sites}, {batch} or 1, "
+        raise RuntimeError(f"gates must be {lead}{width}) or {lead}F, {width}), F a divisor of {n}, last dim dense, "
+                           f"got {tuple(gates.shape)}")  # fmt: skip
+    if gates.dtype not in (like.dtype, torch.float32) or gates.device != like.device:
+        raise RuntimeError(f"gates must be {like.dtype} or fp32 on {like.device}, got {gates.dtype} on {gates.device}")
+    of_batch = 0 if gates.shape[1] == 1 else gates.stride(1)
+    return gates, gates.stride(0), of_batch, gates.stride(2) if groups > 1 else 0, max(n // groups, 1)
+
+
+def combine_sites(history: Tensor, weights: Tensor, x: Tensor | None, gates: Tensor | None) -> Tensor:
+    check_history(history, "S, K, B, N, D")
+    sites, steps, batch, n, width = history.shape
+    if sites == 0:
+        raise RuntimeError(f"history holds no site: {tuple(history.shape)}")
+    check_combine(history, weights, x, ((steps,), (sites, steps), (sites, steps, width)))
+    like = history[0, 0] if x is None else x
+    operand = None if gates is None else _gates_operand(gates, like, sites)
+    out = like.new_empty(like.shape)
+    if out.numel():
+        from .triton_sites import combine_all_sites
+
+        block, warps = host.block_and_warps(min(width, _BLOCK), 8)
+        w_site = weights[0].numel() if weights.dim() > 1 else 0
+        host.launch(combine_all_sites, (batch * n, math.ceil(width / block)), history, history, weights, x, operand,
+                    out, *history.stride()[:3], w_site, width, sites, n, width, K=steps,
+                    PER_CHANNEL=weights.dim() == 3, BLOCK=block, num_warps=warps)  # fmt: skip
+    return out
+
+
+KERNELS: dict[str, Callable] = {"gram": gram, "combine_sites": combine_sites}
