@@ -1,5 +1,6 @@
 # Every target makes .venv on its first run and reuses it. Needs Python 3.10 or newer, gcc/g++ and git; cmake and ninja come
-# from pip. Variables: PYTHON (which interpreter makes .venv), MASKACCEL_CUDA=0|1, MAX_JOBS, PYTEST_ARGS, DEMO_ARGS, OUT.
+# from pip. Variables: PYTHON (which interpreter makes .venv), MASKACCEL_CUDA=0|1, MAX_JOBS, PYTEST_ARGS, DEMO_ARGS,
+# CACHING_ARGS, OUT.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -13,12 +14,13 @@ PIP := $(PY) -m pip install --disable-pip-version-check --no-warn-script-locatio
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_NO_INPUT := 1
 
-.PHONY: help demo test bench wheel gpu lint docs native inspect clean
+.PHONY: help demo test bench caching wheel gpu lint docs native inspect clean
 
 help:
 	@echo "make demo     patch the trained example, sample with and without, write demo.png and demo.json"
 	@echo "make test     build the native library, run the tests"
 	@echo "make bench    CPU microbenchmarks into benchmarks/results (OUT=folder for another place)"
+	@echo "make caching  quality against speed of caching methods on the trained example, beside other libraries (hours)"
 	@echo "make wheel    the wheel into dist/"
 	@echo "make gpu      GPU checks and microbenchmarks with the machine's own Python and torch"
 	@echo "make lint     ruff and mypy"
@@ -47,6 +49,10 @@ $(VENV)/.lint: $(VENV)/.base requirements/lint.txt
 	$(PIP) -r requirements/lint.txt
 	touch $@
 
+$(VENV)/.bench: $(VENV)/.base requirements/bench.txt
+	$(PIP) -r requirements/torch.txt -r requirements/bench.txt
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.base requirements/docs.txt
 	$(PIP) -r requirements/docs.txt
 	touch $@
@@ -72,6 +78,12 @@ OUT ?= benchmarks/results
 bench: native
 	$(PY) -m maskaccel.bench --suite cpu --out $(OUT)
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q $(PYTEST_ARGS)
+
+# One thread: processor time then says what a run costs, whoever else uses the machine. Continues where it stopped.
+caching: native $(VENV)/.bench
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.caching quality $(CACHING_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.caching timing $(CACHING_ARGS)
+	$(PY) -m benchmarks.caching report $(CACHING_ARGS)
 
 wheel: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
 	@echo "== wheel"
