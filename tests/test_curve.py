@@ -70,7 +70,8 @@ def test_the_whole_way(setting, tmp_path, capsys):
         assert row["timing"]["seconds"]["min"] > 0
         assert row["bytes_held"] > 0
     assert rows[OURS]["reduced_calls"] == 0.5
-    assert rows[OURS]["bytes_reported"] == rows[OURS]["bytes_held"]
+    reported, held = rows[OURS]["bytes_reported"], rows[OURS]["bytes_held"]
+    assert reported <= held < 1.05 * reported  # weights of the forecast and the like come on top
     assert rows[PEER]["reduced_calls"] == 0.75  # threshold 0.9: all but the first step
     text = page.read_text()
     assert text.startswith("# Curve")

@@ -21,6 +21,7 @@ from evaluate import frechet_distance, parse_call, parse_methods, score  # noqa:
 from pipeline import FashionPipeline  # noqa: E402
 
 from maskaccel.cli import demo  # noqa: E402
+from maskaccel.state import Damped, Taylor  # noqa: E402
 
 TINY = {
     "num_attention_heads": 2,
@@ -295,6 +296,7 @@ def test_methods_are_parsed_from_text():
     with pytest.raises(ValueError, match=r"'Nothing' is no method; known are .*FORA"):
         parse_methods("Nothing")
     assert parse_call("Name:a=(1, 0),b='x',c=-0.5") == ("Name", {"a": (1, 0), "b": "x", "c": -0.5})
+    assert parse_call("Name:f=Damped(Taylor(2), damping=0.1)") == ("Name", {"f": Damped(Taylor(2), damping=0.1)})
     for text in ("Name:3", "Name:a", "Name:a=b", "Name:**{}"):
         with pytest.raises(ValueError, match="arguments must look like name=1"):
             parse_call(text)

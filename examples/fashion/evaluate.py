@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import maskaccel
-from maskaccel import methods
+from maskaccel import masks, methods, state
 from maskaccel.cli.demo import psnr
 
 WEIGHTS = Path(__file__).parent / "weights"
+PARTS = {name: getattr(package, name) for package in (masks, state) for name in package.__all__}
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -48,20 +49,34 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (mean + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
+def _value(node: ast.expr) -> Any:
+    """A literal, a part such as `Taylor(order=2)`, or a tuple or list of these."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in PARTS:
+        options = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
+        return PARTS[node.func.id](*map(_value, node.args), **options)
+    if isinstance(node, ast.Tuple | ast.List):
+        return tuple(map(_value, node.elts))
+    return ast.literal_eval(node)
+
+
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """`"FORA:interval=3,last=1"` as `("FORA", {"interval": 3, "last": 1})`; values are Python literals.
+    """`"FORA:interval=3,last=1"` as `("FORA", {"interval": 3, "last": 1})`.
+
+    Values are Python literals, or parts from `maskaccel.state` and `maskaccel.masks`: `forecaster=Taylor(2)`.
 
     Raises:
-        ValueError: What follows the colon is no list of `name=literal`.
+        ValueError: What follows the colon is no list of `name=value`.
     """
     name, _, arguments = text.partition(":")
     try:
         call = ast.parse(f"_({arguments})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("positional argument")
-        return name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return name, {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{text!r}: arguments must look like name=1,other='word', got {arguments!r}") from error
+        raise ValueError(
+            f"{text!r}: arguments must look like name=1,other='word', got {arguments!r}: {error}"
+        ) from error
 
 
 def parse_methods(text: str) -> list[Any]:
