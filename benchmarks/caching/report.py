@@ -26,6 +26,7 @@ def collect(texts: Sequence[str], store: Store) -> dict[str, Any]:
     if base is None:
         raise ValueError(f"{store.folder} holds no baseline: run `python -m benchmarks.caching quality` first")
     rows, left_out, marks = [], {}, []
+    commits: set[str] = set()  # of maskaccel's own runs; the others do not depend on it
     for text in texts:
         quality = store.read(text, "quality.json")
         if quality is None:
@@ -35,6 +36,8 @@ def collect(texts: Sequence[str], store: Store) -> dict[str, Any]:
         timed = store.read(text, "timing.json")
         if timed is not None:
             marks.append(timed["environment"])
+        if text != BASELINE and not is_peer(text):
+            commits.update(str(mark["commit"]) for mark in (quality["environment"], (timed or quality)["environment"]))
         if text != BASELINE:
             rows.append(_row(text, quality, base, timing.summary(timed) if timed is not None else None))
     timed_all = all("timing" in row for row in rows)
@@ -43,7 +46,7 @@ def collect(texts: Sequence[str], store: Store) -> dict[str, Any]:
         "setting": store.setting.as_dict(),
         "environment": {
             **{key: base["environment"][key] for key in ("system", "python", "versions", "cpu", "threads", "native")},
-            "commits": sorted({str(mark["commit"]) for mark in marks}),
+            "commits": sorted(commits),
             "from": min(mark["time"] for mark in marks),
             "to": max(mark["time"] for mark in marks),
             "highest_load_average": max(mark["load_average"][0] for mark in marks),
@@ -142,7 +145,7 @@ def conditions(data: dict[str, Any]) -> str:
         f"batch {setting['batch']}, seeds from {setting['seed']}. {seconds} "
         f"{mark['cpu']['model']}, {mark['threads']} thread{'s' if mark['threads'] > 1 else ''}, load average up to "
         f"{mark['highest_load_average']:g}; Python {mark['python']}, {versions}; "
-        f"commit{'s' if len(mark['commits']) > 1 else ''} {', '.join(mark['commits'])}."
+        f"maskaccel at {', '.join(mark['commits']) or 'no commit'}."
     )
 
 
