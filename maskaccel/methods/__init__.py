@@ -3,6 +3,7 @@
 from .dbcache import DBCache, FBCache
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
+from .pab import PAB
 from .taylorseer import TaylorSeer
 
-__all__ = ["FORA", "DBCache", "FBCache", "FusedAdaLN", "TaylorSeer"]
+__all__ = ["FORA", "PAB", "DBCache", "FBCache", "FusedAdaLN", "TaylorSeer"]
