@@ -3,7 +3,18 @@
 from .dbcache import DBCache, FBCache
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
+from .magcache import MagCache
 from .pab import PAB
+from .scm import SCM
 from .taylorseer import TaylorSeer
 
-__all__ = ["FORA", "PAB", "DBCache", "FBCache", "FusedAdaLN", "TaylorSeer"]
+__all__ = [
+    "FORA",
+    "PAB",
+    "SCM",
+    "DBCache",
+    "FBCache",
+    "FusedAdaLN",
+    "MagCache",
+    "TaylorSeer",
+]
