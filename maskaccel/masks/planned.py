@@ -13,7 +13,8 @@ from .schedule import Action, Position, Schedule, plan_of
 class Planned:
     """A rule whose mask is a function of the number of steps.
 
-    A run that starts late (image to image) starts late in the mask. A subclass is hashable and says the mask of a whole schedule.
+    A run that starts late (image to image) starts late in the mask. A subclass is hashable and says the mask of a whole
+    schedule.
     """
 
     def mask(self, num_steps: int) -> tuple[bool, ...]:
