@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 BASE = "_maskaccel_base_forward"
 CHAIN = "_maskaccel_forward_chain"
+COMPILED = "_maskaccel_compiled_forward"
 
 
 class PatchError(RuntimeError):
@@ -104,6 +106,10 @@ class Transaction:
         """Apply every edit, or none if one fails."""
         for one in self.forwards.values():
             self.edits += _forward_edits(one)
+        wrapped = {key: one.module for key, one in self.forwards.items() if one.wrappers}
+        around = {id(m): m for module in wrapped.values() for m in _around(module, set(wrapped))}
+        for module in (wrapped | around).values():
+            self.edits.append(_Edit(module, "compile", types.MethodType(compile_inside, module)))
         self.forwards.clear()
         try:
             for edit in self.edits:
@@ -128,8 +134,17 @@ def _forward_edits(plan: _Forward) -> list[_Edit]:
     if base is not None:
         edits.append(_Edit(module, BASE, base))
     edits.append(_Edit(module, CHAIN, tuple(plan.wrappers)))
+    edits.append(_Edit(module, COMPILED, _Compiled()))
     edits.append(_Edit(module, "forward", types.MethodType(_chained(type(module)), module)))
     return edits
+
+
+def _around(module: nn.Module, wrapped: set[int]) -> list[nn.Module]:
+    """The modules of a tree that hold wrapped ones."""
+    found = [m for child in module.children() for m in _around(child, wrapped)]
+    if found or any(id(child) in wrapped for child in module.children()):
+        found.append(module)
+    return found
 
 
 @functools.cache
@@ -140,6 +155,9 @@ def _chained(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _call(self, 0, *args, **kwargs)
 
+    # Decisions stay outside of graphs (`compile_inside`): where somebody compiles the whole model, its graph breaks here
+    # instead of taking them for constants. This is what torch.compiler.disable sets, which would import the compiler.
+    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
     return forward
 
 
@@ -150,8 +168,35 @@ def _call(module: nn.Module, position: int, /, *args: Any, **kwargs: Any) -> Any
     return chain[position](module, inner, *args, **kwargs)
 
 
+class _Compiled:
+    """The compiled forward of a module, once somebody compiles it. A copy of a model is not compiled."""
+
+    forward: Callable[..., Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
+        return _Compiled()
+
+
+def compile_inside(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """In place of `nn.Module.compile` on wrapped modules: compiles what the wrappers stand before.
+
+    The wrappers decide in Python at every step; in a graph each decision would be a constant, and compiled anew. Modules
+    inside that are wrapped too are compiled in place of this one.
+    """
+    inside = [m for m in self.modules() if m is not self and CHAIN in m.__dict__]
+    if not inside:
+        self.__dict__[COMPILED].forward = torch.compile(_uncompiled(self), *args, **kwargs)
+    for module in inside:
+        module.compile(*args, **kwargs)
+
+
 def base_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward that the wrappers of a module stand before."""
+    compiled = module.__dict__[COMPILED].forward
+    return _uncompiled(module) if compiled is None else compiled
+
+
+def _uncompiled(module: nn.Module) -> Callable[..., Any]:
     base = module.__dict__.get(BASE)
     if base is not None:
         return base

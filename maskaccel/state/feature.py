@@ -86,16 +86,19 @@ class Feature:
         if held is None:
             return None
         if held.key != key:
-            self.resets += 1
-            self.generation.note(
-                f"the batch, resolution or dtype changed at step {self.generation.index} of a run: memory dropped"
-            )
-            self._held.clear()
+            self._reset()
             return None
         if held.used == self.generation.index:
             self._give_up(branch)
             return None
         return held
+
+    def _reset(self) -> None:
+        self.resets += 1
+        self.generation.note(
+            f"the batch, resolution or dtype changed at step {self.generation.index} of a run: memory dropped"
+        )
+        self._held.clear()
 
     def _give_up(self, branch: str) -> None:
         self.refused += 1
@@ -127,10 +130,13 @@ class Feature:
         if held is not None and held.used == step and rows is None:
             self._give_up(branch)
             return None
+        if held is not None and held.key != key:
+            self._reset()
+            held = None
         count = 1
         if self.per_sample:
             count = key[0][0][0]  # the batch
-        if held is None or held.key != key or len(held.groups[0]) != len(tensors):
+        if held is None or len(held.groups[0]) != len(tensors):
             capacity = self.forecaster.capacity
             groups: list[list[History | None]] = [
                 [None if t is None else History(capacity, self.storage) for t in tensors] for _ in range(count)
