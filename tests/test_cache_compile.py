@@ -46,7 +46,6 @@ def test_compiled_blocks_make_their_graphs_once(name, methods):
         first = len(graphs)
         sample(pipeline, kwargs, steps=9)
         sample(pipeline, kwargs, seed=1)
-        # Every block class of the model has one graph, or one for each of its modules; "output" compiles no block at all.
         assert len(graphs) == first > 0, "a step compiled something again"
         assert patch.report().activity[methods[0].name]["reused"] > reused > 0
     for block in blocks_of(model):

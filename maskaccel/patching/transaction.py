@@ -155,8 +155,8 @@ def _chained(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _call(self, 0, *args, **kwargs)
 
-    # Decisions stay outside of graphs (`compile_inside`): where somebody compiles the whole model, its graph breaks here
-    # instead of taking them for constants. This is what torch.compiler.disable sets, which would import the compiler.
+    # Decisions stay outside of graphs (`compile_inside`): where somebody compiles the whole model, its graph breaks
+    # here instead of taking them for constants. torch.compiler.disable sets this too, but imports the compiler.
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
     return forward
 
@@ -180,8 +180,8 @@ class _Compiled:
 def compile_inside(self: nn.Module, *args: Any, **kwargs: Any) -> None:
     """In place of `nn.Module.compile` on wrapped modules: compiles what the wrappers stand before.
 
-    The wrappers decide in Python at every step; in a graph each decision would be a constant, and compiled anew. Modules
-    inside that are wrapped too are compiled in place of this one.
+    The wrappers decide in Python at every step; in a graph each decision would be a constant, and compiled anew.
+    Modules inside that are wrapped too are compiled in place of this one.
     """
     inside = [m for m in self.modules() if m is not self and CHAIN in m.__dict__]
     if not inside:
