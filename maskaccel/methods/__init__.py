@@ -6,6 +6,7 @@ from .fused_adaln import FusedAdaLN
 from .magcache import MagCache
 from .pab import PAB
 from .scm import SCM
+from .speca import SpeCa
 from .taylorseer import TaylorSeer
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "FBCache",
     "FusedAdaLN",
     "MagCache",
+    "SpeCa",
     "TaylorSeer",
 ]

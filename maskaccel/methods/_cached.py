@@ -232,15 +232,21 @@ def watch(method: Named, context: Context, rule: Rule) -> Generation:
     return generation
 
 
+def stacks_of(model: nn.Module) -> list[Stack]:
+    """The stacks of a patched model."""
+    found = (m.__dict__[ROLE].stack for m in model.modules() if ROLE in m.__dict__)
+    return list({id(stack): stack for stack in found}.values())
+
+
 def activity(model: nn.Module) -> dict[str, Any]:
     """What caching did on a patched model: calls computed and reused, bytes held now and at most."""
     sites: list[Site] = [m.__dict__[SITE] for m in model.modules() if SITE in m.__dict__]
-    stacks = list({id(s): s for s in (m.__dict__[ROLE].stack for m in model.modules() if ROLE in m.__dict__)}.values())
+    stacks = stacks_of(model)
     features: list[Feature] = [s.feature for s in sites] + [g.feature for s in stacks for g in s.segments]
     generation: Generation | None = model.__dict__.get(STATE)
     found: dict[str, Any] = {
-        "computed": sum(s.computed for s in (*sites, *stacks)),
-        "reused": sum(s.reused for s in (*sites, *stacks)),
+        "computed": sum(s.computed for s in sites) + sum(s.computed for s in stacks),
+        "reused": sum(s.reused for s in sites) + sum(s.reused for s in stacks),
     }
     in_part = sum(s.refreshed for s in sites) + sum(s.mixed for s in stacks)
     if in_part:
@@ -271,5 +277,6 @@ __all__ = [
     "modules_of",
     "remember_modules",
     "segments_of",
+    "stacks_of",
     "watch",
 ]
