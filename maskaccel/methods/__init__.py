@@ -1,6 +1,8 @@
 """Published methods, one file each, made of the pieces below."""
 
 from .dbcache import DBCache, FBCache
+from .dmd import DMD
+from .foca import FoCa
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
 from .magcache import MagCache
@@ -10,11 +12,13 @@ from .speca import SpeCa
 from .taylorseer import TaylorSeer
 
 __all__ = [
+    "DMD",
     "FORA",
     "PAB",
     "SCM",
     "DBCache",
     "FBCache",
+    "FoCa",
     "FusedAdaLN",
     "MagCache",
     "SpeCa",

@@ -2,6 +2,8 @@
 
 from .feature import Feature
 from .forecast import BDF, AdamsBashforth, Damped, Forecaster, Hold, Newton, Taylor
+from .forecast_dmd import DynamicModes
+from .forecast_foca import PredictCorrect
 from .generation import Generation
 from .history import History, Storage
 from .site import Site, recall
@@ -10,12 +12,14 @@ __all__ = [
     "BDF",
     "AdamsBashforth",
     "Damped",
+    "DynamicModes",
     "Feature",
     "Forecaster",
     "Generation",
     "History",
     "Hold",
     "Newton",
+    "PredictCorrect",
     "Site",
     "Storage",
     "Taylor",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import combine_history
+from ..ops import combine_history, gram
 from ..ops.steps.api import MAX_HISTORY
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -66,6 +66,7 @@ class History:
         self._kind: tuple | None = None  # shape, dtype and device of the values
         self._stamps: list[float] = []  # newest first
         self._head = 0  # slot of the newest value
+        self._gram: Tensor | None = None  # of the values held, once somebody asked
 
     def __len__(self) -> int:
         return len(self._stamps)
@@ -102,6 +103,7 @@ class History:
             else:
                 slot.copy_(value - base, non_blocking=True)
         self._stamps = [stamp, *self._stamps][: self.capacity]
+        self._gram = None
 
     def _allocate(self, value: Tensor) -> Tensor:
         dtype = _DTYPES[self.storage.dtype] if value.is_floating_point() else None
@@ -145,6 +147,24 @@ class History:
         if self._ring is None or self._kind is None or not self._stamps:
             raise LookupError("the history is empty")
         return self._slots([self._head])[0].to(self._kind[1])
+
+    def gram(self) -> Tensor:
+        """Inner products of all values held, newest first: fp64 `(held, held)` on the host.
+
+        Read from the device once, and kept until the next push.
+
+        Raises:
+            LookupError: Nothing was pushed yet.
+        """
+        if self._ring is None or self._kind is None or not self._stamps:
+            raise LookupError("the history is empty")
+        if self._gram is None:
+            newest_first = [(self._head - age) % self.capacity for age in range(len(self._stamps))]
+            slots = sorted(newest_first)  # a full ring is read as it lies
+            found = gram(self._slots(slots).reshape(len(slots), *_as_rows(self._kind[0]))).cpu()
+            order = [slots.index(slot) for slot in newest_first]
+            self._gram = found[order][:, order]
+        return self._gram
 
     def combine(
         self, weights: Sequence[float] | Tensor, *, x: Tensor | None = None, gate: Tensor | None = None

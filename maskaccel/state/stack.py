@@ -111,6 +111,7 @@ class Stack:
         self.generation, self.rule, self.tap, self.group = generation, rule, tap, group
         self.signal = rule if isinstance(rule, Signal) else None
         per_sample = self.signal is not None and self.signal.reduce == "sample"
+        per_sample = per_sample or getattr(forecaster, "per_sample", False)
         self.segments = [
             Segment(list(blocks), list(streams), Feature(generation, forecaster, storage, per_sample=per_sample))
             for blocks, streams in segments
