@@ -8,8 +8,11 @@ from .fused_adaln import FusedAdaLN
 from .magcache import MagCache
 from .pab import PAB
 from .scm import SCM
+from .skip_branches import SkipBranches
+from .skipcache import SkipCache
 from .speca import SpeCa
 from .taylorseer import TaylorSeer
+from .teacache import TeaCache
 
 __all__ = [
     "DMD",
@@ -21,6 +24,9 @@ __all__ = [
     "FoCa",
     "FusedAdaLN",
     "MagCache",
+    "SkipBranches",
+    "SkipCache",
     "SpeCa",
     "TaylorSeer",
+    "TeaCache",
 ]

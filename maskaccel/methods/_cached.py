@@ -156,6 +156,7 @@ def attach_stack(
     tail: int = 0,
     tap: Tap | None = None,
     each: bool = False,
+    adds: bool = True,
 ) -> list[Stack]:
     """Remember what the model's blocks add to the residual stream.
 
@@ -169,6 +170,7 @@ def attach_stack(
         tail: Blocks at the end that always run.
         tap: What a signal watches; None is what the leading blocks add.
         each: Every block by itself, instead of all of them together.
+        adds: Remember what they add to their input; without it, what they hand on.
 
     Returns:
         The stacks: one, or with `each` one for every block.
@@ -190,7 +192,7 @@ def attach_stack(
     stacks = []
     for chosen in plans:
         pairs = [([b for b, _ in segment], [s for _, s in segment]) for segment in chosen]
-        stack = Stack(generation, pairs, rule, forecaster, storage, lead=leading, tap=tap, group=group)
+        stack = Stack(generation, pairs, rule, forecaster, storage, lead=leading, tap=tap, group=group, adds=adds)
         stack.attach(context.transaction, method.name)
         stacks.append(stack)
     for segment in segments:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,8 @@ from .history import Storage
 ROLE = "_maskaccel_stack"
 
 
-class Tap(Protocol):
-    """The feature that a signal watches, as a function of the first block's call."""
-
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The feature, `(B, ...)`."""
+# The feature that a signal watches, `(B, ...)`, as a function of the first block and its arguments.
+Tap = Callable[[nn.Module, tuple, dict[str, Any]], Tensor]
 
 
 @dataclass
@@ -44,12 +41,14 @@ class Segment:
     Attributes:
         blocks: In the order in which the model runs them.
         streams: How each block takes and returns the tensors of the stack.
-        feature: Memory of what the segment adds to each stream.
+        feature: Memory of what the segment adds to each stream, or of what it hands on.
+        adds: Whether the memory is of `output - input`; else of the output itself.
     """
 
     blocks: list[nn.Module]
     streams: list[Streams]
     feature: Feature
+    adds: bool = True
 
 
 @dataclass
@@ -94,6 +93,7 @@ class Stack:
         lead: Sequence[tuple[nn.Module, Streams]] = (),
         tap: Tap | None = None,
         group: Any = None,
+        adds: bool = True,
     ) -> None:
         """Make a stack.
 
@@ -107,13 +107,14 @@ class Stack:
                 watches unless it has a tap.
             tap: What a signal watches instead.
             group: Process group over which a signal's sums are added, where ranks share one sequence.
+            adds: Remember what the segments add to their input; without it, what they hand on.
         """
         self.generation, self.rule, self.tap, self.group = generation, rule, tap, group
         self.signal = rule if isinstance(rule, Signal) else None
         per_sample = self.signal is not None and self.signal.reduce == "sample"
         per_sample = per_sample or getattr(forecaster, "per_sample", False)
         self.segments = [
-            Segment(list(blocks), list(streams), Feature(generation, forecaster, storage, per_sample=per_sample))
+            Segment(list(blocks), list(streams), Feature(generation, forecaster, storage, per_sample=per_sample), adds)
             for blocks, streams in segments
         ]
         self.lead = list(lead)
@@ -187,33 +188,33 @@ class Stack:
         if computes is not True and (computes is False or not all(computes or [True])):
             visit.held = segment.feature.find(key_of(*bases))
         if visit.held is None:
-            visit.bases, visit.versions = _guarded(bases)
+            if segment.adds:
+                visit.bases, visit.versions = _guarded(bases)
             return
         samples = None if computes is False else [i for i, c in enumerate(computes) if not c]  # type: ignore[arg-type]
         if samples is None or len(samples) == len(computes):  # type: ignore[arg-type]
-            visit.result = segment.feature.forecast(visit.held, bases)
+            visit.result = segment.feature.forecast(visit.held, bases if segment.adds else None)
             return
         visit.rows = [i for i, c in enumerate(computes) if c]  # type: ignore[arg-type]
         picked = [None if b is None else b[samples] for b in bases]
-        visit.result = segment.feature.forecast(visit.held, picked, samples)
+        visit.result = segment.feature.forecast(visit.held, picked if segment.adds else None, samples)
         visit.bases, visit.versions = _guarded(bases)
 
     def _leave(self, segment: Segment, streams: Streams, output: Any) -> Any:
         """After the last block of a computed segment."""
         visit = self._visit
         after = streams.read(output)
-        changed = visit.versions != _versions(visit.bases)
-        if changed:
+        if segment.adds and visit.versions != _versions(visit.bases):
             # A block writes to its input: the change cannot be formed any more. Compute until a copy is kept.
             self.generation.note("a block writes to its input in place, so its change is not remembered")
             return output
         if visit.rows is None:
-            segment.feature.store(key_of(*visit.bases), after, bases=visit.bases)
+            segment.feature.store(key_of(*visit.bases), after, bases=visit.bases if segment.adds else None)
             return output
         rows = visit.rows
         index = torch.tensor(rows, device=_first(after).device)
         fresh = [None if t is None else t[index] for t in after]
-        bases = [None if b is None else b[index] for b in visit.bases]
+        bases = [None if b is None else b[index] for b in visit.bases] if segment.adds else None
         segment.feature.store(key_of(*visit.bases), fresh, bases=bases, rows=rows)
         return streams.give(self._with_reused(after))
 
