@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from maskaccel.ops.adaln import fallback
-from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL
+from maskaccel.ops.adaln.flags import packed
+from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL, SCHEMAS
 from maskaccel.ops.steps import reference as steps_reference
 
 WIDTHS = (3, 7, 8, 24, 72, 130, 256, 520, 1000, 1024, 1032, 1152, 1536)
@@ -185,9 +186,11 @@ def _qk(op: str, d: Draw) -> tuple:
 
 def _activation(op: str, d: Draw) -> tuple:
     kind, width, rows = d.rng.choice([0, 1, 2]), d.rng.choice(d.widths), d.rng.choice([1, 5, 40])
-    x = d.tensor((rows, width * (1 if kind == 2 else 2)), d.dtype, 2.0)
+    lead = d.rng.choice([(rows,), (2, rows), (1, rows, 1), ()])  # of more dims than one no stride reaches all rows
+    x = d.tensor((*lead, width * (1 if kind == 2 else 2)), d.dtype, 2.0, strided=len(lead) == 1)
     flags = kind | (d.rng.choice([0, 4]) if kind < 2 else 0)
-    return (x, flags) if op == "gated_activation" else (d.tensor((rows, width), d.dtype), x, flags)
+    dy = d.tensor((*lead, width), d.dtype, strided=len(lead) == 1)
+    return (x, flags) if op == "gated_activation" else (dy, x, flags)
 
 
 def _relative_difference(d: Draw) -> tuple:
@@ -243,6 +246,28 @@ def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tu
     if op.startswith("qk"):
         return _qk(op, d)
     return _activation(op, d) if op.startswith("gated_activation") else _adaln(op, d)
+
+
+_RARE = {
+    "gate_table", "post_weight", "weight", "bias", "scale_table", "shift_table", "rows",
+    "q_bias", "k_bias", "positions",
+}  # fmt: skip
+
+
+def draw_bare(name: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, tuple]:
+    """Arguments of one random call of a bare op, and of the whole op for the same results."""
+    op = name.removesuffix("_bare")
+    names = [part.split()[-1] for part in SCHEMAS[op].split(")")[0].split(",")]
+    whole = dict(zip(names, draw(op, seed, dtype, device), strict=True))
+    absent = set(_RARE)
+    if whole.get("rows") is not None:  # (R, D) operands mean something else without the index
+        absent |= {"gate", "scale", "shift", "scale2", "shift2"}
+    if whole.get("positions") is not None:  # and these tables have rows of their own
+        absent |= {"cos", "sin"}
+    whole |= dict.fromkeys(absent & whole.keys())
+    whole |= dict.fromkeys({"eps", "post_eps"} & whole.keys(), 1e-5)
+    tensors = [value for key, value in whole.items() if key not in _RARE | {"eps", "post_eps", "offset", "flags"}]
+    return (*tensors, packed(whole["flags"], 1e-5, whole.get("offset", 0.0))), tuple(whole.values())
 
 
 def describe(args: tuple) -> str:

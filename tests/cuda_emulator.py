@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from maskaccel.ops.adaln.schema import BARE
 from maskaccel.ops.adaln.schema import SCHEMAS as ADALN
 from maskaccel.ops.steps.schema import SCHEMAS as STEPS
 
@@ -83,6 +84,6 @@ def build(folder: Path) -> Path:
 def load(folder: Path) -> None:
     """Build, define the ops and load the library."""
     library = build(folder)
-    for name, schema in {**ADALN, **STEPS}.items():
+    for name, schema in {**ADALN, **BARE, **STEPS}.items():
         _LIBRARY.define(name + schema)
     torch.ops.load_library(str(library))

@@ -32,9 +32,11 @@ from _cpu_cases import (
     three,
 )  # fmt: skip
 from _numerics import assert_all_close_to_truth, assert_close_to_truth
+from _raw_cases import draw_bare
 
 from maskaccel._native import native
 from maskaccel.ops.adaln import reference, schema
+from maskaccel.ops.adaln.schema import BARE
 from maskaccel.ops.steps import reference as steps_reference
 
 pytestmark = pytest.mark.skipif(not native.has_cpu, reason=f"native library {native.state}: {native.reason}")
@@ -173,6 +175,7 @@ def test_forward_and_backward_of_nothing(shape, dtype):
     assert not grads[2].any()
     assert grads[2].shape == (8,)
     assert RAW.gated_activation(torch.empty(0, 8, dtype=dtype), 0).shape == (0, 4)
+    assert RAW.gated_activation(torch.empty(2, 0, 3, 8, dtype=dtype), 0).shape == (2, 0, 3, 4)
 
 
 # ---------------------------------------------------------------------------------------------- QK norm and RoPE
@@ -219,9 +222,14 @@ def test_forward_qk_layouts(dtype):
 
 
 # ------------------------------------------------------------------------------------------ activations and steps
-def test_forward_activation_strided_rows():
-    x = randn(9, 100)[:, 3:67]
-    assert torch.equal(RAW.gated_activation(x, 0), RAW.gated_activation(x.contiguous(), 0))
+def test_activation_of_any_rank_reads_rows_of_one_stride_in_place():
+    whole, grad = randn(2, 3, 4, 100), randn(2, 3, 4, 40, seed=1)
+    for view in (lambda t: t, lambda t: t[0, 1], lambda t: t[:, :1, :1], lambda t: t[..., 1, :], lambda t: t[1, 2, 3]):
+        x, dy = view(whole)[..., 3:67], view(grad)[..., 2:34]
+        got, back = RAW.gated_activation(x, 0), RAW.gated_activation_backward(dy, x, 0)
+        assert got.shape == dy.shape
+        assert torch.equal(got, RAW.gated_activation(x.contiguous(), 0))
+        assert torch.equal(back, RAW.gated_activation_backward(dy.contiguous(), x.contiguous(), 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -264,6 +272,9 @@ BAD_NORM = [
     (X, torch.zeros(3, 8), None, *NORM_END[:4], torch.zeros(6, dtype=torch.int64), *NORM_END[5:]),
     (X, torch.zeros(3, 8), None, *NORM_END[:4], torch.zeros(5, dtype=torch.int32), *NORM_END[5:]),
     (X, torch.zeros(2, 1, 8), None, *NORM_END[:4], torch.zeros(6, dtype=torch.int32), *NORM_END[5:]),
+    (X, torch.zeros(3, 8), torch.zeros(2, 8), *NORM_END[:4], torch.full((6,), 2, dtype=torch.int32), *NORM_END[5:]),
+    (X, torch.zeros(3, 8), None, *NORM_END[:4], torch.full((2, 6), -1, dtype=torch.int32), *NORM_END[5:]),
+    (X, torch.zeros(0, 8), None, *NORM_END[:4], torch.zeros(6, dtype=torch.int32), *NORM_END[5:]),
     (X, None, None, *NORM_END[:-1], 3),
     (X, None, None, *NORM_END[:-1], 4096),
 ]
@@ -275,7 +286,25 @@ def test_contract_violations_raise(args):
         RAW.norm_modulate(*args)
 
 
-Q = torch.zeros(2, 5, 3, 8)
+def test_backward_checks_row_values_too():
+    m, rows = torch.zeros(3, 8), torch.full((6,), 3, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="rows holds values from 0 to 3; allowed are 0 to 2"):
+        RAW.norm_modulate_backward(X, None, X, m, m, None, None, None, None, None, None, rows, 1e-6, 1.0, 0, 1023)
+    with pytest.raises(RuntimeError, match="rows holds"):
+        RAW.gate_residual_backward(X, X, m, None, None, rows, 1e-6, 0, 1023)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BARE)
+def test_bare_ops_are_the_whole_ops(name, dtype):
+    for seed in range(12):
+        args, whole = draw_bare(name, seed, dtype)
+        got, want = getattr(RAW, name)(*args), getattr(RAW, name.removesuffix("_bare"))(*whole)
+        got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
+        assert all(map(torch.equal, got, want)), f"seed {seed}"
+
+
+Q, TABLE = torch.zeros(2, 5, 3, 8), torch.zeros(3, 4)
 BAD_QK = [
     (Q[0], Q, None, None, None, None, None, None, None, 1e-6, 1),
     (Q, Q.bfloat16(), None, None, None, None, None, None, None, 1e-6, 1),
@@ -285,6 +314,9 @@ BAD_QK = [
     (Q, Q, None, None, None, None, torch.zeros(5, 3), torch.zeros(5, 3), None, 1e-6, 1),
     (Q, Q[:, :3], None, None, None, None, torch.zeros(5, 4), torch.zeros(5, 4), None, 1e-6, 1),
     (Q, Q, None, None, None, None, torch.zeros(5, 4), torch.zeros(5, 4), torch.zeros(5), 1e-6, 1),
+    (Q, Q, None, None, None, None, TABLE, TABLE, torch.full((5,), 3, dtype=torch.int32), 1e-6, 1),
+    (Q, Q, None, None, None, None, TABLE, TABLE, torch.full((2, 5), -1, dtype=torch.int32), 1e-6, 1),
+    (Q, Q, None, None, None, None, TABLE[:0], TABLE[:0], torch.zeros(5, dtype=torch.int32), 1e-6, 1),
     (Q, Q[:, :, :1], None, None, None, None, torch.zeros(1, 5, 3, 4), torch.zeros(1, 5, 3, 4), None, 1e-6, 1),
 ]
 
@@ -298,7 +330,13 @@ def test_qk_contract_violations_raise(args):
 def test_other_contract_violations_raise():
     for call in (
         lambda: RAW.gated_activation(torch.zeros(2, 5), 0),
-        lambda: RAW.gated_activation(torch.zeros(2, 3, 4), 0),
+        lambda: RAW.gated_activation(torch.zeros(2, 3, 4).transpose(0, 1), 0),
+        lambda: RAW.gated_activation(torch.zeros(2, 3, 8)[..., ::2], 0),
+        lambda: RAW.gated_activation(torch.zeros([1] * 8 + [4]), 0),
+        lambda: RAW.gated_activation(torch.tensor(1.0), 0),
+        lambda: RAW.gated_activation_backward(torch.zeros(3, 2, 2), torch.zeros(2, 3, 4), 0),
+        lambda: RAW.gated_activation_backward(torch.zeros(3, 2, 2).transpose(0, 1), torch.zeros(2, 3, 4), 0),
+        lambda: RAW.relative_difference(torch.zeros(3), torch.zeros(3)),
         lambda: RAW.relative_difference(X, X[:1], None),
         lambda: RAW.relative_difference(X, X.transpose(1, 2), None),
         lambda: RAW.combine_history(torch.zeros(17, 2, 6, 8), torch.zeros(17), None, None),

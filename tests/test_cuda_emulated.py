@@ -9,7 +9,9 @@ import cuda_emulator
 import pytest
 import torch
 from _numerics import assert_all_close_to_truth
-from _raw_cases import OPS, describe, draw, run_plain, wanted, widened
+from _raw_cases import OPS, describe, draw, draw_bare, run_plain, wanted, widened
+
+from maskaccel.ops.adaln.schema import BARE
 
 pytestmark = pytest.mark.skipif(cuda_emulator.missing() is not None, reason=f"no emulation: {cuda_emulator.missing()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +40,16 @@ def test_matches_reference(emulated, op, dtype):
     """Random calls over the whole contract: strides, groups, rows, tables, laws, gates, post norms, pairs, needs."""
     for seed in range(SEEDS):
         _check(emulated, op, seed, dtype)
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_bare_ops_are_the_whole_ops(emulated, name):
+    """The same bits as the op with every operand."""
+    for seed in range(SEEDS):
+        args, whole = draw_bare(name, seed, DTYPES[seed % 3])
+        got, want = getattr(emulated, name)(*args), getattr(emulated, name.removesuffix("_bare"))(*whole)
+        got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
+        assert all(map(torch.equal, got, want)), f"{name} seed {seed}"
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if "norm_modulate" in op])

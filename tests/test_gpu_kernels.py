@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from _numerics import assert_all_close_to_truth
-from _raw_cases import OPS, describe, draw, run_plain, wanted, widened
+from _raw_cases import OPS, describe, draw, draw_bare, run_plain, wanted, widened
 
 import maskaccel  # noqa: F401  (defines the ops, loads the library)
+from maskaccel.ops.adaln.schema import BARE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +39,16 @@ def test_matches_reference(op, dtype):
     """Random calls over the whole contract."""
     for seed in range(60):
         _check(op, seed, dtype)
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_bare_ops_are_the_whole_ops(name):
+    """The same bits as the op with every operand."""
+    for seed in range(12):
+        args, whole = draw_bare(name, seed, DTYPES[seed % 3], "cuda")
+        got, want = _op(name)(*args), _op(name.removesuffix("_bare"))(*whole)
+        got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
+        assert all(map(torch.equal, got, want)), f"{name} seed {seed}"
 
 
 @pytest.mark.parametrize("op", OPS)

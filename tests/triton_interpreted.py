@@ -316,6 +316,11 @@ def test_gated_activation(flags: int, dtype: torch.dtype) -> None:
         check("gated_activation_backward", case.normal(*y.shape), x, flags)
     check("gated_activation", x[:0], flags)
     check("gated_activation_backward", y[:0], x[:0], flags)
+    x = case.normal(2, 3, 34 + 6)[..., 2:36]
+    y = check("gated_activation", x, flags)[0]
+    check("gated_activation_backward", case.normal(*y.shape), x, flags)
+    with pytest.raises(RuntimeError):
+        adaln.KERNELS["gated_activation"](x.transpose(0, 1), flags)
 
 
 # ------------------------------------------------------------------------------------------- contract and wiring

@@ -117,6 +117,7 @@ void norm_modulate_backward(StableIValue* stack, uint64_t, uint64_t) {
   s.shift2 = check.modulation(shift2);
   s.weight = check.affine(weight);
   s.bias = check.affine(bias);
+  check.row_values();
   Gradients g(s, needs);
   g.activation(kNeedX, s.dx);
   g.modulation(kNeedScale, s.scale, scale, s.dscale);
@@ -160,6 +161,7 @@ void gate_residual_norm_modulate_backward(StableIValue* stack, uint64_t, uint64_
   s.post_weight = check.affine(post_weight);
   s.weight = check.affine(weight);
   s.bias = check.affine(bias);
+  check.row_values();
   Gradients g(s, needs);
   g.activation(kNeedX, s.dx);
   g.activation(kNeedA, s.da);
@@ -191,6 +193,7 @@ void gate_residual_backward(StableIValue* stack, uint64_t, uint64_t) {
   s.a = check.activation(a);
   s.gate = check.modulation(gate, gate_table);
   s.post_weight = check.affine(post_weight);
+  check.row_values();
   Gradients g(s, needs);
   g.activation(kNeedA, s.da);
   g.modulation(kNeedGate, s.gate, gate, s.dgate);

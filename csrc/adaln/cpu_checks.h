@@ -2,7 +2,9 @@
 // computed.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
+#include <limits>
 
 #include "../common/stable.h"
 #include "cpu_args.h"
@@ -58,7 +60,7 @@ class Checked {
     m.group = 1;
     if (has_rows_) {
       m.stride_row = value.stride(0);
-      STD_TORCH_CHECK(value.size(0) > 0 || s_.B * s_.N == 0, value.name, " has no rows");
+      row_count_ = std::min(row_count_, value.size(0));
       return m;
     }
     STD_TORCH_CHECK(value.size(0) == s_.B || value.size(0) == 1, value.name, " must have a batch of ", s_.B,
@@ -79,10 +81,23 @@ class Checked {
     return v.data;
   }
 
+  void numbers(const Numbers& n) {
+    s_.eps = static_cast<float>(n.eps);
+    s_.post_eps = static_cast<float>(n.post_eps);
+    s_.offset = static_cast<float>(n.offset);
+    flags(n.flags);
+  }
+
   void flags(int64_t flags) {
     STD_TORCH_CHECK(flags >= 0 && flags < 1024 && (flags & kNormMask) != 3 && (flags & kPostMask) != kPostMask,
                     "unknown flags ", flags);
     s_.flags = static_cast<int>(flags);
+  }
+
+  // Every value of `rows` names a row of every modulation tensor. Call after these.
+  void row_values() const {
+    if (!has_rows_ || row_count_ == kAnyCount) return;
+    check_indices("rows", s_.rows, s_.rows_stride == 0 ? s_.N : s_.B * s_.N, row_count_);
   }
 
   bool empty() const { return s_.B == 0 || s_.N == 0; }
@@ -101,7 +116,9 @@ class Checked {
     seen = true;
   }
 
+  static constexpr int64_t kAnyCount = std::numeric_limits<int64_t>::max();
   AdalnShape& s_;
+  int64_t row_count_ = kAnyCount;  // rows of the shortest modulation tensor
   bool has_rows_ = false, mod_seen_ = false, affine_seen_ = false;
 };
 

@@ -1,4 +1,6 @@
 // qk_norm_rope and gated_activation, forward and backward, on CPU tensors.
+#include <algorithm>
+
 #include "../common/stable.h"
 #include "cpu_args.h"
 
@@ -50,7 +52,7 @@ void check_tables(QkNormRope& s, const Arg& cos, const Arg& sin, const Arg& posi
                   s.T);
   const int64_t at = cos.dim == 2 ? 0 : 1, rows = cos.size(at);
   STD_TORCH_CHECK(cos.dim == 2 || cos.size(0) == 1 || cos.size(0) == s.B, "the batch of cos must be ", s.B, " or 1");
-  STD_TORCH_CHECK(positions ? (rows > 0 || S * s.B == 0) : rows == S, "cos must have ", S, " rows, got ", rows);
+  STD_TORCH_CHECK(positions || rows == S, "cos must have ", S, " rows, got ", rows);
   if (cos.dim == 4 && cos.size(2) != 1) {
     STD_TORCH_CHECK(cos.size(2) == s.side[0].H && s.side[1].H == s.side[0].H,
                     "per-head cos needs as many heads as q and k");
@@ -73,28 +75,32 @@ void check_tables(QkNormRope& s, const Arg& cos, const Arg& sin, const Arg& posi
                   "positions must have shape (S,) or (B, S)");
   s.positions = static_cast<const int32_t*>(positions.data);
   s.positions_stride = shared ? 0 : S;
+  check_indices("positions", s.positions, shared ? S : s.B * S, rows);
 }
 
 struct QkArgs {
   Arg q, k, weight[2], bias[2], cos, sin, positions;
+  Numbers numbers;
 };
 
-void read(QkArgs& a, Inputs& in) {
+void read(QkArgs& a, Inputs& in, bool bare) {
   a.q = in.tensor("q");
   a.k = in.tensor("k");
   a.weight[0] = in.optional("q_weight");
   a.weight[1] = in.optional("k_weight");
-  a.bias[0] = in.optional("q_bias");
-  a.bias[1] = in.optional("k_bias");
+  a.bias[0] = in.rare("q_bias");
+  a.bias[1] = in.rare("k_bias");
   a.cos = in.optional("cos");
   a.sin = in.optional("sin");
-  a.positions = in.optional("positions");
+  a.positions = in.rare("positions");
+  a.numbers = bare ? unpacked(in.integer()) : Numbers{in.number(), 0.0, 0.0, in.integer()};
 }
 
-void check(QkNormRope& s, const QkArgs& a, double eps, int64_t flags) {
+void check(QkNormRope& s, const QkArgs& a) {
+  const int64_t flags = a.numbers.flags;
   STD_TORCH_CHECK(flags >= 0 && flags < 64 && (flags & kNormMask) != 3, "unknown flags ", flags);
   s.flags = static_cast<int>(flags);
-  s.eps = static_cast<float>(eps);
+  s.eps = static_cast<float>(a.numbers.eps);
   STD_TORCH_CHECK(a.q.dim == 4, "q must be (B, S, H, Dh), got ", a.q.dim, " dimensions");
   s.dtype = s.affine_dtype = dtype_of_arg(a.q);
   s.B = a.q.size(0);
@@ -114,13 +120,12 @@ int64_t elements(const QkNormRope& s, int i) { return s.B * s.side[i].S * s.side
 
 Output like(const QkNormRope& s, int i) { return Output({s.B, s.side[i].S, s.side[i].H, s.Dh}, s.dtype); }
 
-void qk_norm_rope(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
+void qk_norm_rope_any(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
   QkArgs a;
-  read(a, in);
+  read(a, in, bare);
   QkNormRope s;
-  const double eps = in.number();
-  check(s, a, eps, in.integer());
+  check(s, a);
   Output out[2] = {like(s, 0), like(s, 1)};
   for (int i = 0; i < 2; ++i) s.side[i].out = out[i].data();
   s.past_cache = (s.Dh * size_of(s.dtype)) % kLine == 0 && out[0].bytes() + out[1].bytes() >= kPastCacheFrom;
@@ -141,15 +146,17 @@ void qk_norm_rope(StableIValue* stack, uint64_t, uint64_t) {
   stack[1] = out[1].release();
 }
 
+void qk_norm_rope(StableIValue* stack, uint64_t, uint64_t) { qk_norm_rope_any(stack, false); }
+void qk_norm_rope_bare(StableIValue* stack, uint64_t, uint64_t) { qk_norm_rope_any(stack, true); }
+
 void qk_norm_rope_backward(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const Arg dy[2] = {in.tensor("dq"), in.tensor("dk")};
   QkArgs a;
-  read(a, in);
+  read(a, in, false);
+  const int64_t needs = in.integer();
   QkNormRope s;
-  const double eps = in.number();
-  const int64_t flags = in.integer(), needs = in.integer();
-  check(s, a, eps, flags);
+  check(s, a);
   const AdalnKernels& kernels = adaln_kernels();
   Output dx[2], dweight[2], dbias[2];
   constexpr int64_t kChunk = 64;
@@ -203,27 +210,33 @@ void qk_norm_rope_backward(StableIValue* stack, uint64_t, uint64_t) {
     for (int i = 0; i < 2; ++i) *out++ = group[i].release();
 }
 
-void check_activation(GatedActivation& a, const Arg& x, int64_t flags) {
+// Returns the rows.
+int64_t check_activation(GatedActivation& a, const Arg& x, int64_t flags) {
   STD_TORCH_CHECK(flags >= 0 && flags < 8 && (flags & kActivationMask) != 3, "unknown flags ", flags);
   a.flags = static_cast<int>(flags);
-  STD_TORCH_CHECK(x.dim == 2 && x.dense_last(), "x must be (rows, width) with a contiguous last dim");
+  int64_t rows = 0;
+  STD_TORCH_CHECK(x.dim >= 1 && x.dim <= kMostDims && x.dense_last() && x.as_rows(rows, a.stride_x),
+                  "x must have a contiguous last dim and leading dims of one common stride");
   const bool halves = (flags & kActivationMask) != kGeluTanh;
-  STD_TORCH_CHECK(!halves || x.size(1) % 2 == 0, "the width of x must be even, got ", x.size(1));
+  STD_TORCH_CHECK(!halves || x.size(-1) % 2 == 0, "the width of x must be even, got ", x.size(-1));
   a.dtype = dtype_of_arg(x);
-  a.width = halves ? x.size(1) / 2 : x.size(1);
+  a.width = halves ? x.size(-1) / 2 : x.size(-1);
   a.x = x.data;
-  a.stride_x = x.stride(0);
+  return rows;
 }
 
 void gated_activation(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const Arg x = in.tensor("x");
   GatedActivation a;
-  check_activation(a, x, in.integer());
-  Output y({x.size(0), a.width}, a.dtype);
+  const int64_t rows = check_activation(a, x, in.integer());
+  int64_t sizes[kMostDims];
+  std::copy_n(x.sizes, x.dim - 1, sizes);
+  sizes[x.dim - 1] = a.width;
+  Output y(sizes, static_cast<int>(x.dim), a.dtype);
   a.out = y.data();
   const AdalnKernels& kernels = adaln_kernels();
-  parallel(x.size(0), grain_for(4 * a.width), [&](int64_t begin, int64_t end) { kernels.activation(a, begin, end); });
+  parallel(rows, grain_for(4 * a.width), [&](int64_t begin, int64_t end) { kernels.activation(a, begin, end); });
   stack[0] = y.release();
 }
 
@@ -231,16 +244,17 @@ void gated_activation_backward(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const Arg dy = in.tensor("dy"), x = in.tensor("x");
   GatedActivation a;
-  check_activation(a, x, in.integer());
-  STD_TORCH_CHECK(
-      dy.dim == 2 && dy.size(0) == x.size(0) && dy.size(1) == a.width && dtype_of_arg(dy) == a.dtype && dy.dense_last(),
-      "dy must have the shape and dtype of the result and a contiguous last dim");
+  const int64_t rows = check_activation(a, x, in.integer());
+  int64_t dy_rows = 0;
+  STD_TORCH_CHECK(dy.dim == x.dim && std::equal(x.sizes, x.sizes + x.dim - 1, dy.sizes) && dy.size(-1) == a.width &&
+                      dtype_of_arg(dy) == a.dtype && dy.dense_last() && dy.as_rows(dy_rows, a.stride_dy),
+                  "dy must have the shape and dtype of the result, a contiguous last dim and leading dims of one "
+                  "common stride");
   a.dy = dy.data;
-  a.stride_dy = dy.stride(0);
-  Output dx({x.size(0), x.size(1)}, a.dtype);
+  Output dx(x.sizes, static_cast<int>(x.dim), a.dtype);
   a.out = dx.data();
   const AdalnKernels& kernels = adaln_kernels();
-  parallel(x.size(0), grain_for(4 * a.width),
+  parallel(rows, grain_for(4 * a.width),
            [&](int64_t begin, int64_t end) { kernels.activation_backward(a, begin, end); });
   stack[0] = dx.release();
 }
@@ -256,4 +270,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }  // namespace maskaccel
 
 STABLE_TORCH_LIBRARY_IMPL(maskaccel, CPU, m) { maskaccel::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) { maskaccel::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) {
+  maskaccel::implement(m);
+  m.impl("qk_norm_rope_bare", maskaccel::qk_norm_rope_bare);
+}

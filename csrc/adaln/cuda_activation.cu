@@ -13,14 +13,13 @@ Result run(const Call& call, const Arg& x, const Arg* dy, int64_t flags) {
   const int kind = static_cast<int>(flags & kActivationMask);
   call.check(kind != 3, "unknown activation in flags ", flags);
   const bool gated = kind != kGeluTanh;
-  call.check(x.dim == 2 && x.dense_last(), x.name, " must be (rows, width) with a contiguous last dim, got ", shape_text(x));
-  call.check(!gated || x.size(1) % 2 == 0, x.name, " must have an even last dim, got ", x.size(1));
-  call.check(x.size(1) < int64_t{1} << 31, x.name, " is too wide: ", x.size(1));
-  const int64_t width = gated ? x.size(1) / 2 : x.size(1);
   ActivationParams p;
+  call.check(x.dim >= 1 && x.dim <= kMostDims && x.dense_last() && x.as_rows(p.rows, p.x_stride), x.name,
+             " must have a contiguous last dim and leading dims of one common stride, got ", shape_text(x));
+  const int64_t full = x.size(-1), width = gated ? full / 2 : full;
+  call.check(!gated || full % 2 == 0, x.name, " must have an even last dim, got ", full);
+  call.check(full < int64_t{1} << 31, x.name, " is too wide: ", full);
   p.x = x.data;
-  p.rows = x.size(0);
-  p.x_stride = x.stride(0);
   p.width = static_cast<int>(width);
   p.kind = kind;
   p.gate_first = flags & kGateFirst;
@@ -28,13 +27,18 @@ Result run(const Call& call, const Arg& x, const Arg* dy, int64_t flags) {
   p.out_vec = width % kVec == 0;
   if (dy != nullptr) {
     call.same_device(*dy);
-    call.check(dy->dim == 2 && dy->size(0) == p.rows && dy->size(1) == width && dy->code == x.code && dy->dense_last(), dy->name,
-               " must be (", p.rows, ", ", width, ") in the dtype of x, with a contiguous last dim, got ", shape_text(*dy));
+    int64_t dy_rows = 0;
+    call.check(dy->dim == x.dim && std::equal(x.sizes, x.sizes + x.dim - 1, dy->sizes) && dy->size(-1) == width &&
+                   dy->code == x.code && dy->dense_last() && dy->as_rows(dy_rows, p.dy_stride),
+               dy->name, " must be like the result (last dim ", width,
+               ") with a contiguous last dim and leading dims of one common stride, got ", shape_text(*dy));
     p.dy = dy->data;
-    p.dy_stride = dy->stride(0);
     p.dy_vec = rows_aligned(*dy);
   }
-  Result out(call, {p.rows, kBackward ? x.size(1) : width}, dtype);
+  int64_t sizes[kMostDims];
+  std::copy_n(x.sizes, x.dim, sizes);
+  if (!kBackward) sizes[x.dim - 1] = width;
+  Result out(call, sizes, static_cast<int>(x.dim), dtype);
   p.out = out.data();
   const int64_t vectors = p.rows * ceil_div(width, kVec);
   if (vectors == 0) return out;

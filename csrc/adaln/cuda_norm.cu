@@ -13,19 +13,18 @@ void forward(const Operands& o, ForwardParams& p) {
   });
 }
 
-void norm(const char* op, bool pair, StableIValue* stack) {
-  Inputs in(stack);
+void norm(const char* op, bool pair, bool bare, StableIValue* stack) {
+  Inputs in(stack, bare);
   const Arg x = in.tensor("x"), scale = in.optional("scale"), shift = in.optional("shift");
   const Arg scale2 = pair ? in.optional("scale2") : Arg{}, shift2 = pair ? in.optional("shift2") : Arg{};
-  const Arg weight = in.optional("weight"), bias = in.optional("bias");
-  const Arg scale_table = in.optional("scale_table"), shift_table = in.optional("shift_table"), rows = in.optional("rows");
-  const double eps = in.number(), offset = in.number();
-  const int64_t flags = in.integer();
+  const Arg weight = in.rare("weight"), bias = in.rare("bias");
+  const Arg scale_table = in.rare("scale_table"), shift_table = in.rare("shift_table"), rows = in.rare("rows");
+  const Numbers n = bare ? unpacked(in.integer()) : Numbers{in.number(), 0.0, in.number(), in.integer()};
 
   const Call call(op, x);
-  Operands o(call, x, flags);
-  o.c.eps = static_cast<float>(eps);
-  o.c.offset = static_cast<float>(offset);
+  Operands o(call, x, n.flags);
+  o.c.eps = static_cast<float>(n.eps);
+  o.c.offset = static_cast<float>(n.offset);
   o.rows(rows);
   o.c.modulation_wide = call.one_dtype(o.dtype, {&scale, &shift, &scale2, &shift2, &scale_table, &shift_table});
   o.c.weight_wide = call.one_dtype(o.dtype, {&weight, &bias});
@@ -48,10 +47,10 @@ void norm(const char* op, bool pair, StableIValue* stack) {
   if (pair) stack[1] = y2.release();
 }
 
-void gated(const char* op, bool normalised, bool pair, StableIValue* stack) {
-  Inputs in(stack);
-  const Arg x = in.tensor("x"), a = in.tensor("a"), gate = in.optional("gate"), gate_table = in.optional("gate_table");
-  const Arg post_weight = in.optional("post_weight");
+void gated(const char* op, bool normalised, bool pair, bool bare, StableIValue* stack) {
+  Inputs in(stack, bare);
+  const Arg x = in.tensor("x"), a = in.tensor("a"), gate = in.optional("gate"), gate_table = in.rare("gate_table");
+  const Arg post_weight = in.rare("post_weight");
   Arg scale, shift, scale2, shift2, weight, bias, scale_table, shift_table;
   if (normalised) {
     scale = in.optional("scale");
@@ -60,20 +59,21 @@ void gated(const char* op, bool normalised, bool pair, StableIValue* stack) {
       scale2 = in.optional("scale2");
       shift2 = in.optional("shift2");
     }
-    weight = in.optional("weight");
-    bias = in.optional("bias");
-    scale_table = in.optional("scale_table");
-    shift_table = in.optional("shift_table");
+    weight = in.rare("weight");
+    bias = in.rare("bias");
+    scale_table = in.rare("scale_table");
+    shift_table = in.rare("shift_table");
   }
-  const Arg rows = in.optional("rows");
-  const double eps = normalised ? in.number() : 0.0, post_eps = in.number(), offset = normalised ? in.number() : 0.0;
-  const int64_t flags = in.integer();
+  const Arg rows = in.rare("rows");
+  const Numbers n = bare         ? unpacked(in.integer())
+                    : normalised ? Numbers{in.number(), in.number(), in.number(), in.integer()}
+                                 : Numbers{0.0, in.number(), 0.0, in.integer()};
 
   const Call call(op, x);
-  Operands o(call, x, flags);
-  o.c.eps = static_cast<float>(eps);
-  o.c.post_eps = static_cast<float>(post_eps);
-  o.c.offset = static_cast<float>(offset);
+  Operands o(call, x, n.flags);
+  o.c.eps = static_cast<float>(n.eps);
+  o.c.post_eps = static_cast<float>(n.post_eps);
+  o.c.offset = static_cast<float>(n.offset);
   o.rows(rows);
   o.c.modulation_wide =
       call.one_dtype(o.dtype, {&gate, &gate_table, &scale, &shift, &scale2, &shift2, &scale_table, &shift_table});
@@ -90,7 +90,7 @@ void gated(const char* op, bool normalised, bool pair, StableIValue* stack) {
   p.bias = o.vector(bias);
   p.post_weight = o.vector(post_weight);
 
-  const bool store = !normalised || !(flags & kNoResidual);
+  const bool store = !normalised || !(n.flags & kNoResidual);
   Result r = o.like_x(store), y, y2;
   p.r = store ? r.data() : nullptr;
   if (normalised) {
@@ -109,14 +109,23 @@ void gated(const char* op, bool normalised, bool pair, StableIValue* stack) {
   if (pair) stack[2] = y2.release();
 }
 
-void norm_modulate(StableIValue* stack, uint64_t, uint64_t) { norm("norm_modulate", false, stack); }
-void norm_modulate_pair(StableIValue* stack, uint64_t, uint64_t) { norm("norm_modulate_pair", true, stack); }
-void gate_residual(StableIValue* stack, uint64_t, uint64_t) { gated("gate_residual", false, false, stack); }
+void norm_modulate(StableIValue* stack, uint64_t, uint64_t) { norm("norm_modulate", false, false, stack); }
+void norm_modulate_bare(StableIValue* stack, uint64_t, uint64_t) { norm("norm_modulate", false, true, stack); }
+void norm_modulate_pair(StableIValue* stack, uint64_t, uint64_t) { norm("norm_modulate_pair", true, false, stack); }
+void norm_modulate_pair_bare(StableIValue* stack, uint64_t, uint64_t) { norm("norm_modulate_pair", true, true, stack); }
+void gate_residual(StableIValue* stack, uint64_t, uint64_t) { gated("gate_residual", false, false, false, stack); }
+void gate_residual_bare(StableIValue* stack, uint64_t, uint64_t) { gated("gate_residual", false, false, true, stack); }
 void gate_residual_norm_modulate(StableIValue* stack, uint64_t, uint64_t) {
-  gated("gate_residual_norm_modulate", true, false, stack);
+  gated("gate_residual_norm_modulate", true, false, false, stack);
+}
+void gate_residual_norm_modulate_bare(StableIValue* stack, uint64_t, uint64_t) {
+  gated("gate_residual_norm_modulate", true, false, true, stack);
 }
 void gate_residual_norm_modulate_pair(StableIValue* stack, uint64_t, uint64_t) {
-  gated("gate_residual_norm_modulate_pair", true, true, stack);
+  gated("gate_residual_norm_modulate_pair", true, true, false, stack);
+}
+void gate_residual_norm_modulate_pair_bare(StableIValue* stack, uint64_t, uint64_t) {
+  gated("gate_residual_norm_modulate_pair", true, true, true, stack);
 }
 
 void register_ops(Library& m) {
@@ -127,7 +136,16 @@ void register_ops(Library& m) {
   m.impl("gate_residual_norm_modulate_pair", &gate_residual_norm_modulate_pair);
 }
 
+void register_bare(Library& m) {
+  m.impl("norm_modulate_bare", &norm_modulate_bare);
+  m.impl("norm_modulate_pair_bare", &norm_modulate_pair_bare);
+  m.impl("gate_residual_bare", &gate_residual_bare);
+  m.impl("gate_residual_norm_modulate_bare", &gate_residual_norm_modulate_bare);
+  m.impl("gate_residual_norm_modulate_pair_bare", &gate_residual_norm_modulate_pair_bare);
+}
+
 MASKACCEL_CUDA_LIBRARY(register_ops)
+MASKACCEL_CUDA_RAW_LIBRARY(register_bare)
 
 }  // namespace
 }  // namespace maskaccel::cuda

@@ -157,16 +157,15 @@ struct QkOperands {
   }
 };
 
-void qk_norm_rope(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
+void forward(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
   const Arg q = in.tensor("q"), k = in.tensor("k"), q_weight = in.optional("q_weight"), k_weight = in.optional("k_weight");
-  const Arg q_bias = in.optional("q_bias"), k_bias = in.optional("k_bias"), cos = in.optional("cos");
-  const Arg sin = in.optional("sin"), positions = in.optional("positions");
-  const double eps = in.number();
-  const int64_t flags = in.integer();
+  const Arg q_bias = in.rare("q_bias"), k_bias = in.rare("k_bias"), cos = in.optional("cos"), sin = in.optional("sin");
+  const Arg positions = in.rare("positions");
+  const Numbers n = bare ? unpacked(in.integer()) : Numbers{in.number(), 0.0, 0.0, in.integer()};
 
   const Call call("qk_norm_rope", q);
-  QkOperands o(call, q, k, flags, eps);
+  QkOperands o(call, q, k, n.flags, n.eps);
   o.weights(q_weight, k_weight, q_bias, k_bias);
   o.rope(cos, sin, positions);
   Result q_out(call, {q.size(0), q.size(1), q.size(2), q.size(3)}, o.dtype);
@@ -181,6 +180,9 @@ void qk_norm_rope(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = q_out.release();
   stack[1] = k_out.release();
 }
+
+void qk_norm_rope(StableIValue* stack, uint64_t, uint64_t) { forward(stack, false); }
+void qk_norm_rope_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, true); }
 
 void qk_norm_rope_backward(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
@@ -247,7 +249,10 @@ void register_ops(Library& m) {
   m.impl("qk_norm_rope_backward", &qk_norm_rope_backward);
 }
 
+void register_bare(Library& m) { m.impl("qk_norm_rope_bare", &qk_norm_rope_bare); }
+
 MASKACCEL_CUDA_LIBRARY(register_ops)
+MASKACCEL_CUDA_RAW_LIBRARY(register_bare)
 
 }  // namespace
 }  // namespace maskaccel::cuda

@@ -1,6 +1,9 @@
 // Flag bits of the adaLN ops; the same values as maskaccel/ops/adaln/schema.py.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 namespace maskaccel {
 
 enum AdalnFlags : int {
@@ -26,6 +29,18 @@ enum AdalnFlags : int {
 enum QkFlags : int { kAcrossHeads = 16, kRopeHalf = 32 };
 
 enum ActivationFlags : int { kActivationMask = 3, kSwiglu = 0, kGeglu = 1, kGeluTanh = 2, kGateFirst = 4 };
+
+// The numbers of a forward op. A bare op takes them packed into one: flags, offset in bit 16, eps as fp32 above bit 32.
+struct Numbers {
+  double eps = 0, post_eps = 0, offset = 0;
+  int64_t flags = 0;
+};
+inline Numbers unpacked(int64_t packed) {
+  const auto bits = static_cast<uint32_t>(packed >> 32);
+  float eps = 0;
+  std::memcpy(&eps, &bits, sizeof eps);
+  return {eps, eps, packed >> 16 & 1 ? 1.0 : 0.0, packed & 0xffff};
+}
 
 enum Needs : int {
   kNeedX = 1,

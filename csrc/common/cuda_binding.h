@@ -7,11 +7,13 @@
 #include "stable.h"
 
 #ifdef MASKACCEL_EMULATE
-#define MASKACCEL_CUDA_LIBRARY(function) STABLE_TORCH_LIBRARY_IMPL(maskaccel_emulated, CPU, m) { function(m); }
+#define MASKACCEL_CUDA_RAW_LIBRARY(function) STABLE_TORCH_LIBRARY_IMPL(maskaccel_emulated, CPU, m) { function(m); }
+#define MASKACCEL_CUDA_LIBRARY(function) MASKACCEL_CUDA_RAW_LIBRARY(function)
 #else
-#define MASKACCEL_CUDA_LIBRARY(function)                          \
-  STABLE_TORCH_LIBRARY_IMPL(maskaccel, CUDA, m) { function(m); }  \
-  STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CUDA, m) { function(m); }
+#define MASKACCEL_CUDA_RAW_LIBRARY(function) STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CUDA, m) { function(m); }
+#define MASKACCEL_CUDA_LIBRARY(function)                         \
+  STABLE_TORCH_LIBRARY_IMPL(maskaccel, CUDA, m) { function(m); } \
+  MASKACCEL_CUDA_RAW_LIBRARY(function)
 #endif
 
 namespace maskaccel::cuda {
@@ -92,7 +94,7 @@ class Result {
       : Result(call, sizes, dim, codes().of(dtype), size_of(dtype)) {}
   /// Of any dtype: torch's code, and the bytes of an element.
   Result(const Call& call, const int64_t* sizes, int dim, int32_t code, int64_t item) {
-    int64_t strides[8], count = 1, step = 1;
+    int64_t strides[kMostDims], count = 1, step = 1;
     for (int i = dim - 1; i >= 0; --i) {
       strides[i] = step;
       step *= sizes[i] > 0 ? sizes[i] : 1;

@@ -16,6 +16,8 @@ namespace maskaccel {
 
 #define MASKACCEL_SHIM(call) STD_TORCH_CHECK((call) == AOTI_TORCH_SUCCESS, "torch refused: " #call)
 
+constexpr int kMostDims = 8;  // of a result
+
 // A tensor argument; `handle` null where an optional one is absent.
 struct Arg {
   AtenTensorHandle handle = nullptr;
@@ -33,6 +35,18 @@ struct Arg {
     int64_t n = 1;
     for (int64_t i = 0; i < dim; ++i) n *= sizes[i];
     return n;
+  }
+  // The leading dims as one: how many rows, and the stride between them. False if no single stride reaches them all.
+  bool as_rows(int64_t& rows, int64_t& step) const {
+    rows = 1;
+    step = 0;
+    for (int64_t i = dim - 2; i >= 0; --i) {
+      if (sizes[i] == 1) continue;
+      if (rows == 1) step = strides[i];
+      if (rows > 1 && strides[i] != rows * step && numel() != 0) return false;
+      rows *= sizes[i];
+    }
+    return true;
   }
   // A dim of one element may have any stride.
   bool dense_last() const { return dim > 0 && (stride(-1) == 1 || size(-1) <= 1); }
@@ -68,7 +82,8 @@ class Inputs {
  public:
   static constexpr int kMost = 32;
 
-  explicit Inputs(StableIValue* stack) : stack_(stack) {}
+  // `bare`: an op without the operands that few calls give.
+  explicit Inputs(StableIValue* stack, bool bare = false) : stack_(stack), bare_(bare) {}
   Inputs(const Inputs&) = delete;
   Inputs& operator=(const Inputs&) = delete;
   ~Inputs() {
@@ -78,15 +93,12 @@ class Inputs {
   Arg tensor(const char* name) { return view(name, as<AtenTensorHandle>(stack_[at_++])); }
   Arg optional(const char* name) {
     auto* const cell = as<StableIValue*>(stack_[at_++]);
-    if (cell == nullptr) {
-      Arg none;
-      none.name = name;
-      return none;
-    }
+    if (cell == nullptr) return absent(name);
     const auto handle = as<AtenTensorHandle>(*cell);
     delete cell;
     return view(name, handle);
   }
+  Arg rare(const char* name) { return bare_ ? absent(name) : optional(name); }
   double number() { return as<double>(stack_[at_++]); }
   int64_t integer() { return as<int64_t>(stack_[at_++]); }
   bool boolean() { return as<bool>(stack_[at_++]); }
@@ -98,6 +110,11 @@ class Inputs {
     static_assert(sizeof(T) <= sizeof(StableIValue));
     std::memcpy(&out, &v, sizeof out);
     return out;
+  }
+  static Arg absent(const char* name) {
+    Arg none;
+    none.name = name;
+    return none;
   }
   Arg view(const char* name, AtenTensorHandle handle) {
     owned_[count_++] = handle;
@@ -118,6 +135,7 @@ class Inputs {
   }
 
   StableIValue* stack_;
+  bool bare_;
   int at_ = 0, count_ = 0;
   AtenTensorHandle owned_[kMost];
 };
@@ -131,7 +149,7 @@ class Output {
   Output(const int64_t* sizes, int dim, Dtype dtype) : Output(sizes, dim, codes().of(dtype), size_of(dtype)) {}
   // Of any dtype: torch's code, and the bytes of an element.
   Output(const int64_t* sizes, int dim, int32_t code, int64_t item) {
-    int64_t strides[8];
+    int64_t strides[kMostDims];
     int64_t n = 1;
     for (int i = dim - 1; i >= 0; --i) {
       strides[i] = n;
@@ -189,6 +207,17 @@ void parallel(int64_t total, int64_t grain, const F& f) {
     return;
   }
   MASKACCEL_SHIM(torch_parallel_for(0, total, grain, call, const_cast<void*>(static_cast<const void*>(&f))));
+}
+
+// Refuses an index below 0 or not below `limit`.
+inline void check_indices(const char* name, const int32_t* values, int64_t count, int64_t limit) {
+  int32_t low = 0, high = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+  }
+  STD_TORCH_CHECK(low >= 0 && high < limit, name, " holds values from ", low, " to ", high, "; allowed are 0 to ",
+                  limit - 1);
 }
 
 // Items per task so that a task touches at least about 64 KiB; smaller ones cost more to hand out than to do.

@@ -16,7 +16,7 @@ void relative_difference(StableIValue* stack, uint64_t, uint64_t) {
   const Arg x = in.tensor("x"), reference = in.tensor("reference"), base = in.optional("base");
   RelativeDifference s;
   s.dtype = dtype_of_arg(x);
-  STD_TORCH_CHECK(x.dim >= 1, "x must have a batch dim");
+  STD_TORCH_CHECK(x.dim >= 2, "x must be (B, ...) of two dims or more");
   check_same(x, x);
   check_same(reference, x);
   if (base) check_same(base, x);

@@ -11,7 +11,7 @@ void relative_difference(StableIValue* stack, uint64_t, uint64_t) {
   const Arg x = in.tensor("x"), reference = in.tensor("reference"), base = in.optional("base");
   const Call call("relative_difference", x);
   const Dtype dtype = dtype_of_arg(x);
-  call.check(x.dim >= 1 && x.contiguous(), "x must be contiguous (B, ...), got ", shape_text(x));
+  call.check(x.dim >= 2 && x.contiguous(), "x must be contiguous (B, ...) of two dims or more, got ", shape_text(x));
   for (const Arg* a : {&reference, &base}) {
     if (!*a) continue;
     call.same_device(*a);

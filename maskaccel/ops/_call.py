@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,25 +15,24 @@ from ._backends import KERNEL_DTYPES, automatic_namespace, namespace, select, se
 
 # What a fast call may raise before it did anything; the checked path then finds the fault and names it.
 FAULTS = (RuntimeError, LookupError, AttributeError, TypeError)
-_RAW: dict[tuple[str, str], Any] = {}
 
+# False when it runs, True in what torch.compile traces, as `torch.compiler.is_compiling` at a sixth of the cost.
+tracing = torch.compiler.is_dynamo_compiling
 
-def raw(ns: str, name: str) -> Any:
-    """`torch.ops.<ns>.<name>.default`, looked up once."""
-    key = (ns, name)
-    found = _RAW.get(key)
-    if found is None:
-        found = _RAW[key] = _registry.op(ns, name)
-    return found
+# Looked up once: a name with a dot in it costs as much as a test.
+_compiler = torch.compiler
+_is_grad_enabled = torch.is_grad_enabled
+_cpu: dict[str, Callable[..., Any]] = {}  # what the automatic backend calls for CPU tensors, by op
 
 
 def wants_grad(args: tuple) -> bool:
     """True if autograd is on and an argument requires grad; also in forward mode, which the derivative then refuses."""
     if forward_ad._current_level >= 0:
         return True
-    if not torch.is_grad_enabled():
+    if not _is_grad_enabled():
         return False
-    return any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    # no isinstance: for what is no tensor it costs more than all the rest
+    return any(t is not None and getattr(t, "requires_grad", False) for t in args)
 
 
 def fast(name: str, x: Tensor, args: tuple) -> Any:
@@ -41,12 +41,45 @@ def fast(name: str, x: Tensor, args: tuple) -> Any:
     The kernels check their whole contract before any work. A violation (RuntimeError) or a device without kernels
     (LookupError) sends the caller to the checked path, which explains the fault or normalises the arguments.
     """
-    ns = automatic_namespace("cpu", None) if x.is_cpu else automatic_namespace(x.device.type, x.device.index)
+    if _compiler._is_compiling_flag:  # an export that traces by running, which `tracing` does not see
+        raise LookupError
+    if (_is_grad_enabled() or forward_ad._current_level >= 0) and wants_grad(args):
+        return _registry.autograd_function(_automatic(x.device), name).apply(*args)
+    kernel = _cpu.get(name) if x.is_cpu else None
+    return (kernel or _kernel(name, x.device))(*args)
+
+
+def bare(name: str, x: Tensor, args: tuple) -> Any:
+    """A native op of few arguments, the last of them its numbers; None where the whole op is needed instead.
+
+    That is where the numbers do not fit, an argument requires grad, or another backend serves the device.
+    """
+    if args[-1] is None or _compiler._is_compiling_flag:
+        return None
+    if (_is_grad_enabled() or forward_ad._current_level >= 0) and wants_grad(args):
+        return None
+    kernel = _cpu.get(name) if x.is_cpu else None
+    if kernel is None:
+        if automatic_namespace(x.device.type, x.device.index) != "maskaccel_raw":
+            return None
+        kernel = _kernel(name, x.device)
+    return kernel(*args)
+
+
+def _automatic(device: torch.device) -> str:
+    ns = automatic_namespace(device.type, device.index)
     if ns is None:
         raise LookupError
-    if wants_grad(args):
-        return _registry.autograd_function(ns, name).apply(*args)
-    return raw(ns, name)(*args)
+    return ns
+
+
+@functools.cache
+def _kernel(name: str, device: torch.device) -> Callable[..., Any]:
+    overload = _registry.op(_automatic(device), name)
+    kernel = getattr(overload, "_op", overload)  # what calling the overload calls, one Python frame further
+    if device.type == "cpu":
+        _cpu[name] = kernel
+    return kernel
 
 
 def checked(name: str, x: Tensor, args: tuple, backend: str | None, reference: Callable[[], Any]) -> Any:
@@ -54,10 +87,10 @@ def checked(name: str, x: Tensor, args: tuple, backend: str | None, reference: C
     compiling = torch.compiler.is_compiling()
     if compiling and backend is None:
         # The op whose kernel and derivative the dispatcher knows: tracing needs no look at the backends.
-        return raw("maskaccel", name)(*args) if x.dtype in KERNEL_DTYPES else reference()
+        return _registry.op("maskaccel", name)(*args) if x.dtype in KERNEL_DTYPES else reference()
     chosen = (select_while_tracing if compiling else select)(backend, x.device, x.dtype)
     if chosen == "reference":
         return reference()
     if wants_grad(args):
         return _registry.autograd_function(namespace(chosen), name).apply(*args)
-    return raw(namespace(chosen), name)(*args)
+    return _registry.op(namespace(chosen), name)(*args)

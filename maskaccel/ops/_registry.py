@@ -64,6 +64,13 @@ def define(spec: OpSpec) -> None:
         torch.library.register_autograd(f"maskaccel::{spec.name}", _refuse(spec.name), lib=_LIBRARIES["maskaccel"])
 
 
+def define_raw(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define an op in `maskaccel_raw` alone: another way to call a kernel, with fewer arguments."""
+    library = _LIBRARIES["maskaccel_raw"]
+    library.define(name + schema)
+    torch.library.register_fake(f"maskaccel_raw::{name}", fake, lib=library)
+
+
 def _refuse(name: str) -> Callable[..., tuple]:
     def backward(ctx: Any, *grads: Any) -> tuple:
         raise RuntimeError(f"torch.ops.maskaccel.{name} has no derivative; call it under torch.no_grad()")

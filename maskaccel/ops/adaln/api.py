@@ -7,41 +7,17 @@ norms).
 
 from __future__ import annotations
 
-import torch
+from functools import partial  # not closures: each argument that one captures costs every call 30 ns
+
 from torch import Tensor
 
 from .. import _call
+from .._call import FAULTS, bare, fast, tracing
 from . import check, reference
-from .schema import (
-    ACROSS_HEADS,
-    ACTIVATIONS,
-    CLIP,
-    GATE_ACTS,
-    GATE_FIRST,
-    LAWS,
-    NO_RESIDUAL,
-    NORMS,
-    POST_NORMS,
-    ROPE_HALF,
-    WEIGHT_PLUS_ONE,
-)  # fmt: skip
+from .flags import ACTIVATION_FLAGS, GATE_FLAGS, NORM_FLAGS, ROPE_FLAGS, gate_numbers, norm_numbers, qk_numbers
+from .schema import ACROSS_HEADS, ACTIVATIONS, CLIP, GATE_FIRST, NO_RESIDUAL, POST_NORMS, ROPE_HALF
 
-_NORM_FLAGS = {
-    (norm, law, offset): NORMS[norm] | LAWS[law] | (WEIGHT_PLUS_ONE if offset else 0)
-    for norm in NORMS
-    for law in LAWS
-    for offset in (0.0, 1.0)
-}
-_GATE_FLAGS = {(act, post): GATE_ACTS[act] | POST_NORMS[post] for act in GATE_ACTS for post in POST_NORMS}
 _POSTS = POST_NORMS["rms"] | POST_NORMS["layer"]
-_ROPE_FLAGS = {
-    (across, rope): (ACROSS_HEADS if across else 0) | (ROPE_HALF if rope == "half" else 0)
-    for across in (False, True)
-    for rope in ("interleaved", "half")
-}
-_ACTIVATION_FLAGS = {
-    (kind, first): ACTIVATIONS[kind] | (GATE_FIRST if first else 0) for kind in ACTIVATIONS for first in (False, True)
-}
 _INF = float("inf")
 
 
@@ -93,33 +69,40 @@ def norm_modulate(
         ValueError: Shapes do not fit, an option is unknown, or `backend` cannot run the call.
     """
     pair = scale2 is not None or shift2 is not None
-    if backend is None and not torch.compiler.is_compiling() and rows is None:
+    fault = None
+    if backend is None and not tracing():
         try:
-            flags = _NORM_FLAGS[norm, law, weight_offset]
+            if weight is None and bias is None and scale_table is None and shift_table is None and rows is None:
+                numbers = norm_numbers(norm, law, weight_offset, eps, offset)
+                if pair:
+                    y = bare("norm_modulate_pair_bare", x, (x, scale, shift, scale2, shift2, numbers))
+                else:
+                    y = bare("norm_modulate_bare", x, (x, scale, shift, numbers))
+                if y is not None:
+                    return y
+            flags = NORM_FLAGS[norm, law, weight_offset]
             if not (0.0 <= eps < _INF and -_INF < offset < _INF):
+                raise LookupError
+            if rows is not None and scale is None and shift is None and not pair:
                 raise LookupError
             end = (weight, bias, scale_table, shift_table, rows, eps, offset, flags)
             if pair:
-                return _call.fast("norm_modulate_pair", x, (x, scale, shift, scale2, shift2, *end))
-            args = (x, scale, shift, *end)
-            return _call.fast("norm_modulate", x, args)
-        except _call.FAULTS as error:
+                return fast("norm_modulate_pair", x, (x, scale, shift, scale2, shift2, *end))
+            return fast("norm_modulate", x, (x, scale, shift, *end))
+        except FAULTS as error:
             fault = error
-    else:
-        fault = None
 
     check.norm_arguments(x, norm, law, weight_offset, weight, bias, eps, offset)
     mods = {"scale": scale, "shift": shift, "scale2": scale2, "shift2": shift2}
     check.modulations(x, mods, {"scale_table": scale_table, "shift_table": shift_table}, rows)
 
-    def plain() -> Tensor | tuple[Tensor, Tensor]:
-        return reference.norm_modulate(
-            x, scale, shift, norm=norm, weight=weight, bias=bias, eps=eps, offset=offset, rows=rows, law=law,
-            weight_offset=weight_offset, scale_table=scale_table, shift_table=shift_table, scale2=scale2, shift2=shift2,
-        )  # fmt: skip
-
+    plain = partial(
+        reference.norm_modulate,
+        x, scale, shift, norm=norm, weight=weight, bias=bias, eps=eps, offset=offset, rows=rows, law=law,
+        weight_offset=weight_offset, scale_table=scale_table, shift_table=shift_table, scale2=scale2, shift2=shift2,
+    )  # fmt: skip
     k = check.kernel_operands(x, mods, {"scale_table": scale_table, "shift_table": shift_table}, weight, bias, rows)
-    flags = _NORM_FLAGS[norm, law, float(weight_offset)]
+    flags = NORM_FLAGS[norm, law, float(weight_offset)]
     common = (k["weight"], k["bias"], k["scale_table"], k["shift_table"], k["rows"], float(eps), float(offset), flags)
     second = (k["scale2"], k["shift2"]) if pair else ()
     args = (k["x"], k["scale"], k["shift"], *second, *common)
@@ -195,22 +178,38 @@ def gate_residual_norm_modulate(
     """
     pair = scale2 is not None or shift2 is not None
     fault = None
-    if backend is None and rows is None and return_residual and not torch.compiler.is_compiling():
+    name = "gate_residual_norm_modulate_pair" if pair else "gate_residual_norm_modulate"
+    args: tuple
+    if backend is None and not tracing():
         try:
-            flags = _NORM_FLAGS[norm, law, weight_offset] | _GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
+            few = weight is None and bias is None and scale_table is None and shift_table is None and rows is None
+            if few and gate_table is None and post_weight is None and post_eps is None:
+                numbers = gate_numbers(
+                    norm, law, weight_offset, gate_act, post_norm, clip, eps, offset, return_residual
+                )
+                if pair:
+                    args = (x, a, gate, scale, shift, scale2, shift2, numbers)
+                    out = bare("gate_residual_norm_modulate_pair_bare", x, args)
+                else:
+                    out = bare("gate_residual_norm_modulate_bare", x, (x, a, gate, scale, shift, numbers))
+                if out is not None:
+                    return out if return_residual else out[1:] if pair else out[1]
+            flags = NORM_FLAGS[norm, law, weight_offset] | GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
             post = eps if post_eps is None else post_eps
-            if not (0.0 <= eps < _INF and 0.0 <= post < _INF and -_INF < offset < _INF) or (
-                post_weight is not None and not flags & _POSTS
-            ):
+            if not (0.0 <= eps < _INF and 0.0 <= post < _INF and -_INF < offset < _INF):
                 raise LookupError
-            end = (weight, bias, scale_table, shift_table, rows, eps, post, offset, flags)
-            if pair:
-                both = (x, a, gate, gate_table, post_weight, scale, shift, scale2, shift2, *end)
-                return _call.fast("gate_residual_norm_modulate_pair", x, both)
-            return _call.fast(
-                "gate_residual_norm_modulate", x, (x, a, gate, gate_table, post_weight, scale, shift, *end)
-            )
-        except _call.FAULTS as error:
+            if post_weight is not None and not flags & _POSTS:
+                raise LookupError
+            if rows is not None and gate is None and scale is None and shift is None and not pair:
+                raise LookupError
+            second = (scale2, shift2) if pair else ()
+            norms = (scale, shift, *second, weight, bias, scale_table, shift_table)
+            tensors = (x, a, gate, gate_table, post_weight, *norms, rows)
+            if not return_residual and not _call.wants_grad(tensors):
+                flags |= NO_RESIDUAL
+            out = fast(name, x, (*tensors, eps, post, offset, flags))
+            return out if return_residual else out[1:] if pair else out[1]
+        except FAULTS as error:
             fault = error
 
     check.norm_arguments(x, norm, law, weight_offset, weight, bias, eps, offset)
@@ -219,24 +218,22 @@ def gate_residual_norm_modulate(
     tables = {"gate_table": gate_table, "scale_table": scale_table, "shift_table": shift_table}
     check.modulations(x, mods, tables, rows)
 
-    def plain() -> tuple[Tensor, ...]:
-        return reference.gate_residual_norm_modulate(
-            x, a, gate, scale, shift, gate_act=gate_act, post_norm=post_norm, post_weight=post_weight,
-            post_eps=post_eps, norm=norm, weight=weight, bias=bias, eps=eps, offset=offset, rows=rows, law=law,
-            weight_offset=weight_offset, gate_table=gate_table, scale_table=scale_table, shift_table=shift_table,
-            scale2=scale2, shift2=shift2, clip=clip,
-        )  # fmt: skip
-
+    plain = partial(
+        reference.gate_residual_norm_modulate,
+        x, a, gate, scale, shift, gate_act=gate_act, post_norm=post_norm, post_weight=post_weight,
+        post_eps=post_eps, norm=norm, weight=weight, bias=bias, eps=eps, offset=offset, rows=rows, law=law,
+        weight_offset=weight_offset, gate_table=gate_table, scale_table=scale_table, shift_table=shift_table,
+        scale2=scale2, shift2=shift2, clip=clip,
+    )  # fmt: skip
     k = check.kernel_operands(x, mods, tables, weight, bias, rows, a=a, post_weight=post_weight)
-    flags = _NORM_FLAGS[norm, law, float(weight_offset)] | _GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
-    args: tuple = (k["x"], k["a"], k["gate"], k["gate_table"], k["post_weight"], k["scale"], k["shift"])
+    flags = NORM_FLAGS[norm, law, float(weight_offset)] | GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
+    args = (k["x"], k["a"], k["gate"], k["gate_table"], k["post_weight"], k["scale"], k["shift"])
     if pair:
         args += (k["scale2"], k["shift2"])
     args += (k["weight"], k["bias"], k["scale_table"], k["shift_table"], k["rows"])
     if not return_residual and not _call.wants_grad(args):
         flags |= NO_RESIDUAL
     args += (float(eps), float(eps if post_eps is None else post_eps), float(offset), flags)
-    name = "gate_residual_norm_modulate_pair" if pair else "gate_residual_norm_modulate"
     out = check.run(name, x, args, backend, plain, fault)
     if return_residual:
         return out
@@ -284,28 +281,34 @@ def gate_residual(
         ValueError: Shapes do not fit, an option is unknown, or `backend` cannot run the call.
     """
     fault = None
-    if backend is None and rows is None and not torch.compiler.is_compiling():
+    if backend is None and not tracing():
         try:
-            flags = _NORM_FLAGS["none", law, weight_offset] | _GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
+            if gate_table is None and post_weight is None and rows is None:
+                numbers = gate_numbers("none", law, weight_offset, gate_act, post_norm, clip, post_eps, 0.0)
+                r = bare("gate_residual_bare", x, (x, a, gate, numbers))
+                if r is not None:
+                    return r
+            flags = NORM_FLAGS["none", law, weight_offset] | GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
             if not 0.0 <= post_eps < _INF or (post_weight is not None and not flags & _POSTS):
                 raise LookupError
-            return _call.fast("gate_residual", x, (x, a, gate, gate_table, post_weight, rows, post_eps, flags))
-        except _call.FAULTS as error:
+            if rows is not None and gate is None:
+                raise LookupError
+            return fast("gate_residual", x, (x, a, gate, gate_table, post_weight, rows, post_eps, flags))
+        except FAULTS as error:
             fault = error
 
     check.norm_arguments(x, "none", law, weight_offset, None, None, post_eps, 1.0)
     check.gate_arguments(x, a, gate_act, post_norm, post_weight, post_eps)
     check.modulations(x, {"gate": gate}, {"gate_table": gate_table}, rows)
 
-    def plain() -> Tensor:
-        return reference.gate_residual(
-            x, a, gate, gate_act=gate_act, post_norm=post_norm, post_weight=post_weight, clip=clip, rows=rows, law=law,
-            gate_table=gate_table, post_eps=post_eps, weight_offset=weight_offset,
-        )  # fmt: skip
-
+    plain = partial(
+        reference.gate_residual,
+        x, a, gate, gate_act=gate_act, post_norm=post_norm, post_weight=post_weight, clip=clip, rows=rows, law=law,
+        gate_table=gate_table, post_eps=post_eps, weight_offset=weight_offset,
+    )  # fmt: skip
     mods, tables = {"gate": gate}, {"gate_table": gate_table}
     k = check.kernel_operands(x, mods, tables, None, None, rows, a=a, post_weight=post_weight)
-    flags = _NORM_FLAGS["none", law, float(weight_offset)] | _GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
+    flags = NORM_FLAGS["none", law, float(weight_offset)] | GATE_FLAGS[gate_act, post_norm] | (CLIP if clip else 0)
     args = (k["x"], k["a"], k["gate"], k["gate_table"], k["post_weight"], k["rows"], float(post_eps), flags)
     return check.run("gate_residual", x, args, backend, plain, fault)
 
@@ -358,28 +361,31 @@ def qk_norm_rope(
         ValueError: Shapes do not fit, an option is unknown, or `backend` cannot run the call.
     """
     fault = None
-    if backend is None and positions is None and not torch.compiler.is_compiling():
+    if backend is None and not tracing():
         try:
-            flags = _NORM_FLAGS[norm, law, weight_offset]
-            flags |= _ROPE_FLAGS[across_heads, rope]
-            if not 0.0 <= eps < _INF or any(t is not None and t.requires_grad for t in (cos, sin)):
+            if q_bias is None and k_bias is None and positions is None:
+                numbers = qk_numbers(norm, law, weight_offset, across_heads, rope, eps)
+                out = bare("qk_norm_rope_bare", q, (q, k, q_weight, k_weight, cos, sin, numbers))
+                if out is not None:
+                    return out
+            flags = NORM_FLAGS[norm, law, weight_offset] | ROPE_FLAGS[across_heads, rope]
+            if not 0.0 <= eps < _INF or (positions is not None and cos is None):
                 raise LookupError
             args = (q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, eps, flags)
-            return _call.fast("qk_norm_rope", q, args)
-        except _call.FAULTS as error:
+            return fast("qk_norm_rope", q, args)
+        except FAULTS as error:
             fault = error
 
     check.qk_arguments(q, k, norm, law, weight_offset, rope, across_heads, eps)
     check.qk_operands(q, k, (q_weight, k_weight, q_bias, k_bias), cos, sin, positions, across_heads)
 
-    def plain() -> tuple[Tensor, Tensor]:
-        return reference.qk_norm_rope(
-            q, k, q_weight, k_weight, cos, sin, norm=norm, across_heads=across_heads, rope=rope, positions=positions,
-            eps=eps, law=law, weight_offset=weight_offset, q_bias=q_bias, k_bias=k_bias,
-        )  # fmt: skip
-
+    plain = partial(
+        reference.qk_norm_rope,
+        q, k, q_weight, k_weight, cos, sin, norm=norm, across_heads=across_heads, rope=rope, positions=positions,
+        eps=eps, law=law, weight_offset=weight_offset, q_bias=q_bias, k_bias=k_bias,
+    )  # fmt: skip
     args = check.qk_kernel_operands(q, k, (q_weight, k_weight, q_bias, k_bias), cos, sin, positions)
-    flags = _NORM_FLAGS[norm, law, float(weight_offset)]
+    flags = NORM_FLAGS[norm, law, float(weight_offset)]
     flags |= (ACROSS_HEADS if across_heads else 0) | (ROPE_HALF if rope == "half" else 0)
     return check.run("qk_norm_rope", q, (*args, float(eps), flags), backend, plain, fault)
 
@@ -402,12 +408,10 @@ def gated_activation(
         TypeError: `x` is no floating tensor.
         ValueError: The last dim is empty or odd, an option is unknown, or `backend` cannot run the call.
     """
-    if backend is None and not torch.compiler.is_compiling():
+    if backend is None and not tracing():
         try:
-            rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-            out = _call.fast("gated_activation", rows, (rows, _ACTIVATION_FLAGS[kind, gate_first]))
-            return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
-        except _call.FAULTS:
+            return fast("gated_activation", x, (x, ACTIVATION_FLAGS[kind, gate_first]))
+        except FAULTS:
             pass  # the checks below say what is wrong, or make the argument dense
 
     check.activation_arguments(x, kind)
@@ -415,8 +419,6 @@ def gated_activation(
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
-    def plain() -> Tensor:
-        return reference.gated_activation(flat, kind, gate_first=gate_first)
-
+    plain = partial(reference.gated_activation, flat, kind, gate_first=gate_first)
     out = _call.checked("gated_activation", x, (flat, flags), backend, plain)
     return out.view(*x.shape[:-1], out.shape[-1])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .._checks import dense_last
-from .._registry import OpSpec, define, op
+from .._registry import OpSpec, define, define_raw, op
 from .schema import (
+    BARE,
     NEED_A,
     NEED_BIAS,
     NEED_GATE,
@@ -117,7 +118,7 @@ def _fake_qk_norm_rope_backward(dq, dk, q, k, q_weight, k_weight, q_bias, k_bias
 
 
 def _fake_gated_activation(x, flags):
-    return x.new_empty(x.shape if flags & 3 == 2 else (x.shape[0], x.shape[1] // 2))
+    return x.new_empty(x.shape if flags & 3 == 2 else (*x.shape[:-1], x.shape[-1] // 2))
 
 
 def _fake_gated_activation_backward(dy, x, flags):
@@ -259,8 +260,6 @@ def _backward_gate_residual(ns: str, plain: tuple, needs: tuple, saved: tuple, g
 
 def _backward_qk_norm_rope(ns: str, plain: tuple, needs: tuple, saved: tuple, grads: tuple) -> tuple:
     # inputs: q k q_weight k_weight q_bias k_bias cos sin positions eps flags
-    if needs[6] or needs[7]:
-        raise RuntimeError("qk_norm_rope gives no gradient to cos and sin: pass them detached")
     q, k = saved[:2]
     bits = _bits(*((1 << i, needs[i]) for i in range(6)))
     raw = op(ns, "qk_norm_rope_backward")(_dense(grads[0], q), _dense(grads[1], k), *saved, *plain[-2:], bits)
@@ -268,8 +267,15 @@ def _backward_qk_norm_rope(ns: str, plain: tuple, needs: tuple, saved: tuple, gr
     return (raw[0] if needs[0] else None, raw[1] if needs[1] else None, *vectors, None, None, None, None, None)
 
 
+def _save_qk_norm_rope(inputs: tuple, output: Any) -> tuple:
+    if any(t is not None and t.requires_grad for t in inputs[6:8]):
+        raise RuntimeError("qk_norm_rope gives no gradient to cos and sin: pass them detached")
+    return inputs[:9]
+
+
 def _backward_gated_activation(ns: str, plain: tuple, needs: tuple, saved: tuple, grads: tuple) -> tuple:
-    return op(ns, "gated_activation_backward")(_dense(grads[0], saved[0]), saved[0], plain[-1]), None
+    # contiguous: the leading dims of an incoming gradient need not have one common stride
+    return op(ns, "gated_activation_backward")(grads[0].contiguous(), saved[0], plain[-1]), None
 
 
 def _tensors(count: int):
@@ -282,7 +288,7 @@ _DERIVED: dict[str, tuple[Callable, Callable | None, Callable | None]] = {
     "gate_residual_norm_modulate": (_fake_grnm, _save_grnm, _backward_grnm),
     "gate_residual_norm_modulate_pair": (_fake_grnm_pair, _save_grnm, _backward_grnm),
     "gate_residual": (_fake_gate_residual, lambda inputs, output: inputs[1:6], _backward_gate_residual),
-    "qk_norm_rope": (_fake_qk_norm_rope, _tensors(9), _backward_qk_norm_rope),
+    "qk_norm_rope": (_fake_qk_norm_rope, _save_qk_norm_rope, _backward_qk_norm_rope),
     "gated_activation": (_fake_gated_activation, _tensors(1), _backward_gated_activation),
     "norm_modulate_backward": (_fake_norm_modulate_backward, None, None),
     "gate_residual_norm_modulate_backward": (_fake_grnm_backward, None, None),
@@ -292,7 +298,19 @@ _DERIVED: dict[str, tuple[Callable, Callable | None, Callable | None]] = {
 }
 
 
+_BARE_FAKES: dict[str, Callable] = {
+    "norm_modulate_bare": lambda x, *_: _like(x),
+    "norm_modulate_pair_bare": _fake_norm_modulate_pair,
+    "gate_residual_norm_modulate_bare": _fake_grnm,
+    "gate_residual_norm_modulate_pair_bare": _fake_grnm_pair,
+    "gate_residual_bare": _fake_gate_residual,
+    "qk_norm_rope_bare": _fake_qk_norm_rope,
+}
+
+
 def register() -> None:
     """Define all adaLN ops; called once by `maskaccel.ops`."""
     for name, (fake, save, backward) in _DERIVED.items():
         define(OpSpec(name, SCHEMAS[name], fake, save, backward))
+    for name, bare_fake in _BARE_FAKES.items():
+        define_raw(name, BARE[name], bare_fake)

@@ -139,41 +139,50 @@ def qk_norm_rope_backward(dq, dk, q, k, q_weight, k_weight, q_bias, k_bias, cos,
     return dq_out, dk_out, *sums
 
 
-def _check_gated(x: Tensor, flags: int) -> int:
+def _as_rows(name: str, t: Tensor) -> Tensor:
+    """`t` as (rows, width); RuntimeError if that is no view of it."""
+    if t.dim() == 0:
+        raise RuntimeError(f"{name} must have a last dim")
+    rows = t.view(-1, t.shape[-1]) if t.numel() else t.reshape(0, t.shape[-1])
+    host.check_activation(name, rows, dims=2)
+    return rows
+
+
+def _activation_width(x: Tensor, flags: int) -> int:
     """Width of the output."""
-    host.check_activation("x", x, dims=2)
     if flags & 3 == 3:
         raise RuntimeError(f"flags name no activation: {flags}")
     if flags & 3 == 2:
-        return x.shape[1]
-    if x.shape[1] % 2:
+        return x.shape[-1]
+    if x.shape[-1] % 2:
         raise RuntimeError(f"x must have an even last dim (value and gate), got {tuple(x.shape)}")
-    return x.shape[1] // 2
+    return x.shape[-1] // 2
 
 
 def gated_activation(x, flags):
     from .triton_activation import activation_forward
 
-    width = _check_gated(x, flags)
-    y = x.new_empty(x.shape[0], width)
+    rows, width = _as_rows("x", x), _activation_width(x, flags)
+    y = x.new_empty(*x.shape[:-1], width)
     if y.numel():
         block, warps = host.block_and_warps(min(width, 1024), 8)
-        grid = (x.shape[0], math.ceil(width / block))
-        host.launch(activation_forward, grid, x, x, y, x.stride(0), width, FLAGS=flags, BLOCK=block, num_warps=warps)
+        grid = (rows.shape[0], math.ceil(width / block))
+        host.launch(activation_forward, grid, x, rows, y, rows.stride(0), width, FLAGS=flags, BLOCK=block,
+                    num_warps=warps)  # fmt: skip
     return y
 
 
 def gated_activation_backward(dy, x, flags):
     from .triton_activation import activation_backward
 
-    width = _check_gated(x, flags)
-    host.check_activation("dy", dy, dims=2)
-    if dy.shape != (x.shape[0], width) or dy.dtype != x.dtype or dy.device != x.device:
-        raise RuntimeError(f"dy must be {x.dtype} ({x.shape[0]}, {width}), got {dy.dtype} {tuple(dy.shape)}")
-    dx = x.new_empty(x.shape)
+    rows, width = _as_rows("x", x), _activation_width(x, flags)
+    if dy.shape != (*x.shape[:-1], width) or dy.dtype != x.dtype or dy.device != x.device:
+        raise RuntimeError(f"dy must be {x.dtype} like the result of {tuple(x.shape)}, got {dy.dtype} "
+                           f"{tuple(dy.shape)}")  # fmt: skip
+    dy_rows, dx = _as_rows("dy", dy), x.new_empty(x.shape)
     if dx.numel():
         block, warps = host.block_and_warps(min(width, 1024), 8)
-        grid = (x.shape[0], math.ceil(width / block))
-        host.launch(activation_backward, grid, x, dy, x, dx, dy.stride(0), x.stride(0), width, FLAGS=flags, BLOCK=block,
-                    num_warps=warps)  # fmt: skip
+        grid = (rows.shape[0], math.ceil(width / block))
+        host.launch(activation_backward, grid, x, dy_rows, rows, dx, dy_rows.stride(0), rows.stride(0), width,
+                    FLAGS=flags, BLOCK=block, num_warps=warps)  # fmt: skip
     return dx

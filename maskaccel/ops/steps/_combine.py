@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
 from .. import _call, _checks
@@ -37,7 +38,7 @@ def combine_history(
         TypeError: An argument is no tensor, or of a dtype that is not allowed.
         ValueError: Shapes do not fit, an input requires grad, or `backend` cannot run the call.
     """
-    if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if backend is None and not _call.tracing():
         try:
             return _call.fast("combine_history", history, (history, weights, x, gate))
         except _call.FAULTS:
@@ -52,7 +53,7 @@ def combine_history(
     (gate_k,) = _checks.one_dtype(like, gate if gate is None or gate.dim() == 3 else gate[:, None])
     args = (_check.dense_steps(history), weights.float().contiguous(), None if x is None else x.contiguous(), gate_k)
     return _call.checked(
-        "combine_history", history, args, backend, lambda: plain.combine_history(history, weights, x, gate)
+        "combine_history", history, args, backend, partial(plain.combine_history, history, weights, x, gate)
     )
 
 
@@ -85,7 +86,7 @@ def combine_sites(
         TypeError: An argument is no tensor, or of a dtype that is not allowed.
         ValueError: Shapes do not fit, an input requires grad, or `backend` cannot run the call.
     """
-    if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if backend is None and not _call.tracing():
         try:
             return _call.fast("combine_sites", history, (history, weights, x, gates))
         except _call.FAULTS:
@@ -101,5 +102,5 @@ def combine_sites(
     (gates_k,) = _checks.one_dtype(history[0, 0] if x is None else x, gates)
     args = (_check.dense_steps(history), weights.float().contiguous(), None if x is None else x.contiguous(), gates_k)
     return _call.checked(
-        "combine_sites", history, args, backend, lambda: plain.combine_sites(history, weights, x, gates)
+        "combine_sites", history, args, backend, partial(plain.combine_sites, history, weights, x, gates)
     )

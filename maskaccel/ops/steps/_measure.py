@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
 from .. import _call, _checks
@@ -31,10 +32,10 @@ def relative_difference(
         TypeError: An argument is no tensor, or of another dtype than `x`.
         ValueError: Shapes differ, an input requires grad, or `backend` cannot run the call.
     """
-    if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if backend is None and not _call.tracing():
         try:
-            if x.dim() > 1:
-                return _call.fast("relative_difference", x, (x, reference, base))
+            args = (x, reference) if base is None else (x, reference, base)
+            return _call.fast("relative_difference", x, args)
         except _call.FAULTS:
             pass  # the checks below say what is wrong, or make the operands dense
     x = _checks.floating("x", x)
@@ -46,7 +47,7 @@ def relative_difference(
     _checks.no_gradient("relative_difference", x=x, reference=reference, base=base)
     dense = [None if t is None else t.contiguous() for t in (x, reference, base)]
     return _call.checked(
-        "relative_difference", x, tuple(dense), backend, lambda: plain.relative_difference(x, reference, base)
+        "relative_difference", x, tuple(dense), backend, partial(plain.relative_difference, x, reference, base)
     )
 
 
@@ -70,7 +71,7 @@ def gram(history: Tensor, *, per_sample: bool = False, backend: str | None = Non
         TypeError: `history` is no tensor, or of a dtype that is not allowed.
         ValueError: Its shape does not fit, it requires grad, or `backend` cannot run the call.
     """
-    if backend is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if backend is None and not _call.tracing():
         try:
             return _call.fast("gram", history, (history, per_sample))
         except _call.FAULTS:
@@ -79,4 +80,4 @@ def gram(history: Tensor, *, per_sample: bool = False, backend: str | None = Non
     _checks.choice("per_sample", per_sample, (False, True))
     _checks.no_gradient("gram", history=history)
     args = (_check.dense_steps(history), bool(per_sample))
-    return _call.checked("gram", history, args, backend, lambda: plain.gram(history, per_sample))
+    return _call.checked("gram", history, args, backend, partial(plain.gram, history, per_sample))

@@ -1,8 +1,8 @@
 """Schemas of the cached-feature ops; the namespaces and rules are those of `maskaccel.ops.adaln.schema`.
 
-`relative_difference(x, reference, base)`: `x`, `reference`, `base` are `(B, ...)` of one shape and dtype (fp32, bf16,
-fp16), contiguous. With `v = x - base` (or `x`): returns fp32 `(B, 2)`: sum |v - reference| and sum |reference| of each
-sample, in one pass, deterministic, without a synchronisation.
+`relative_difference(x, reference, base)`: `x`, `reference`, `base` are `(B, ...)` of one shape, two dims or more, and
+one dtype (fp32, bf16, fp16), contiguous. With `v = x - base` (or `x`): returns fp32 `(B, 2)`: sum |v - reference| and
+sum |reference| of each sample, in one pass, deterministic, without a synchronisation.
 
 `combine_history(history, weights, x, gate)`: `history` `(K, B, N, D)` of fp32, bf16, fp16 (dense in N and D; any stride
 of K and B), K <= 16, `weights` fp32 contiguous `(K,)` or `(K, D)` on the same device, `x` `(B, N, D)` or None (dense),
@@ -23,7 +23,7 @@ No op here is differentiable: the API refuses inputs that require grad.
 """
 
 SCHEMAS = {
-    "relative_difference": "(Tensor x, Tensor reference, Tensor? base) -> Tensor",
+    "relative_difference": "(Tensor x, Tensor reference, Tensor? base=None) -> Tensor",
     "combine_history": "(Tensor history, Tensor weights, Tensor? x, Tensor? gate) -> Tensor",
     "combine_sites": "(Tensor history, Tensor weights, Tensor? x, Tensor? gates) -> Tensor",
     "gram": "(Tensor history, bool per_sample) -> Tensor",

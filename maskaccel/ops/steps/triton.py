@@ -16,8 +16,8 @@ _BLOCK = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def relative_difference(x: Tensor, reference: Tensor, base: Tensor | None) -> Tensor:
-    if x.dtype not in _DTYPES or x.dim() == 0:
+def relative_difference(x: Tensor, reference: Tensor, base: Tensor | None = None) -> Tensor:
+    if x.dtype not in _DTYPES or x.dim() < 2:
         raise RuntimeError(f"x must be (B, ...) of fp32, bf16 or fp16, got {x.dtype} {tuple(x.shape)}")
     for name, t in (("x", x), ("reference", reference), ("base", base)):
         if t is None:
