@@ -38,7 +38,7 @@ def test_cached_attentions(only: str | None) -> None:
             for step in range(4):
                 if only is not None and step == 1:  # forget one of them: it must be computed on a step that reuses
                     for block in model.transformer_blocks[:2]:
-                        getattr(block, only).__dict__["_maskaccel_site"].clear()
+                        getattr(block, only).__dict__["_maskaccel_site"].feature.clear()
                 outputs.append(run(model, {**kwargs, "timestep": kwargs["timestep"] + 20 * step})[0])
                 generation.step()
             assert patch.report().activity["FORA"]["reused"] > 0

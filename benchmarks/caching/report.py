@@ -175,7 +175,10 @@ def make(texts: Sequence[str], store: Store, results: Path, page: Path) -> dict[
     if data["rows"]:
         from .plot import draw
 
-        draw(data["rows"], page.with_suffix(".png"))
+        try:
+            draw(data["rows"], page.with_suffix(".png"))
+        except ImportError as error:
+            print(f"no plot: {error}")
     for text, reason in data["left_out"].items():
         print(f"{text}: not in the table, {reason}")
     return data
