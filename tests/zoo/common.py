@@ -70,7 +70,7 @@ def as_dtype(model: nn.Module, kwargs: Mapping[str, Any], dtype: torch.dtype) ->
 
 def _cast(key: str, value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
-        kept = dtype != torch.float64 and any(word in key for word in _POSITIONAL)
+        kept = dtype != torch.float64 and any(word in key.replace("pose_", "") for word in _POSITIONAL)
         return value.clone() if kept else value.to(dtype, copy=True)
     if isinstance(value, dict):
         return {name: _cast(name, item, dtype) for name, item in value.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnyFlowFARTransformer3DModel,
     AnyFlowTransformer3DModel,
     ChronoEditTransformer3DModel,
     HeliosTransformer3DModel,
@@ -69,9 +70,9 @@ def animate() -> Built:
         inject_face_latents_blocks=2,
     )  # fmt: skip
     inputs = {
-        "hidden_states": randn(1, 12, 3, 4, 4), "timestep": torch.tensor([5]),
-        "encoder_hidden_states": randn(1, 6, 24, seed=1), "encoder_hidden_states_image": randn(1, 6, 16, seed=2),
-        "pose_hidden_states": randn(1, 4, 2, 4, 4, seed=3), "face_pixel_values": randn(1, 3, 5, 16, 16, seed=4),
+        "hidden_states": randn(2, 12, 3, 4, 4), "timestep": torch.tensor([5, 70]),
+        "encoder_hidden_states": randn(2, 6, 24, seed=1), "encoder_hidden_states_image": randn(2, 6, 16, seed=2),
+        "pose_hidden_states": randn(2, 4, 2, 4, 4, seed=3), "face_pixel_values": randn(2, 3, 5, 16, 16, seed=4),
     }  # fmt: skip
     return model, inputs
 
@@ -103,6 +104,20 @@ def anyflow() -> Built:
     return model, inputs
 
 
+def anyflow_far() -> Built:
+    """AnyFlow with chunks of frames that see the earlier ones."""
+    config = {key: value for key, value in _CONFIG.items() if key != "attention_head_dim"}
+    model = made(
+        AnyFlowFARTransformer3DModel, **config, attention_head_dim=12, gate_value=0.25, deltatime_type="r",
+        compressed_patch_size=(1, 4, 4), full_chunk_limit=3,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": randn(2, 4, 4, 8, 8), "timestep": randn(2, 4).abs(), "r_timestep": randn(2, 4, seed=1).abs(),
+        "encoder_hidden_states": randn(2, 6, 24, seed=1), "chunk_partition": [2, 2],
+    }  # fmt: skip
+    return model, inputs
+
+
 def helios(guidance_cross_attn: bool = True) -> Built:
     """Helios with frames of history, which cross-attention skips under guidance."""
     config = _CONFIG | {"attention_head_dim": 12}
@@ -112,12 +127,13 @@ def helios(guidance_cross_attn: bool = True) -> Built:
         guidance_cross_attn=guidance_cross_attn, zero_history_timestep=True, is_amplify_history=False,
     )  # fmt: skip
     inputs = {
-        "hidden_states": randn(1, 4, 2, 16, 16), "timestep": torch.tensor([5]),
-        "encoder_hidden_states": randn(1, 6, 24, seed=1), "indices_hidden_states": torch.tensor([[6.0, 7.0]]),
-        "indices_latents_history_short": torch.tensor([[5.0]]), "indices_latents_history_mid": torch.tensor([[4.0]]),
-        "indices_latents_history_long": torch.arange(4.0)[None],
-        "latents_history_short": randn(1, 4, 1, 16, 16, seed=2),
-        "latents_history_mid": randn(1, 4, 1, 16, 16, seed=3), "latents_history_long": randn(1, 4, 4, 16, 16, seed=4),
+        "hidden_states": randn(2, 4, 2, 16, 16), "timestep": torch.tensor([5, 70]),
+        "encoder_hidden_states": randn(2, 6, 24, seed=1), "indices_hidden_states": torch.tensor([[6.0, 7.0]] * 2),
+        "indices_latents_history_short": torch.tensor([[5.0]] * 2),
+        "indices_latents_history_mid": torch.tensor([[4.0]] * 2),
+        "indices_latents_history_long": torch.arange(4.0).repeat(2, 1),
+        "latents_history_short": randn(2, 4, 1, 16, 16, seed=2),
+        "latents_history_mid": randn(2, 4, 1, 16, 16, seed=3), "latents_history_long": randn(2, 4, 4, 16, 16, seed=4),
     }  # fmt: skip
     return model, inputs
 
