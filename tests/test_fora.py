@@ -10,7 +10,7 @@ import pytest
 import torch
 from _numerics import assert_close_to_truth
 from zoo.common import tensors_of
-from zoo.pipelines import PIPELINES, dit, sample
+from zoo.pipelines import MORE_PIPELINES, PIPELINES, dit, sample
 
 import maskaccel
 from maskaccel.methods import FORA, FusedAdaLN
@@ -329,6 +329,20 @@ def test_a_run_with_no_step_to_reuse_warns_and_the_report_says_so():
             out = sample(pipeline, kwargs, steps=2)
         assert "never reused anything" in str(patch.report())
     assert torch.equal(out, sample(pipeline, kwargs, steps=2))
+
+
+def test_the_report_of_two_transformers_is_of_their_sum():
+    """The second one runs for the last two steps alone, which are always computed."""
+    pipeline, kwargs = MORE_PIPELINES["wan22"]()
+    with maskaccel.patch(pipeline, FORA(interval=3, last=2, level="stack")) as patch:
+        sample(pipeline, kwargs, steps=5)
+        activity = patch.report().activity["FORA"]
+        assert [method.activity(model)["reused"] for method in patch.methods for model in patch.models] == [4, 0]
+    assert (activity["computed"], activity["reused"]) == (6, 4) and "warning" not in activity
+    assert activity["steps cond"] == activity["steps uncond"] == "C..CC"
+    with maskaccel.patch(pipeline, FORA(interval=1)) as patch, pytest.warns(UserWarning, match="can never reuse"):
+        sample(pipeline, kwargs, steps=5)
+        assert patch.report().activity["FORA"]["warning"] == "never reused anything"
 
 
 @pytest.mark.parametrize("fields", [{"interval": 0}, {"first": 0}, {"last": -1}, {"interval": 1.5}])

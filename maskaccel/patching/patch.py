@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -152,11 +153,21 @@ class Patch:
 
 
 def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The activity of one method on several models: numbers are added."""
+    """The activity of one method on several models: numbers are added, letters by step laid over each other.
+
+    Whether anything was reused is asked of the sum: a model that a pipeline runs for a few steps may reuse nothing.
+    """
     total: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
-            total[key] = total[key] + value if isinstance(total.get(key), int | float) else value
+            if isinstance(total.get(key), int | float):
+                total[key] += value
+            elif key in total and key.startswith("steps"):
+                total[key] = "".join(b if a == " " else a for a, b in zip_longest(total[key], value, fillvalue=" "))
+            else:
+                total.setdefault(key, value)
+    if total.get("computed") and not total.get("reused") and not total.get("in part"):
+        total.setdefault("warning", "never reused anything")
     return total
 
 
