@@ -1,6 +1,7 @@
 """Published methods, one file each, made of the pieces below."""
 
 from .dbcache import DBCache, FBCache
+from .ddt import DDT
 from .dmd import DMD
 from .foca import FoCa
 from .fora import FORA
@@ -15,6 +16,7 @@ from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 
 __all__ = [
+    "DDT",
     "DMD",
     "FORA",
     "PAB",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..masks import Schedule
-from ..masks.planned import Bins
+from ..masks.planned import Bins, Planned
 from ..patching.patch import Context
 from ..state.forecast import Forecaster, Hold
 from ..state.history import Storage
@@ -31,12 +31,12 @@ class SCM:
 
     Attributes:
         policy: `"slow"`, `"medium"`, `"fast"`, `"ultra"`, or a mask of your own: a tuple with 1 (compute) or 0 for each
-            step.
+            step, or a rule, such as `masks.dynamic.Dynamic`.
         forecaster: Of what the blocks add; `Hold()` is the last value, `Taylor()` extrapolates.
         storage: How features are kept.
     """
 
-    policy: str | tuple[int | bool, ...] = "medium"
+    policy: str | tuple[int | bool, ...] | Planned = "medium"
     forecaster: Forecaster = Hold()
     storage: Storage = Storage()
 
@@ -48,8 +48,10 @@ class SCM:
         self.schedule  # noqa: B018  (validates the fields when the method is made)
 
     @property
-    def schedule(self) -> Bins | Schedule:
+    def schedule(self) -> Planned | Schedule:
         """The step mask."""
+        if isinstance(self.policy, Planned):
+            return self.policy
         if isinstance(self.policy, str):
             if self.policy not in POLICIES:
                 raise ValueError(f"policy={self.policy!r}; allowed are {', '.join(POLICIES)} or a tuple of 0 and 1")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ._adapter import Adapter, class_key, fingerprint
+from ._decoupled import Decoupled
 from ._stack import Stack, stack_of
 from ._streams import Streams, streams_of
 
@@ -69,6 +70,7 @@ def known_processors() -> dict[str, Adapter]:
 
 __all__ = [
     "Adapter",
+    "Decoupled",
     "Stack",
     "Streams",
     "block_adapter",
