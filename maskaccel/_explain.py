@@ -30,8 +30,8 @@ def explain(op: str, *args: Any) -> dict[str, str | None]:
         raise ValueError(f"op={op!r} is not known; allowed are {', '.join(ops.__all__)}")
     first = next((a for a in args if isinstance(a, Tensor)), None)
     if first is None:
-        return reasons(torch.empty(0).device, torch.float32)
-    return reasons(first.device, first.dtype)
+        return reasons(torch.empty(0).device, torch.float32, op)
+    return reasons(first.device, first.dtype, op)
 
 
 def info() -> dict[str, Any]:

@@ -28,6 +28,9 @@ TINY = {
     "combine_history": (3, 2, 12, 40),
     "combine_sites": (4, 2, 2, 12, 40),
     "gram": (3, 2, 12, 40),
+    "scatter_combine": (2, 2, 12, 40),
+    "scatter_combine.clusters": (2, 2, 12, 40),
+    "kmeans": (2, 34, 40),
 }
 CPU = torch.device("cpu")
 QUICK = runner.Settings(rounds=3, min_seconds=1e-4, warmup=1)

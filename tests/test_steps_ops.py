@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import maskaccel
 from maskaccel import ops
+from maskaccel.ops import _backends, _call, _registry
 from maskaccel.ops._registry import SPECS, op
 from maskaccel.ops.adaln.schema import GATE_ACTS, NO_RESIDUAL, NORMS, POST_NORMS
 from maskaccel.ops.steps import reference
@@ -122,6 +123,31 @@ def test_explain():
     assert maskaccel.explain("combine_history", H)["reference"] is None
 
 
+def test_a_native_library_that_lacks_an_op(monkeypatch):
+    """Built before the op existed: the next backend takes the call, and the reason is told."""
+    known = _registry.implemented
+
+    def forget():
+        _backends.automatic_namespace.cache_clear()
+        _call._kernel.cache_clear()
+        _call._cpu.clear()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_registry, "implemented", lambda ns, name, on: name != "gram" and known(ns, name, on))
+        forget()
+        want = reference.gram(H + 1)
+        with torch.no_grad():
+            assert torch.equal(ops.gram(H + 1), want)
+            assert ops.combine_history(H, W).shape == (2, 4, 8)
+        assert maskaccel.explain("gram", H)["reference"] is None
+        if _backends.native.has_cpu:
+            assert "no cpu kernel of gram; rebuild it" in maskaccel.explain("gram", H)["cpu"]
+            assert maskaccel.explain("combine_history", H)["cpu"] is None
+            with pytest.raises(ValueError, match="backend='cpu' cannot run this call: the native library holds no cpu"):
+                ops.gram(H, backend="cpu")
+    forget()
+
+
 # --------------------------------------------------------------------------------- every op, by torch's check
 def _sample(name: str) -> tuple:
     """Arguments of one op: strided modulation, all optional operands, a second output where there is one."""
@@ -154,6 +180,11 @@ def _sample(name: str) -> tuple:
         "combine_history": (H + 1, W, x[:, :4].contiguous(), frames[:, :1]),
         "combine_sites": (torch.stack([H, H + 1]), W, x[:, :4].contiguous(), torch.stack([frames[:, :2]] * 2)),
         "gram": (H + 1, True),
+        "scatter_combine": (
+            H + 1, W, dy[:, :2].contiguous(), torch.tensor([[0, 1], [3, 2]]).int(),
+            torch.tensor([[0, 1, 0, 5]] * 2).int(), x[:, :4].contiguous(), frames[:, :1], 1, 0.25,
+        ),
+        "kmeans": (x, None, 3, 2, 1),
     }  # fmt: skip
     return samples[name]
 

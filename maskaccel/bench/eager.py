@@ -88,3 +88,30 @@ def gram(i: Inputs) -> tuple[Tensor, ...]:
     """A matrix product in fp64: dynamic mode decomposition needs the digits."""
     flat = i["history"].flatten(1).double()
     return (flat @ flat.T,)
+
+
+def scatter_combine(i: Inputs) -> tuple[Tensor, ...]:
+    """The update of ClusCa's cache (scatter, mean of a cluster, blend), then the prediction and the gated residual."""
+    newest, fresh, index, labels = i["history"][0], i["fresh"], i["index"].long(), i["labels"].long()
+    width = newest.shape[-1]
+    newest.scatter_(1, index[..., None].expand(-1, -1, width), fresh)
+    if i["gamma"] > 0:
+        cluster, count = labels.gather(1, index), index.shape[1]
+        total = fresh.new_zeros(fresh.shape[0], count, width)
+        total.scatter_add_(1, cluster[..., None].expand(-1, -1, width), fresh)
+        mean = total.gather(1, labels[..., None].expand(-1, -1, width))
+        newest.copy_(i["gamma"] * mean + (1 - i["gamma"]) * newest)
+    return combine_history(i)
+
+
+def kmeans(i: Inputs) -> tuple[Tensor, ...]:
+    """L1 distances by `cdist`, means by a product with one-hot labels; without the check for convergence."""
+    x, k = i["x"].float(), i["k"]
+    n = x.shape[1]
+    centroids = x[:, (2 * torch.arange(k, device=x.device) + 1) * n // (2 * k)]
+    for _ in range(i["iters"]):
+        labels = torch.cdist(x, centroids, p=1).argmin(-1)
+        member = torch.nn.functional.one_hot(labels, k).mT.to(x.dtype)
+        centroids = member @ x / member.sum(-1, keepdim=True)
+    torch.cdist(x, centroids, p=1).argmin(-1)
+    return (centroids,)

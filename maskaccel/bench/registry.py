@@ -89,6 +89,11 @@ class Op:
     elements: Callable[[Shape], int]
     elements_backward: Callable[[Shape], int] = field(default=lambda shape: 0)
 
+    @property
+    def function(self) -> str:
+        """Name in `maskaccel.ops`."""
+        return self.name.split(".")[0]
+
     def check_shape(self, shape: Shape) -> None:
         """Raise ValueError unless `shape` has the dims of this op."""
         count = self.dims.count(",") + 1
@@ -210,6 +215,35 @@ def _history_alone(shape: Shape, dtype: torch.dtype, device: torch.device, g: to
     return {"history": _normal(g, dtype, device, *shape)}
 
 
+def _scattered(share: float, gamma: float) -> Callable[..., Inputs]:
+    """Inputs of a step that computed a share of the tokens (ToCa), or one for each of 16 clusters (share 0, ClusCa)."""
+
+    def make(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Inputs:
+        made = _history(shape, dtype, device, g)
+        batch, n, width = shape[1:]
+        count = max(1, int(share * n)) if share else min(16, n)
+        index = torch.stack([torch.randperm(n, generator=g)[:count] for _ in range(batch)])
+        labels = torch.randint(count, (batch, n), generator=g)
+        labels.scatter_(1, index, torch.arange(count).expand(batch, -1))
+        return {
+            **made,
+            "fresh": _normal(g, dtype, device, batch, count, width),
+            "index": index.int().to(device),
+            "labels": labels.int().to(device),
+            "gamma": gamma,
+        }
+
+    return make
+
+
+def _blobs(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Inputs:
+    """Tokens around 16 centers that are far apart: the clusters are the same in every precision."""
+    batch, n, width = shape
+    k = min(16, n)
+    x = 8 * torch.randn(batch, k, width, generator=g)[:, torch.arange(n) * k // n]
+    return {"x": (x + torch.randn(*shape, generator=g)).to(device=device, dtype=dtype), "k": k, "iters": 4}
+
+
 def _one(value: Any) -> Outputs:
     return (value,)
 
@@ -245,6 +279,19 @@ def _run_combine_sites(i: Inputs, backend: str | None) -> Outputs:
 
 def _run_gram(i: Inputs, backend: str | None) -> Outputs:
     return _one(ops.gram(i["history"], backend=backend))
+
+
+def _run_scatter_combine(i: Inputs, backend: str | None) -> Outputs:
+    out = ops.scatter_combine(
+        i["history"], i["weights"], i["fresh"], i["index"], i["labels"],
+        gamma=i["gamma"], x=i["x"], gate=i["gate"], backend=backend,
+    )  # fmt: skip
+    return _one(out)
+
+
+def _run_kmeans(i: Inputs, backend: str | None) -> Outputs:
+    _, centroids, _ = ops.kmeans(i["x"], i["k"], iters=i["iters"], metric="l1", backend=backend)
+    return _one(centroids)
 
 
 def _activation(kind: str, baseline: Callable[[Inputs], Outputs]) -> Op:
@@ -305,6 +352,22 @@ _ALL = (
     Op(
         "gram", "steps, batch, tokens, width", HISTORIES, _history_alone, _run_gram, eager.gram, ("products",), (),
         elements=math.prod,
+    ),
+    # The tokens that ToCa computes at a step of DiT.
+    Op(
+        "scatter_combine", "steps, batch, tokens, width", HISTORIES, _scattered(0.07, 0.0), _run_scatter_combine,
+        eager.scatter_combine, ("y",), (),
+        elements=lambda s: math.prod(s) + 2 * math.prod(s[1:]),
+    ),
+    # gamma 1 writes as much as any other and makes a repeated call the same as the first.
+    Op(
+        "scatter_combine.clusters", "steps, batch, tokens, width", HISTORIES, _scattered(0.0, 1.0),
+        _run_scatter_combine, eager.scatter_combine, ("y",), (),
+        elements=lambda s: math.prod(s) + 3 * math.prod(s[1:]),
+    ),
+    Op(
+        "kmeans", "batch, tokens, width", TOKENS, _blobs, _run_kmeans, eager.kmeans, ("centroids",), (),
+        elements=lambda s: 5 * math.prod(s),
     ),
 )  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for op in _ALL}

@@ -102,9 +102,9 @@ class Case:
         return {**head, "providers": providers}
 
 
-def backends_for(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Kernel backends (not the reference) that can run on this device."""
-    return [name for name in BACKENDS if name != "reference" and refusal(name, device, dtype) is None]
+def backends_for(device: torch.device, dtype: torch.dtype, op: str | None = None) -> list[str]:
+    """Kernel backends (not the reference) that can run (the op of that name) on this device."""
+    return [name for name in BACKENDS if name != "reference" and refusal(name, device, dtype, op) is None]
 
 
 def _label(dtype: torch.dtype) -> str:
@@ -237,11 +237,11 @@ def run_case(
     if backward and not op.wants_grad:
         raise ValueError(f"{op.name} has no backward")
     for backend in backends or ():
-        reason = None if backend is None else refusal(backend, device, dtype)
+        reason = None if backend is None else refusal(backend, device, dtype, op.function)
         if reason is not None:
             raise ValueError(f"backend={backend!r} cannot run here: {reason}")
     settings = settings or Settings()
-    chosen = list(backends) if backends is not None else list(backends_for(device, dtype))
+    chosen = list(backends) if backends is not None else list(backends_for(device, dtype, op.function))
     inputs = op.inputs(shape, dtype, device)
     count = op.elements_backward(shape) if backward else op.elements(shape)
     direction = "backward" if backward else "forward"

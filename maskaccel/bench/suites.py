@@ -20,6 +20,9 @@ CPU_SHAPES: dict[str, tuple[Shape, ...]] = {
     "combine_history": tuple((3, *shape) for shape in CPU_TOKENS),
     "combine_sites": ((14, 2, 2, 1024, 1152),),
     "gram": tuple((3, *shape) for shape in CPU_TOKENS),
+    "scatter_combine": tuple((2, *shape) for shape in CPU_TOKENS),
+    "scatter_combine.clusters": tuple((2, *shape) for shape in CPU_TOKENS),
+    "kmeans": ((2, 1024, 1152), CPU_TOKENS[1]),
 }
 
 

@@ -25,6 +25,9 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "combine_history": tuple((3, *shape) for shape in _TOKENS),
     "combine_sites": tuple((4, 2, *shape) for shape in _TOKENS),
     "gram": tuple((5, *shape) for shape in _TOKENS),
+    "scatter_combine": tuple((2, *shape) for shape in _TOKENS),
+    "scatter_combine.clusters": tuple((2, *shape) for shape in _TOKENS),
+    "kmeans": _TOKENS,
 }
 
 
@@ -97,6 +100,10 @@ def examine(device: str | None = None) -> list[Check]:
                 checks.append(Check("all ops", backend, str(where), "", "", "unavailable", note=reason))
                 continue
             for op in OPS.values():
+                reason = refusal(backend, where, torch.float32, op.function)
+                if reason is not None:
+                    checks.append(Check(op.name, backend, str(where), "", "", "unavailable", note=reason))
+                    continue
                 for dtype in DTYPES:
                     for backward in (False, True) if op.wants_grad else (False,):
                         checks.append(_judge(op, backend, where, dtype, backward))

@@ -5,7 +5,7 @@ from .adaln import autograd as _adaln_autograd
 from .adaln import fallback as _adaln_fallback
 from .adaln import gate_residual, gate_residual_norm_modulate, gated_activation, norm_modulate, qk_norm_rope
 from .steps import api as _steps_api
-from .steps import combine_history, combine_sites, gram, relative_difference
+from .steps import combine_history, combine_sites, gram, kmeans, relative_difference, scatter_combine
 from .steps import reference as _steps_reference
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "gate_residual_norm_modulate",
     "gated_activation",
     "gram",
+    "kmeans",
     "norm_modulate",
     "qk_norm_rope",
     "relative_difference",
+    "scatter_combine",
 ]
 
 _adaln_autograd.register()

@@ -33,8 +33,8 @@ def _triton_reason() -> str | None:
     return None
 
 
-def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run on tensors of this device and dtype; None if it can."""
+def refusal(backend: str, device: torch.device, dtype: torch.dtype, op: str | None = None) -> str | None:
+    """Why `backend` cannot run (the op of that name) on tensors of this device and dtype; None if it can."""
     if backend not in BACKENDS:
         return f"unknown backend {backend!r}; allowed are {', '.join(BACKENDS)}"
     if backend == "reference":
@@ -45,14 +45,25 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         reason = _triton_reason()
         if reason is None and device.type == "cpu" and not interpreting():
             return "Triton runs on GPUs; on CPU only interpreted (TRITON_INTERPRET=1)"
-        return reason
+        return reason or _lacks(op, backend, device)
     if device.type != backend:
         return f"the tensors are on {device.type}"
     if native.state != "loaded":
         return f"native library {native.state}: {native.reason}"
     if backend == "cpu":
-        return None if native.has_cpu else "the native library was built without CPU kernels"
-    return _cuda_reason(device.index or 0)
+        reason = None if native.has_cpu else "the native library was built without CPU kernels"
+    else:
+        reason = _cuda_reason(device.index or 0)
+    return reason or _lacks(op, backend, device)
+
+
+def _lacks(op: str | None, backend: str, device: torch.device) -> str | None:
+    """Why a backend that can run here cannot run this op: a library built from older sources does not hold it."""
+    if op is None or _registry.implemented(namespace(backend), op, device.type):
+        return None
+    if backend == "triton":
+        return f"there is no Triton kernel of {op}"
+    return f"the native library holds no {backend} kernel of {op}; rebuild it: `make native`"
 
 
 @functools.cache
@@ -67,28 +78,28 @@ def _cuda_reason(index: int) -> str | None:
     return f"no kernels for sm_{major}{minor}; built for {', '.join('sm_' + a for a in native.cuda_archs)}"
 
 
-def reasons(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def reasons(device: torch.device, dtype: torch.dtype, op: str | None = None) -> dict[str, str | None]:
     """Every backend with None (can run) or the reason it cannot."""
-    return {backend: refusal(backend, device, dtype) for backend in BACKENDS}
+    return {backend: refusal(backend, device, dtype, op) for backend in BACKENDS}
 
 
-def select(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs, by request or automatically.
+def select(backend: str | None, device: torch.device, dtype: torch.dtype, op: str | None = None) -> str:
+    """The backend that runs (the op of that name), by request or automatically.
 
     Raises:
         ValueError: `backend` names none, or one that cannot run here; the message gives the reason.
     """
     if backend is None:
-        return next(name for name in BACKENDS if refusal(name, device, dtype) is None)
-    reason = refusal(backend, device, dtype)
+        return next(name for name in BACKENDS if refusal(name, device, dtype, op) is None)
+    reason = refusal(backend, device, dtype, op)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot run this call: {reason}")
     return backend
 
 
-def select_while_tracing(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def select_while_tracing(backend: str | None, device: torch.device, dtype: torch.dtype, op: str | None = None) -> str:
     """`select`, whose answer tracing takes as a constant."""
-    return select(backend, device, dtype)
+    return select(backend, device, dtype, op)
 
 
 # What torch.compiler.assume_constant_result does; calling it would import the whole compiler with this package.
@@ -101,25 +112,25 @@ def namespace(backend: str) -> str:
 
 
 @functools.cache
-def automatic_namespace(device_type: str, index: int | None) -> str | None:
+def automatic_namespace(op: str, device_type: str, index: int | None) -> str | None:
     """Namespace that `backend=None` uses for fp32, bf16 and fp16 on a device; None means the reference."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    chosen = select(None, device, torch.float32)
+    chosen = select(None, device, torch.float32, op)
     return None if chosen == "reference" else namespace(chosen)
 
 
 def implement_fallbacks(references: dict[str, Callable]) -> None:
-    """Give `torch.ops.maskaccel` kernels for the devices that the native library does not serve."""
+    """Give `torch.ops.maskaccel` kernels for the devices that the native library does not serve, op by op."""
     for name, function in references.items():
-        if not native.has_cpu:
+        if not _registry.implemented("maskaccel", name, "cpu"):
             _registry.implement("maskaccel", name, function, "CPU")
-        if not native.has_cuda:
+        if not _registry.implemented("maskaccel", name, "cuda"):
             _registry.implement("maskaccel", name, _triton_or(name, function), "CUDA")
 
 
 def _triton_or(name: str, function: Callable) -> Callable:
     def kernel(*args):
-        if _triton_reason() is None:
+        if _triton_reason() is None and _registry.implemented("maskaccel_triton", name, "cuda"):
             return _registry.op("maskaccel_triton", name)(*args)
         return function(*args)
 

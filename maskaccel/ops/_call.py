@@ -44,7 +44,7 @@ def fast(name: str, x: Tensor, args: tuple) -> Any:
     if _compiler._is_compiling_flag:  # an export that traces by running, which `tracing` does not see
         raise LookupError
     if (_is_grad_enabled() or forward_ad._current_level >= 0) and wants_grad(args):
-        return _registry.autograd_function(_automatic(x.device), name).apply(*args)
+        return _registry.autograd_function(_automatic(name, x.device), name).apply(*args)
     kernel = _cpu.get(name) if x.is_cpu else None
     return (kernel or _kernel(name, x.device))(*args)
 
@@ -60,14 +60,14 @@ def bare(name: str, x: Tensor, args: tuple) -> Any:
         return None
     kernel = _cpu.get(name) if x.is_cpu else None
     if kernel is None:
-        if automatic_namespace(x.device.type, x.device.index) != "maskaccel_raw":
+        if automatic_namespace(name, x.device.type, x.device.index) != "maskaccel_raw":
             return None
         kernel = _kernel(name, x.device)
     return kernel(*args)
 
 
-def _automatic(device: torch.device) -> str:
-    ns = automatic_namespace(device.type, device.index)
+def _automatic(name: str, device: torch.device) -> str:
+    ns = automatic_namespace(name, device.type, device.index)
     if ns is None:
         raise LookupError
     return ns
@@ -75,7 +75,7 @@ def _automatic(device: torch.device) -> str:
 
 @functools.cache
 def _kernel(name: str, device: torch.device) -> Callable[..., Any]:
-    overload = _registry.op(_automatic(device), name)
+    overload = _registry.op(_automatic(name, device), name)
     kernel = getattr(overload, "_op", overload)  # what calling the overload calls, one Python frame further
     if device.type == "cpu":
         _cpu[name] = kernel
@@ -88,7 +88,7 @@ def checked(name: str, x: Tensor, args: tuple, backend: str | None, reference: C
     if compiling and backend is None:
         # The op whose kernel and derivative the dispatcher knows: tracing needs no look at the backends.
         return _registry.op("maskaccel", name)(*args) if x.dtype in KERNEL_DTYPES else reference()
-    chosen = (select_while_tracing if compiling else select)(backend, x.device, x.dtype)
+    chosen = (select_while_tracing if compiling else select)(backend, x.device, x.dtype, name)
     if chosen == "reference":
         return reference()
     if wants_grad(args):

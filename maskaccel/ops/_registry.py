@@ -59,6 +59,8 @@ def define(spec: OpSpec) -> None:
         torch.library.register_autograd(
             f"maskaccel::{spec.name}", function.backward_rule, setup_context=function.setup, lib=_LIBRARIES["maskaccel"]
         )
+    elif _writes(spec):
+        _LIBRARIES["maskaccel"].impl(spec.name, _refuse_inputs(spec.name), "Autograd")
     else:
         # Without a rule torch would let gradients end here in silence.
         torch.library.register_autograd(f"maskaccel::{spec.name}", _refuse(spec.name), lib=_LIBRARIES["maskaccel"])
@@ -78,9 +80,33 @@ def _refuse(name: str) -> Callable[..., tuple]:
     return backward
 
 
+def _writes(spec: OpSpec) -> bool:
+    return "!" in spec.schema
+
+
+def _refuse_inputs(name: str) -> Callable[..., Any]:
+    """What autograd calls for an op that writes an argument: torch takes no derivative rule for one."""
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in args):
+            raise RuntimeError(f"torch.ops.maskaccel.{name} has no derivative; call it under torch.no_grad()")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op("maskaccel", name)(*args)
+
+    return kernel
+
+
 def implement(namespace: str, name: str, kernel: Callable[..., Any], key: str) -> None:
     """Register a Python kernel for one dispatch key ("CPU", "CUDA")."""
     _LIBRARIES[namespace].impl(name, kernel, key)
+
+
+def implemented(namespace: str, name: str, device_type: str) -> bool:
+    """Whether the op is defined in `namespace` and has a kernel there for tensors on a CPU or a GPU."""
+    key, full = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type), f"{namespace}::{name}"
+    if key is None or not torch._C._dispatch_has_kernel(full):
+        return False
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(full, key))
 
 
 def op(namespace: str, name: str) -> Any:

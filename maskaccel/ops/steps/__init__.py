@@ -1,5 +1,5 @@
 """Cached-feature ops."""
 
-from .api import combine_history, combine_sites, gram, relative_difference
+from .api import combine_history, combine_sites, gram, kmeans, relative_difference, scatter_combine
 
-__all__ = ["combine_history", "combine_sites", "gram", "relative_difference"]
+__all__ = ["combine_history", "combine_sites", "gram", "kmeans", "relative_difference", "scatter_combine"]

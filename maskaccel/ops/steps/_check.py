@@ -59,3 +59,54 @@ def gates(value: Tensor | None, history: Tensor) -> None:
     if t.dim() == 4 and (shape[2] == 0 or n % shape[2]):
         raise ValueError(f"gates has {shape[2]} rows a sample (shape {shape}); it must divide N={n}")
     _checks.same_device("gates", t, "history", history)
+
+
+def writable_history(history: Tensor, newest: object) -> int:
+    """The entry that is written: a position in a dense `history` whose elements are all distinct memory."""
+    entry = integer("newest", newest, 0, history.shape[0] - 1)
+    if dense_steps(history) is not history:
+        raise ValueError(f"history is written to, so it must be dense in N and D; its strides are {history.stride()}")
+    if any(history.stride(i) == 0 and history.shape[i] > 1 for i in (0, 1)):
+        raise ValueError(f"history is written to, but it is expanded: strides {history.stride()}")
+    return entry
+
+
+def apart(name: str, t: Tensor | None, written: Tensor) -> None:
+    """None, or a tensor that shares no memory with what is written."""
+    if t is None or torch.compiler.is_compiling() or t.device.type == "meta" or 0 in (t.numel(), written.numel()):
+        return
+    (first, last), (start, end) = _extent(t), _extent(written)
+    if t.device == written.device and first < end and start < last:
+        raise ValueError(f"{name} shares memory with history[newest], which this call writes; pass a copy")
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one after the last."""
+    span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+    return t.data_ptr(), t.data_ptr() + span * t.element_size()
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """An int from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value}; allowed are {low} to {high}")
+    return value
+
+
+def per_row(name: str, value: object, batch: int, columns: int | None, like: Tensor) -> Tensor:
+    """An int32 or int64 `(batch, columns)` (any number of them for None), or `(1, ...)` for all samples, as it is."""
+    t = _checks.tensor(name, value)
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {t.dtype}; it must be int32 (or int64)")
+    if t.dim() != 2 or t.shape[0] not in (1, batch) or columns not in (None, t.shape[1]):
+        form = f"({batch}, {'M' if columns is None else columns})"
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {form}, with a batch of {batch} or 1")
+    _checks.same_device(name, t, "history", like)
+    return t
+
+
+def as_rows(t: Tensor, batch: int) -> Tensor:
+    """Checked `per_row` values as the kernels take them: int32, contiguous, one row for each sample."""
+    return t.to(torch.int32).expand(batch, -1).contiguous()

@@ -8,11 +8,22 @@ from typing import Any
 import torch
 
 from .._registry import OpSpec, define
+from ._cluster import kmeans
 from ._combine import MAX_HISTORY, combine_history, combine_sites
 from ._measure import gram, relative_difference
+from ._scatter import scatter_combine
 from .schema import SCHEMAS
 
-__all__ = ["MAX_HISTORY", "combine_history", "combine_sites", "gram", "register", "relative_difference"]
+__all__ = [
+    "MAX_HISTORY",
+    "combine_history",
+    "combine_sites",
+    "gram",
+    "kmeans",
+    "register",
+    "relative_difference",
+    "scatter_combine",
+]
 
 
 def _relative_difference_fake(x, reference, base=None):
@@ -32,11 +43,23 @@ def _gram_fake(history, per_sample):
     return history.new_empty((batch, steps, steps) if per_sample else (steps, steps), dtype=torch.float64)
 
 
+def _scatter_combine_fake(history, weights, fresh, index, labels, x, gate, newest, gamma):
+    return (history if x is None else x).new_empty(history.shape[1:])
+
+
+def _kmeans_fake(x, init, k, iters, metric):
+    batch, n, width = x.shape
+    rows = x.new_empty((batch, n), dtype=torch.int32)
+    return rows, x.new_empty((batch, k, width), dtype=torch.float32), x.new_empty((batch, k), dtype=torch.int32)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "relative_difference": _relative_difference_fake,
     "combine_history": _combine_history_fake,
     "combine_sites": _combine_sites_fake,
     "gram": _gram_fake,
+    "scatter_combine": _scatter_combine_fake,
+    "kmeans": _kmeans_fake,
 }
 
 

@@ -19,12 +19,36 @@ rounded once.
 `gram(history, per_sample)`: `history` as above. Returns fp64 `(K, K)`: `<history[i], history[j]>` over all elements, or
 `(B, K, K)` of each sample. Products and sums are fp64, deterministic; `out[i, j]` and `out[j, i]` have the same bits.
 
+`scatter_combine(history, weights, fresh, index, labels, x, gate, newest, gamma)`: writes `history[newest]`, then
+combines. `history`, `weights`, `x`, `gate` as in `combine_history`, but `history` must not be expanded, and nothing
+else may share memory with `history[newest]`. `fresh` `(B, M, D)` of the dtype of history, `index` int32 `(B, M)`,
+`labels` int32 `(B, N)` or None, all contiguous. Row `index[b, m]` of sample b takes `fresh[b, m]`; of equal indices
+the last m counts. With `labels` and 0 < gamma <= 1 every other row n with fresh rows of its label becomes `gamma *
+mean(those rows) + (1 - gamma) * row`, rounded once; without them it stays. Indices are 0 to N - 1: checked on a CPU;
+elsewhere a row of another index is left out. Result: `combine_history` of what history then holds.
+
+`kmeans(x, init, k, iters, metric)`: `x` `(B, N, D)` (last dim contiguous) with D of 1 or more, 1 <= k <= min(N, 1024),
+`init` fp32 contiguous `(B, k, D)` or None (row `(2 c + 1) N // (2 k)` for cluster c), iters >= 0, metric 0 squared L2,
+1 L1, 2 cosine (one minus it). `iters` times: each row to its nearest centroid (of equal ones the lowest), each
+centroid to the mean of its rows (cosine: of its rows at unit length; a row of zeros stays zero), an empty cluster's
+stays. Then once more each row to its nearest. Returns int32 labels `(B, N)`, fp32 centroids `(B, k, D)` and int32
+representatives `(B, k)`: the member of each cluster nearest to its centroid (of equal ones the lowest row); for empty
+clusters, one after the other, the nearest row that represents no cluster yet. fp32, deterministic, no synchronisation.
+
 No op here is differentiable: the API refuses inputs that require grad.
 """
+
+METRICS = {"l2": 0, "l1": 1, "cosine": 2}
+MAX_CLUSTERS = 1024
 
 SCHEMAS = {
     "relative_difference": "(Tensor x, Tensor reference, Tensor? base=None) -> Tensor",
     "combine_history": "(Tensor history, Tensor weights, Tensor? x, Tensor? gate) -> Tensor",
     "combine_sites": "(Tensor history, Tensor weights, Tensor? x, Tensor? gates) -> Tensor",
     "gram": "(Tensor history, bool per_sample) -> Tensor",
+    "scatter_combine": (
+        "(Tensor(a!) history, Tensor weights, Tensor fresh, Tensor index, Tensor? labels, Tensor? x, Tensor? gate, "
+        "int newest, float gamma) -> Tensor"
+    ),
+    "kmeans": "(Tensor x, Tensor? init, int k, int iters, int metric) -> (Tensor, Tensor, Tensor)",
 }
