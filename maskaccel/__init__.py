@@ -21,7 +21,7 @@ except (ImportError, OSError) as error:
     _torch_error = error
 
 if _torch_error is None:
-    from . import masks, methods, ops
+    from . import calibration, masks, methods, ops
     from ._explain import explain, info
     from ._native import native
     from .patching import Patch, PatchError, PatchReport, patch
@@ -39,6 +39,7 @@ __all__ = [
     "PatchError",
     "PatchReport",
     "__version__",
+    "calibration",
     "explain",
     "info",
     "masks",

@@ -1,5 +1,7 @@
-"""Measurements of a model that methods need: made by one ordinary run, kept as JSON."""
+"""Measurements of a model that methods need: made by ordinary runs, kept as JSON."""
 
 from .file import Calibration
+from .kinds import KINDS, Kind
+from .measure import Measurement, measure
 
-__all__ = ["Calibration"]
+__all__ = ["KINDS", "Calibration", "Kind", "Measurement", "measure"]

@@ -95,11 +95,18 @@ class Calibration:
     def checked(
         self, kind: str | None = None, model: str | None = None, source: str = "the calibration"
     ) -> Calibration:
-        """This calibration, if it is of this kind and for this model; ValueError otherwise."""
+        """This calibration, if it is of this kind and for this model, and whole; ValueError otherwise."""
         if kind is not None and self.kind != kind:
             raise ValueError(f"{source} is of kind {self.kind!r}; needed is {kind!r}")
         if model is not None and self.model != model:
             raise ValueError(f"{source} was made with {self.model}; the model is a {model}")
+        from .kinds import KINDS  # the kinds measure with what stands above this file
+
+        if self.kind in KINDS:
+            try:
+                KINDS[self.kind].check(dict(self.values), self.steps)
+            except ValueError as error:
+                raise ValueError(f"{source} is no whole calibration of kind {self.kind!r}: {error}") from None
         return self
 
 

@@ -1,6 +1,6 @@
 """Where to compute again: evenly, or by dynamic programming over measured distances (Wang et al. 2025, DDT).
 
-DDT (arXiv 2504.05741, section 3.4) shares a feature between steps and asks which K of N steps should compute it. If
+DDT (arXiv 2504.05741) shares a feature between steps and asks which K of N steps should compute it. If
 step j computes and the steps up to i-1 share, they lose `E(j, i) = sum_(k=j..i-1) d[k][j]`, with d the distances
 between the features of a calibration run. The least total `C_m(i)` of m computations for the first i steps, the first
 of which is always computed, is `C_1(i) = E(0, i)`, `C_m(i) = min_j C_(m-1)(j) + E(j, i)`.

@@ -1,8 +1,8 @@
 """DDT: decoupled diffusion transformer (Wang et al. 2025, arXiv 2504.05741): the encoder's output is shared.
 
-The model is an encoder `z_t = E(x_t, t, y)` and a decoder `v_t = D(x_t, t, z_t)` (eqs. 6 and 7 of the paper). Of N
-steps only K run the encoder; the others decode the z of the last of them (section 3.4), which steps those are being
-chosen evenly or by dynamic programming over the distances of a calibration run.
+The model is an encoder `z_t = E(x_t, t, y)` and a decoder `v_t = D(x_t, t, z_t)`. Of N steps only K run the encoder;
+the others decode the z of the last of them. Which steps those are is chosen evenly, or by dynamic programming over the
+distances of a calibration run.
 
 The authors' decoder reads x_t through an embedding of its own. A stack of blocks that was not trained so has one
 embedding: there the first blocks are the encoder, what they *add* is shared, and the other blocks decode the embedding
@@ -35,7 +35,7 @@ class DDT:
     """Share the encoder's output between steps.
 
     Attributes:
-        schedule: `"uniform"`, a `Calibration` of kind `"distances"` or the path of one for the statistical schedule, or
+        schedule: `"uniform"`, a `Calibration` of kind `"distances"` or the path of one for the statistical one, or
             a mask: a tuple with 1 (compute) or 0 for each step.
         refresh: Steps for each computation of the encoder: `floor(N / refresh)` of N steps compute it; 1 is exact. A
             mask does not need it.
