@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import distances, magnitudes, teacache
+from . import distances, magnitudes, products, teacache
 from .probe import Probe
 
 
@@ -36,6 +36,7 @@ KINDS = {
     "magnitudes": Kind(
         "ratios of the residual's norm between steps (MagCache)", magnitudes.Magnitudes, magnitudes.check
     ),
+    "products": Kind("inner products of the residual between steps (DPCache)", products.Products, products.check),
     "teacache": Kind(
         "polynomial from the change of the modulated input to that of the output (TeaCache)",
         teacache.Fit,

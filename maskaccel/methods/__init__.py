@@ -3,6 +3,7 @@
 from .dbcache import DBCache, FBCache
 from .ddt import DDT
 from .dmd import DMD
+from .dpcache import DPCache
 from .foca import FoCa
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
@@ -22,6 +23,7 @@ __all__ = [
     "PAB",
     "SCM",
     "DBCache",
+    "DPCache",
     "FBCache",
     "FoCa",
     "FusedAdaLN",
