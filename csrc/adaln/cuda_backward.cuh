@@ -26,9 +26,9 @@ struct BackwardParams {
   bool out_vec = false;
   float* per_token[kReducedCount] = {};  // fp32 (B * N, padded) rows written directly, or null
   bool per_token_vec = false;
-  int slot[kReducedCount];               // index among the accumulators of the workspace, or -1
+  int slot[kReducedCount];               // offset among the accumulators of a segment, or -1
   int slots = 0;
-  int64_t padded = 0;          // row length of the workspace: 8 elements for every thread and step
+  int padded = 0;              // row length of the workspace: 8 elements for every thread and step
   float* workspace = nullptr;  // (segments, slots, padded)
   bool shared = false;         // accumulators in shared memory; else directly in the workspace
   int block = 1;               // rows that share every modulation row; divides tokens
@@ -36,20 +36,22 @@ struct BackwardParams {
   int runs_per_block = 1;
 };
 
-/// Where this CTA's accumulator of one slot lives: two float4 halves per vector, so that shared memory banks do not clash.
+/// Where this thread's accumulators live: two float4 halves per vector, apart in shared memory so that its banks do not clash,
+/// side by side in the workspace.
 struct Accumulators {
   float* base;
-  int threads;
-  int64_t slot_stride;
-  bool shared;
+  int thread, half, step;  // offset of the thread, from one half to the other, from one vector to the next
 
-  __device__ __forceinline__ float4* at(int slot, int s, int half) const {
-    if (shared) return reinterpret_cast<float4*>(base + slot * slot_stride) + (s * 2 + half) * threads + threadIdx.x;
-    return reinterpret_cast<float4*>(base + slot * slot_stride + (int64_t(s) * threads + threadIdx.x) * kVec) + half;
+  static __device__ __forceinline__ Accumulators of(float* base, bool shared) {
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    return Accumulators{base, thread * (shared ? 4 : kVec), shared ? threads * 4 : 4, threads * kVec};
   }
-  __device__ __forceinline__ void clear(int slots, int steps) const {
+  __device__ __forceinline__ float4* at(int slot, int s, int h) const {
+    return reinterpret_cast<float4*>(base + thread + slot + s * step + h * half);
+  }
+  __device__ __forceinline__ void clear(int slots, int padded, int steps) const {
     for (int k = 0; k < slots; ++k)
-      for (int s = 0; s < steps; ++s) *at(k, s, 0) = *at(k, s, 1) = make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int s = 0; s < steps; ++s) *at(k * padded, s, 0) = *at(k * padded, s, 1) = make_float4(0.f, 0.f, 0.f, 0.f);
   }
   __device__ __forceinline__ void add(int slot, int s, const Floats& v) const {
     float4* low = at(slot, s, 0);
@@ -60,13 +62,23 @@ struct Accumulators {
   }
 };
 
+/// Hides from the compiler that an offset is the same for every row: it would keep all addresses made from it in registers.
+__device__ __forceinline__ void recompute(int& offset) {
+#ifndef MASKACCEL_EMULATE
+  asm volatile("" : "+r"(offset));
+#else
+  (void)offset;
+#endif
+}
+
 /// Adds to the accumulator, or stores the gradient of a token's own modulation row.
+template <bool kFast>
 __device__ __forceinline__ void emit(const BackwardParams& p, const Accumulators& acc, int which, int s, int64_t row, int d,
                                      const Floats& v) {
   if (p.slot[which] >= 0) acc.add(p.slot[which], s, v);
   if (p.per_token[which] == nullptr) return;
   float* out = p.per_token[which] + row * p.c.width;
-  if (p.per_token_vec) {
+  if (kFast || p.per_token_vec) {
     if (d >= p.c.width) return;
     reinterpret_cast<float4*>(out + d)[0] = make_float4(v[0], v[1], v[2], v[3]);
     reinterpret_cast<float4*>(out + d)[1] = make_float4(v[4], v[5], v[6], v[7]);
@@ -99,8 +111,8 @@ __device__ __forceinline__ void through_modulation(const BackwardParams& p, cons
   Floats value = hat;
   affine<T, kFast>(c, p.weight, p.bias, true, d, exact, value);
   if (record) {
-    emit(p, acc, kShift, s, row, d, dn);
-    emit(p, acc, kScale, s, row, d, times(dn, value));
+    emit<kFast>(p, acc, kShift, s, row, d, dn);
+    emit<kFast>(p, acc, kScale, s, row, d, times(dn, value));
   }
   if (p.scale.present()) {
     const int64_t at = p.scale.data != nullptr ? modulation_row(c, p.scale, b, n) : 0;
@@ -109,8 +121,8 @@ __device__ __forceinline__ void through_modulation(const BackwardParams& p, cons
   if (p.dy2.data != nullptr) {
     Floats second = to_floats<T>(load_pack(row_of<T>(p.dy2, b, n), d, c.width, kFast || p.dy2.vec));
     if (record) {
-      emit(p, acc, kShift2, s, row, d, second);
-      emit(p, acc, kScale2, s, row, d, times(second, value));
+      emit<kFast>(p, acc, kShift2, s, row, d, second);
+      emit<kFast>(p, acc, kScale2, s, row, d, times(second, value));
     }
     if (p.scale2.data != nullptr) {
       second = times(second, scale_factors<T, kFast>(c, p.scale2, modulation_row(c, p.scale2, b, n), d, exact));
@@ -118,9 +130,9 @@ __device__ __forceinline__ void through_modulation(const BackwardParams& p, cons
 #pragma unroll
     for (int i = 0; i < kVec; ++i) dn[i] += second[i];
   }
-  if (record) emit(p, acc, kBias, s, row, d, dn);
+  if (record) emit<kFast>(p, acc, kBias, s, row, d, dn);
   if (p.weight.data != nullptr) {
-    if (record) emit(p, acc, kWeight, s, row, d, times(dn, hat));
+    if (record) emit<kFast>(p, acc, kWeight, s, row, d, times(dn, hat));
     const Floats w = load_operand<T>(p.weight.data, 0, c.weight_wide, d, c.width, kFast || p.weight.vec);
     const float plus = c.weight_offset();
 #pragma unroll
@@ -146,10 +158,10 @@ __device__ __forceinline__ void through_gate(const BackwardParams& p, const Accu
       value[i] *= g[i] * gate_act_slope(m[i], activated, act);
       g[i] *= activated;
     }
-    if (record) emit(p, acc, kGate, s, row, d, value);
+    if (record) emit<kFast>(p, acc, kGate, s, row, d, value);
   }
   if (c.flags & kPostMask && p.post_weight.data != nullptr) {
-    if (record) emit(p, acc, kPostWeight, s, row, d, times(g, hat));
+    if (record) emit<kFast>(p, acc, kPostWeight, s, row, d, times(g, hat));
     const Floats w = load_operand<T>(p.post_weight.data, 0, c.weight_wide, d, c.width, kFast || p.post_weight.vec);
     const float plus = c.weight_offset();
 #pragma unroll
@@ -200,9 +212,9 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const __grid
   const Segment seg = Segment::of(p);
   const int b = seg.b;
 
-  float* slot_base = p.workspace + int64_t(blockIdx.x) * p.slots * p.padded;
-  const Accumulators acc{p.shared ? dynamic_shared() : slot_base, static_cast<int>(blockDim.x), p.padded, p.shared};
-  acc.clear(p.slots, kSteps);
+  float* slot_base = p.workspace + blockIdx.x * (int64_t(p.slots) * p.padded);
+  Accumulators acc = Accumulators::of(p.shared ? dynamic_shared() : slot_base, p.shared);
+  acc.clear(p.slots, p.padded, kSteps);
 
   Pack<T> x_next[kSteps], dy_next[kSteps], a_next[kSteps];
   auto fetch = [&](int n) {
@@ -222,6 +234,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const __grid
 
   for (int n = seg.begin; n < seg.end; ++n) {
     const int64_t row = int64_t(b) * c.tokens + n;
+    recompute(acc.thread);
     Floats g[kSteps];    // gradient of the residual
     Floats hat[kSteps];  // normalised row
     Floats av[kSteps];   // branch, then normalised branch
@@ -307,8 +320,8 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const __grid
   for (int k = 0; k < p.slots; ++k)  // each thread copies what it alone has written
     for (int s = 0; s < kSteps; ++s) {
       float4* out = reinterpret_cast<float4*>(slot_base + k * p.padded + first + s * step);
-      out[0] = *acc.at(k, s, 0);
-      out[1] = *acc.at(k, s, 1);
+      out[0] = *acc.at(k * p.padded, s, 0);
+      out[1] = *acc.at(k * p.padded, s, 1);
     }
 }
 
@@ -323,8 +336,8 @@ __global__ void __launch_bounds__(512) backward_any_kernel(const __grid_constant
   const Segment seg = Segment::of(p);
   const int b = seg.b;
   auto offset = [&](int s) { return (s * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kVec; };
-  const Accumulators acc{p.workspace + int64_t(blockIdx.x) * p.slots * p.padded, static_cast<int>(blockDim.x), p.padded, false};
-  acc.clear(p.slots, steps);
+  const Accumulators acc = Accumulators::of(p.workspace + blockIdx.x * (int64_t(p.slots) * p.padded), false);
+  acc.clear(p.slots, p.padded, steps);
 
   for (int n = seg.begin; n < seg.end; ++n) {
     const int64_t row = int64_t(b) * c.tokens + n;

@@ -31,7 +31,7 @@ void run_backward(const char* op, BackwardParams p, const Wanted (&wanted)[kRedu
   const int steps = fast ? kBackwardSteps : static_cast<int>(ceil_div(c.width, int64_t(threads) * kVec));
 
   p.block = c.tokens;
-  p.padded = int64_t(threads) * steps * kVec;
+  p.padded = threads * steps * kVec;
   p.per_token_vec = c.width % kVec == 0;  // fp32 rows of fresh, aligned tensors
   float* summed_over_batch[kReducedCount] = {};
   for (int k = 0; k < kReducedCount; ++k) {
@@ -44,7 +44,7 @@ void run_backward(const char* op, BackwardParams p, const Wanted (&wanted)[kRedu
     } else if (own_row) {
       p.per_token[k] = summed_over_batch[k] = allocate(c.total * c.width);
     } else {
-      p.slot[k] = p.slots++;
+      p.slot[k] = p.padded * p.slots++;
       if (!w.everything) p.block = std::gcd(p.block, w.group);
     }
   }
@@ -57,7 +57,7 @@ void run_backward(const char* op, BackwardParams p, const Wanted (&wanted)[kRedu
   p.run = static_cast<int>(ceil_div(p.block, p.runs_per_block));
   const int64_t per_sample = int64_t(c.tokens / p.block) * p.runs_per_block, segments = per_sample * c.batch;
   p.workspace = p.slots != 0 ? allocate(segments * p.slots * p.padded) : nullptr;
-  const int64_t shared = p.slots * p.padded * int64_t(sizeof(float));
+  const int64_t shared = int64_t(p.slots) * p.padded * sizeof(float);
   p.shared = fast && shared + 1024 <= device.shared_bytes;
 
   const dim3 grid(static_cast<unsigned>(segments));
@@ -83,8 +83,8 @@ void run_backward(const char* op, BackwardParams p, const Wanted (&wanted)[kRedu
       t.outer_step = t.groups = c.tokens;
       t.group_step = 1;
     } else {
-      t.in = p.workspace + p.slot[k] * p.padded;
-      t.stride = p.slots * p.padded;
+      t.in = p.workspace + p.slot[k];
+      t.stride = int64_t(p.slots) * p.padded;
       const int groups = w.everything ? 1 : c.tokens / w.group;
       t.inner = static_cast<int>(per_sample / groups);
       t.group_step = t.inner;

@@ -90,8 +90,6 @@ def adaln_backward(dr, dy, dy2, r, a, gate, scale, shift, scale2, shift2, gate_t
         if rows is not None:
             index = tl.load(rows + b * rows_batch + n)
         d = zero
-        if dr is not None:
-            d = load(dr + b * dr_batch + wide * dr_row, cols, mask)
         if dy is not None:
             unit, rstd = standardize(load(r + b * r_batch + wide * r_row, cols, mask), mask, D, eps, KIND)
             h = unit
@@ -113,17 +111,20 @@ def adaln_backward(dr, dy, dy2, r, a, gate, scale, shift, scale2, shift2, gate_t
             sum_weight = collect(sum_weight, dn * unit, dweight, token, cols, mask, False)
             if weight is not None:
                 dn *= load_weight(weight, cols, mask, PLUS_ONE, False)
-            d += standardize_backward(dn, unit, rstd, mask, D, KIND)
-            if dx is not None:
-                tl.store(dx + token + cols, d.to(dx.dtype.element_ty), mask=mask)
+            d = standardize_backward(dn, unit, rstd, mask, D, KIND)
+        if dr is not None:  # late, so that the norm has its registers
+            d += load(dr + b * dr_batch + wide * dr_row, cols, mask)
+        if dx is not None:
+            tl.store(dx + token + cols, d.to(dx.dtype.element_ty), mask=mask)
         if a is not None:
+            if (gate is not None) or (gate_table is not None):  # early: tanh wants registers
+                t, slope = gate_act(load_modulation(gate, gate_table, b, index, cols, mask, False), ACT)
             unit_a, rstd_a = standardize(load(a + b * a_batch + wide * a_row, cols, mask), mask, D, post_eps, POST)
             p = unit_a
             if post_weight is not None:
                 w = load_weight(post_weight, cols, mask, PLUS_ONE, False)
                 p *= w
             if (gate is not None) or (gate_table is not None):
-                t, slope = gate_act(load_modulation(gate, gate_table, b, index, cols, mask, False), ACT)
                 sum_gate = collect(sum_gate, d * p * slope, dgate, token, cols, mask, (DIRECT & 1) != 0)
                 d *= t
             sum_post = collect(sum_post, d * unit_a, dpost, token, cols, mask, False)

@@ -35,7 +35,7 @@ def relative_difference(x: Tensor, reference: Tensor, base: Tensor | None = None
     blocks, chunks = host.runs(math.ceil(size / _BLOCK) * batch, math.ceil(size / _BLOCK), least=2)
     partials = x.new_empty(batch, chunks, 2, dtype=torch.float32)
     host.launch(difference_partials, (batch, chunks), x, x, reference, base, partials, size, blocks * _BLOCK,
-                BLOCK=_BLOCK, num_warps=4)  # fmt: skip
+                BLOCK=_BLOCK, num_warps=host.block_and_warps(_BLOCK, 16 // x.element_size())[1])  # fmt: skip
     return host.reduce_partials(partials, batch, 1).view(batch, 2)
 
 

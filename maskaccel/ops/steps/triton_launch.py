@@ -86,7 +86,7 @@ def combine_sites(history: Tensor, weights: Tensor, x: Tensor | None, gates: Ten
     if out.numel():
         from .triton_sites import combine_all_sites
 
-        block, warps = host.block_and_warps(min(width, _BLOCK), 8)
+        block, warps = host.block_and_warps(min(width, _BLOCK), 16 // history.element_size())
         w_site = weights[0].numel() if weights.dim() > 1 else 0
         host.launch(combine_all_sites, (batch * n, math.ceil(width / block)), history, history, weights, x, operand,
                     out, *history.stride()[:3], w_site, width, sites, n, width, K=steps,
