@@ -7,7 +7,7 @@ import torch
 from zoo.pipelines import PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import FORA, DBCache, FBCache, FusedAdaLN, TaylorSeer
+from maskaccel.methods import FORA, DBCache, FBCache, FusedAdaLN, TaylorSeer, ToCa
 
 METHODS = [
     [FORA(interval=3)],
@@ -17,6 +17,8 @@ METHODS = [
     [FBCache(threshold=1e9, first=2, reduce="any"), FusedAdaLN()],
     [DBCache(threshold=1e9, lead=1, first=2, tail=0)],
     [TaylorSeer(interval=3, first=2, level="block")],
+    [ToCa(ratio=0.3, step_weight=0, drift=0, dense=None)],
+    [ToCa(ratio=0.3, step_weight=0, drift=0, dense=None, score="random"), FusedAdaLN()],
 ]
 
 

@@ -11,7 +11,7 @@ import torch
 from zoo.pipelines import MORE_PIPELINES, PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import FORA, FBCache, FusedAdaLN, TaylorSeer
+from maskaccel.methods import FORA, FBCache, FusedAdaLN, TaylorSeer, ToCa
 from maskaccel.state import History, Storage
 
 METHODS = [
@@ -21,8 +21,13 @@ METHODS = [
     FBCache(threshold=0.5),
     TaylorSeer(interval=3, first=2),
     TaylorSeer(interval=3, first=2, level="module"),
+    ToCa(ratio=0.3, drift=0, dense=None),
+    ToCa(ratio=0.3, score="random"),
 ]
-each = pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'level', 'signal')}")
+KIND = ("level", "score", "threshold")
+each = pytest.mark.parametrize(
+    "method", METHODS, ids=lambda m: f"{m.name}-{next(getattr(m, k) for k in KIND if hasattr(m, k))}"
+)
 
 
 @functools.cache

@@ -27,12 +27,20 @@ class Planned:
         Raises:
             ValueError: The number of steps is not known.
         """
-        if at.num_steps is None:
-            raise ValueError(f"{self} needs the number of steps; pass it to generation(num_steps=...)")
+        mask, step = self.mask_of(at), at.index + at.offset
         if at.index == 0:
             return "compute"  # nothing to reuse yet
-        mask, step = _mask(self, at.num_steps + at.offset), at.index + at.offset
         return "compute" if step >= len(mask) or mask[step] else "reuse"
+
+    def mask_of(self, at: Position) -> tuple[bool, ...]:
+        """The mask of the schedule that a run belongs to.
+
+        Raises:
+            ValueError: The number of steps is not known.
+        """
+        if at.num_steps is None:
+            raise ValueError(f"{self} needs the number of steps; pass it to generation(num_steps=...)")
+        return _mask(self, at.num_steps + at.offset)
 
     def plan(self, num_steps: int, timesteps: Sequence[float] | None = None) -> list[Action]:
         """The whole mask for a run of `num_steps`."""

@@ -15,6 +15,7 @@ from .skipcache import SkipCache
 from .speca import SpeCa
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
+from .toca import ToCa
 
 __all__ = [
     "DDT",
@@ -33,4 +34,5 @@ __all__ = [
     "SpeCa",
     "TaylorSeer",
     "TeaCache",
+    "ToCa",
 ]

@@ -24,6 +24,9 @@ Level = Literal["output", "stack", "block", "module"]
 LEVELS: tuple[str, ...] = get_args(Level)
 
 # Children of blocks that no adapter describes, by the names that diffusers and the original DiT use.
+SELF_ATTENTION = ("attn", "attn1", "attention", "self_attn", "self_attention")
+CROSS_ATTENTION = ("attn2", "cross_attn", "cross_attention", "crossattn")
+MLPS = ("ff", "ff_context", "ffn", "mlp", "img_mlp", "txt_mlp", "feed_forward")
 USUAL_SITES = ("attn", "attn1", "attn2", "ff", "ff_context", "mlp")
 
 

@@ -20,9 +20,6 @@ from ..patching.transaction import PatchError
 from ..state.history import Storage
 from . import _cached
 
-_SELF = ("attn", "attn1", "attention", "self_attn", "self_attention")
-_CROSS = ("attn2", "cross_attn", "cross_attention", "crossattn")
-_MLP = ("ff", "ff_context", "ffn", "mlp", "img_mlp", "txt_mlp", "feed_forward")
 KINDS = ("spatial", "temporal", "cross", "mlp")
 
 
@@ -96,11 +93,11 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for blocks in _cached.block_lists(model):
         temporal = "temporal" in names[id(blocks)]
         for block in blocks:
-            for module in children_of(block, _SELF):
+            for module in children_of(block, _cached.SELF_ATTENTION):
                 yield "temporal" if temporal else "spatial", module
-            for module in children_of(block, _CROSS):
+            for module in children_of(block, _cached.CROSS_ATTENTION):
                 # A second self-attention (SD3.5's dual attention) says of itself that it attends to no other stream.
                 crossing = getattr(module, "is_cross_attention", True)
                 yield "cross" if crossing else "temporal" if temporal else "spatial", module
-            for module in children_of(block, _MLP):
+            for module in children_of(block, _cached.MLPS):
                 yield "mlp", module

@@ -93,6 +93,18 @@ class Feature:
             return None
         return held
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether this branch holds something of an input of the batch, tokens, dtype and device of x, not used yet."""
+        held = self.peek() if self.usable() else None
+        if held is None or held.used == self.generation.index:
+            return False
+        shape, dtype, device = held.key[0]
+        return (shape[:2], dtype, device) == (x.shape[:2], x.dtype, x.device)
+
+    def peek(self) -> Held | None:
+        """What this branch remembers, whatever the input."""
+        return self._held.get(self.generation.branch_key)
+
     def _reset(self) -> None:
         self.resets += 1
         self.generation.note(
@@ -196,6 +208,24 @@ class Feature:
                 parts.append(self._forecast(history, one, own))
             out.append(None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts))
         return out
+
+    def refresh(
+        self, held: Held, fresh: Tensor, index: Tensor, labels: Tensor | None = None, gamma: float = 0.0
+    ) -> list[Tensor | None]:
+        """Write tokens that were computed at this step into the newest value; then the forecast, the caller's to keep.
+
+        Args:
+            held: What `find` gave, of one tensor `(B, N, D)` for all samples.
+            fresh: Values of these tokens, `(B, M, D)`.
+            index: Which tokens, int64 `(B, M)`; equal ones have equal values.
+            labels: Cluster of every token, `(B, N)`; with `gamma`, tokens take part in what is fresh of their cluster.
+            gamma: Share that they take.
+        """
+        held.used = self.generation.index
+        (history,) = held.groups[0]
+        assert history is not None
+        weights = self.forecaster.weights(history.stamps, self.generation.index, history)
+        return [history.refresh(weights, fresh, index, labels, gamma)]
 
     def _forecast(self, history: History, x: Tensor | None, own: bool) -> Tensor:
         weights = self.forecaster.weights(history.stamps, self.generation.index, history)

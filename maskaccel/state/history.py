@@ -92,16 +92,7 @@ class History:
             ring = self._ring = self._allocate(value)
             self._kind = kind
         self._head = (self._head + 1) % self.capacity
-        slot = ring[self._head]
-        with torch.no_grad():
-            if self._scales is not None:
-                self._quantise(slot, value if base is None else value - base)
-            elif base is None:
-                slot.copy_(value, non_blocking=True)
-            elif slot.dtype == value.dtype and slot.device == value.device:
-                torch.sub(value, base, out=slot)
-            else:
-                slot.copy_(value - base, non_blocking=True)
+        self._write(value, base)
         self._stamps = [stamp, *self._stamps][: self.capacity]
         self._gram = None
 
@@ -116,12 +107,21 @@ class History:
             dtype = value.dtype if dtype is torch.float8_e4m3fn else dtype
         return torch.empty((self.capacity, *value.shape), dtype=dtype or value.dtype, **options)
 
-    def _quantise(self, slot: Tensor, value: Tensor) -> None:
-        assert self._scales is not None
-        wide = value.float()
-        scale = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _FP8_MAX
-        self._scales[self._head].copy_(scale, non_blocking=True)
-        slot.copy_((wide / scale).to(torch.float8_e4m3fn), non_blocking=True)
+    def _write(self, value: Tensor, base: Tensor | None = None) -> None:
+        """`value - base` into the newest slot."""
+        assert self._ring is not None
+        slot = self._ring[self._head]
+        with torch.no_grad():
+            if self._scales is not None:
+                scale, narrow = _to_fp8(value if base is None else value - base)
+                self._scales[self._head].copy_(scale, non_blocking=True)
+                slot.copy_(narrow, non_blocking=True)
+            elif base is None:
+                slot.copy_(value, non_blocking=True)
+            elif slot.dtype == value.dtype and slot.device == value.device:
+                torch.sub(value, base, out=slot)
+            else:
+                slot.copy_(value - base, non_blocking=True)
 
     def _slots(self, slots: Sequence[int]) -> Tensor:
         """The values of these slots, stacked, where and as the feature was computed."""
@@ -147,6 +147,43 @@ class History:
         if self._ring is None or self._kind is None or not self._stamps:
             raise LookupError("the history is empty")
         return self._slots([self._head])[0].to(self._kind[1])
+
+    def refresh(
+        self,
+        weights: Sequence[float] | Tensor,
+        fresh: Tensor,
+        index: Tensor,
+        labels: Tensor | None = None,
+        gamma: float = 0.0,
+    ) -> Tensor:
+        """Write rows of the newest value, `(B, N, D)`, then `combine(weights)`; the result is the caller's to keep.
+
+        Args:
+            weights: As in `combine`.
+            fresh: The rows, `(B, M, D)`.
+            index: Which rows of each sample, int64 `(B, M)`; equal ones have equal values.
+            labels: Cluster of every row, `(B, N)`, or None. With it every row that is not fresh, of a cluster with
+                fresh ones, becomes `gamma * their mean + (1 - gamma) * row`.
+            gamma: See `labels`.
+        """
+        assert self._ring is not None and self._kind is not None
+        if self._ring.is_inference() and not torch.is_inference_mode_enabled():
+            self._ring = self._ring.clone()
+        slot = self._ring[self._head]
+        if labels is not None and gamma > 0:
+            self._write(_spread(self.newest(), fresh, index, labels, gamma))
+        elif self._scales is not None:
+            scale, narrow = _to_fp8(fresh)
+            rows = index.unsqueeze(-1).to(slot.device)
+            self._scales[self._head].scatter_(1, rows, scale.to(slot.device))
+            slot.view(torch.uint8).scatter_(
+                1, rows.expand_as(fresh), narrow.view(torch.uint8).to(slot.device)
+            )  # fmt: skip
+        else:
+            rows = index.unsqueeze(-1).expand_as(fresh).to(slot.device)
+            slot.scatter_(1, rows, fresh.to(slot.device, slot.dtype))
+        self._gram = None
+        return self.combine(weights)
 
     def gram(self) -> Tensor:
         """Inner products of all values held, newest first: fp64 `(held, held)` on the host.
@@ -198,6 +235,29 @@ class History:
         like = None if x is None else x.reshape(rows)
         out = combine_history(ring.reshape(len(used), *rows), w, x=like, gate=gate)
         return out.reshape(shape).to(dtype if x is None else x.dtype)
+
+
+def _to_fp8(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of the rows (fp32), and the rows over them (e4m3)."""
+    wide = value.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _FP8_MAX
+    return scale, (wide / scale).to(torch.float8_e4m3fn)
+
+
+def _spread(value: Tensor, fresh: Tensor, index: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """`value` with its fresh rows written, and the others moved towards the mean of what is fresh of their cluster."""
+    batch, count, width = value.shape
+    rows, labels = index.long().unsqueeze(-1), labels.long()
+    own = labels.gather(1, index.long()).unsqueeze(-1)
+    sums = torch.zeros(batch, count, width, dtype=torch.float32, device=value.device)
+    sums.scatter_add_(1, own.expand_as(fresh), fresh.float())
+    counts = torch.zeros(batch, count, 1, dtype=torch.float32, device=value.device)
+    counts.scatter_add_(1, own, torch.ones_like(own, dtype=torch.float32))
+    theirs = labels.unsqueeze(-1)
+    number = counts.gather(1, theirs)
+    mean = (sums / counts.clamp_min(1)).gather(1, theirs.expand(-1, -1, width))
+    mixed = torch.where(number > 0, gamma * mean + (1 - gamma) * value.float(), value.float()).to(value.dtype)
+    return mixed.scatter(1, rows.expand_as(fresh), fresh)
 
 
 def _nonzero(weight: float | Tensor) -> bool:
