@@ -10,7 +10,7 @@ from _numerics import assert_close_to_truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskaccel.state import History
+from maskaccel.state import History, Storage
 
 
 def _value(k: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 5, 8)) -> torch.Tensor:
@@ -114,3 +114,34 @@ def test_a_deepcopy_is_independent():
     history.push(_value(1), 1)
     assert other.stamps == (0,)
     assert torch.equal(other.newest(), _value(0))
+
+
+@pytest.mark.parametrize("storage", [Storage(), Storage("bf16"), Storage("fp8")], ids=str)
+@pytest.mark.parametrize("pushes", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("gamma", [0.0, 0.25])
+def test_refreshed_rows_count_from_then_on(storage, pushes, gamma):
+    history = History(3, storage)
+    values = [torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(k)) for k in range(pushes)]
+    for k, value in enumerate(values):
+        history.push(value, k)
+    held = min(pushes, 3)
+    weights = [1.5, -0.75, 0.5][:held]
+    fresh, index = torch.randn(2, 2, 16), torch.tensor([[4, 1], [0, 5]])
+    labels = torch.tensor([[0, 1, 1, 0, 0, 2], [1, 1, 0, 2, 0, 0]])
+    expected = values[-1].clone()
+    for b in range(2):
+        for n in range(6):
+            of_cluster = [m for m in range(2) if labels[b, index[b, m]] == labels[b, n]]
+            if n in index[b]:
+                expected[b, n] = fresh[b, index[b].tolist().index(n)]
+            elif of_cluster:
+                expected[b, n] += gamma * (fresh[b, of_cluster].mean(0) - expected[b, n])
+    got = history.refresh(weights, fresh, index, labels if gamma else None, gamma)
+    truth = weights[0] * expected + sum(w * v for w, v in zip(weights[1:], values[::-1][1:held], strict=True))
+    bound = {None: 1e-6, "bf16": 8e-3, "fp8": 8e-2}[storage.dtype]
+    assert (got - truth).norm() <= bound * truth.norm()
+    assert (history.newest() - expected).norm() <= bound * expected.norm()
+    before = history.newest().clone()
+    got.zero_()
+    fresh.zero_()
+    assert torch.equal(history.newest(), before), "the result or the rows alias the history"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import combine_history, gram
+from ..ops import combine_history, gram, scatter_combine
 from ..ops.steps.api import MAX_HISTORY
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -166,24 +166,21 @@ class History:
                 fresh ones, becomes `gamma * their mean + (1 - gamma) * row`.
             gamma: See `labels`.
         """
-        assert self._ring is not None and self._kind is not None
+        held = len(self._stamps)
+        if self._ring is None or self._kind is None or len(self._kind[0]) != 3 or len(weights) != held:
+            raise ValueError(f"{len(weights)} weights for {held} values, which must be (B, N, D)")
         if self._ring.is_inference() and not torch.is_inference_mode_enabled():
-            self._ring = self._ring.clone()
-        slot = self._ring[self._head]
-        if labels is not None and gamma > 0:
-            self._write(_spread(self.newest(), fresh, index, labels, gamma))
-        elif self._scales is not None:
-            scale, narrow = _to_fp8(fresh)
-            rows = index.unsqueeze(-1).to(slot.device)
-            self._scales[self._head].scatter_(1, rows, scale.to(slot.device))
-            slot.view(torch.uint8).scatter_(
-                1, rows.expand_as(fresh), narrow.view(torch.uint8).to(slot.device)
-            )  # fmt: skip
-        else:
-            rows = index.unsqueeze(-1).expand_as(fresh).to(slot.device)
-            slot.scatter_(1, rows, fresh.to(slot.device, slot.dtype))
-        self._gram = None
-        return self.combine(weights)
+            self._ring = self._ring.clone()  # else it could not be written to
+        ring, self._gram = self._ring, None
+        if self._scales is not None or ring.device != self._kind[2]:
+            value = self.newest().unsqueeze(0)
+            self._write(scatter_combine(value, on_device((1.0,), value.device), fresh, index, labels, gamma=gamma))
+            return self.combine(weights)
+        # The slots that are filled lie side by side, and those that are not hold garbage.
+        slots = range(self.capacity) if held == self.capacity else range(self._head - held + 1, self._head + 1)
+        values, newest = ring[slots.start : slots.stop], self._head - slots.start
+        w = self._weights([weights[(self._head - slot) % self.capacity] for slot in slots])
+        return scatter_combine(values, w, fresh, index, labels, gamma=gamma, newest=newest).to(self._kind[1])
 
     def gram(self) -> Tensor:
         """Inner products of all values held, newest first: fp64 `(held, held)` on the host.
@@ -225,16 +222,21 @@ class History:
         if held == self.capacity and len(used) == held:
             used = list(range(self.capacity))
         ring = self._slots(used)
-        shape, dtype, device = self._kind
-        if isinstance(weights, Tensor):
-            table = weights[[ages[slot] for slot in used]].float()
-            w = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.contiguous()
-        else:
-            w = on_device(tuple(float(weights[ages[slot]]) for slot in used), device)
+        shape, dtype, _ = self._kind
+        w = self._weights([weights[ages[slot]] for slot in used])
         rows = _as_rows(shape)
         like = None if x is None else x.reshape(rows)
         out = combine_history(ring.reshape(len(used), *rows), w, x=like, gate=gate)
         return out.reshape(shape).to(dtype if x is None else x.dtype)
+
+    def _weights(self, weights: Sequence[Any]) -> Tensor:
+        """Weights, each a number or one for each channel, where the values are combined."""
+        assert self._kind is not None
+        device = self._kind[2]
+        if not isinstance(weights[0], Tensor):
+            return on_device(tuple(float(w) for w in weights), device)
+        table = torch.stack(list(weights)).float()
+        return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def _to_fp8(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,22 +244,6 @@ def _to_fp8(value: Tensor) -> tuple[Tensor, Tensor]:
     wide = value.float()
     scale = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _FP8_MAX
     return scale, (wide / scale).to(torch.float8_e4m3fn)
-
-
-def _spread(value: Tensor, fresh: Tensor, index: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    """`value` with its fresh rows written, and the others moved towards the mean of what is fresh of their cluster."""
-    batch, count, width = value.shape
-    rows, labels = index.long().unsqueeze(-1), labels.long()
-    own = labels.gather(1, index.long()).unsqueeze(-1)
-    sums = torch.zeros(batch, count, width, dtype=torch.float32, device=value.device)
-    sums.scatter_add_(1, own.expand_as(fresh), fresh.float())
-    counts = torch.zeros(batch, count, 1, dtype=torch.float32, device=value.device)
-    counts.scatter_add_(1, own, torch.ones_like(own, dtype=torch.float32))
-    theirs = labels.unsqueeze(-1)
-    number = counts.gather(1, theirs)
-    mean = (sums / counts.clamp_min(1)).gather(1, theirs.expand(-1, -1, width))
-    mixed = torch.where(number > 0, gamma * mean + (1 - gamma) * value.float(), value.float()).to(value.dtype)
-    return mixed.scatter(1, rows.expand_as(fresh), fresh)
 
 
 def _nonzero(weight: float | Tensor) -> bool:
