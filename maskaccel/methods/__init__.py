@@ -4,6 +4,7 @@ from .dbcache import DBCache, FBCache
 from .ddt import DDT
 from .dmd import DMD
 from .dpcache import DPCache
+from .fastercache import FasterCache
 from .foca import FoCa
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
@@ -26,6 +27,7 @@ __all__ = [
     "DBCache",
     "DPCache",
     "FBCache",
+    "FasterCache",
     "FoCa",
     "FusedAdaLN",
     "MagCache",

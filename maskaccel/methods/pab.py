@@ -70,7 +70,7 @@ class PAB:
     def attach(self, context: Context) -> None:
         """Plan a memory for each module of the kinds that have a range."""
         kinds: dict[str, list[nn.Module]] = {}
-        for kind, module in _modules(context.model):
+        for kind, module in modules_by_kind(context.model):
             kinds.setdefault(kind, []).append(module)
         wanted = [kind for kind in KINDS if getattr(self, kind) is not None]
         if not any(kind in kinds for kind in wanted):
@@ -87,7 +87,7 @@ class PAB:
         return _cached.activity(model)
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def modules_by_kind(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The attention and MLP modules of every block, with their kind."""
     names = {id(module): path for path, module in model.named_modules()}
     for blocks in _cached.block_lists(model):

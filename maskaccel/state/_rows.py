@@ -1,12 +1,17 @@
-"""Arguments of a block for some samples of the batch."""
+"""Arguments of a block, or of a model, for some samples of the batch."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# Words in the names of a model's arguments that belong to positions, not to samples.
+_SHARED = ("ids", "rotary", "rope", "freqs")
 
 
 class _Unclear(Exception):
@@ -48,5 +53,55 @@ def slice_batch(
 
     try:
         return cut(args), cut(kwargs)
+    except _Unclear:
+        return None
+
+
+@functools.cache
+def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def as_named(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's call by name."""
+    kind: Any = type(model)
+    return {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}
+
+
+def cut_batch(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], batch: int, rows: slice
+) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments of a model's call for some samples.
+
+    Tensors whose first dim is the batch are per sample, and so are lists of that length; numbers, tensors of one row
+    and those whose name speaks of positions are shared. Anything else is unclear.
+
+    Returns:
+        Arguments and keywords, or None if some tensor is unclear.
+    """
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.dim() and value.shape[0] == batch:
+                return value[rows]
+            if value.dim() and value.shape[0] != 1:
+                raise _Unclear
+            return value
+        if isinstance(value, list) and len(value) == batch:
+            return value[rows]
+        if isinstance(value, tuple | list):
+            return type(value)(cut(v) for v in value)
+        if isinstance(value, dict):
+            return {k: named(k, v) for k, v in value.items()}
+        return value
+
+    def named(name: Any, value: Any) -> Any:
+        return value if any(word in str(name) for word in _SHARED) else cut(value)
+
+    kind: Any = type(model)
+    names = (*_parameters(kind), *("",) * len(args))
+    try:
+        picked = tuple(named(n, v) for n, v in zip(names, args, strict=False))
+        return picked, {k: named(k, v) for k, v in kwargs.items()}
     except _Unclear:
         return None

@@ -46,6 +46,10 @@ class Site:
         self.feature = Feature(generation, forecaster, storage)
         self.computed = self.reused = self.refreshed = 0
 
+    def key(self, x: Tensor) -> tuple:
+        """What has to stay the same for remembered outputs to fit."""
+        return key_of(x)
+
     def recall(self, x: Tensor, own: bool = False) -> Any | None:
         """The output if this step takes it from memory, else None.
 
@@ -58,7 +62,7 @@ class Site:
         action = self.rule.action(self.generation)
         if action == "compute" or (action == "partial" and self.refresh is not None):
             return None
-        held = self.feature.find(key_of(x))
+        held = self.feature.find(self.key(x))
         if held is None:
             return None
         self.reused += 1
@@ -69,7 +73,7 @@ class Site:
         self.computed += 1
         tensors, form = pytree.tree_flatten(output)
         if self.feature.usable() and all(isinstance(t, Tensor) or t is None for t in tensors):
-            self.feature.store(key_of(x), tensors, form=form)
+            self.feature.store(self.key(x), tensors, form=form)
 
     def call(self, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's call: from memory, in part, or computed and remembered."""
@@ -80,7 +84,7 @@ class Site:
         if found is not None:
             return found
         if self.refresh is not None and self.feature.usable() and self.rule.action(self.generation) == "partial":
-            held = self.feature.find(key_of(x))
+            held = self.feature.find(self.key(x))
             output = None if held is None else self.refresh(self, held, inner, x, args, kwargs)
             if output is not None:
                 self.refreshed += 1
