@@ -9,7 +9,6 @@ between b and e, a tensor that knows the path and not only the gap. The best pat
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +61,6 @@ class Paths(Planned):
         return tuple(step in chosen for step in range(num_steps))
 
 
-@functools.lru_cache(maxsize=8)
 def _costs(products: Matrix, forecaster: Forecaster) -> Tensor:
     """`c[a + 1, b, e]`: `a + 1` is 0 where nothing was computed before b, `e` is n at the end of the run."""
     steps = len(products)

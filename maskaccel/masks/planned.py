@@ -6,8 +6,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .schedule import Action, Position, Schedule, plan_of
+
+Entry = TypeVar("Entry")
 
 
 class Planned:
@@ -123,7 +126,7 @@ class Magnitudes(Planned):
         return tuple(computed)
 
 
-def nearest(values: Sequence[float], count: int) -> list[float]:
+def nearest(values: Sequence[Entry], count: int) -> list[Entry]:
     """`count` entries of a table, evenly spread over it; the table itself if it has as many."""
     if count == 1:
         return [values[-1]]
