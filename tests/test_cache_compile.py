@@ -7,7 +7,7 @@ import torch
 from zoo.pipelines import PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import FORA, DBCache, FasterCache, FBCache, FusedAdaLN, TaylorSeer, ToCa
+from maskaccel.methods import FORA, DBCache, DuCa, FasterCache, FBCache, FusedAdaLN, TaylorSeer, ToCa
 
 METHODS = [
     [FORA(interval=3)],
@@ -20,6 +20,7 @@ METHODS = [
     [ToCa(ratio=0.3, step_weight=0, drift=0, dense=None)],
     [ToCa(ratio=0.3, step_weight=0, drift=0, dense=None, score="random"), FusedAdaLN()],
     [FasterCache(attention=2, uncond=3, attention_window=(0, 1000), uncond_window=(0, 1000)), FusedAdaLN()],
+    [DuCa(ratio=0.3, step_weight=0, drift=0, dense=None), FusedAdaLN()],
 ]
 
 

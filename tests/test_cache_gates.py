@@ -12,7 +12,7 @@ import torch
 from zoo.pipelines import MORE_PIPELINES, PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import FORA, FasterCache, FBCache, FusedAdaLN, TaylorSeer, ToCa
+from maskaccel.methods import FORA, DuCa, FasterCache, FBCache, FusedAdaLN, TaylorSeer, ToCa
 from maskaccel.state import History, Storage
 
 ALWAYS = {"attention_window": (0, 1000), "uncond_window": (0, 1000), "low_window": (0, 1000), "high_window": (0, 1000)}
@@ -26,6 +26,7 @@ METHODS = [
     ToCa(ratio=0.3, drift=0, dense=None),
     ToCa(ratio=0.3, score="random"),
     FasterCache(attention=2, uncond=3, **ALWAYS),
+    DuCa(ratio=0.3),
 ]
 KIND = ("level", "score", "threshold")
 each = pytest.mark.parametrize(

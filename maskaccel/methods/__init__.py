@@ -4,6 +4,7 @@ from .dbcache import DBCache, FBCache
 from .ddt import DDT
 from .dmd import DMD
 from .dpcache import DPCache
+from .duca import DuCa
 from .fastercache import FasterCache
 from .foca import FoCa
 from .fora import FORA
@@ -26,6 +27,7 @@ __all__ = [
     "SCM",
     "DBCache",
     "DPCache",
+    "DuCa",
     "FBCache",
     "FasterCache",
     "FoCa",
