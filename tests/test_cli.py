@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from typer.testing import CliRunner
+from zoo.pipelines import dit
 
 import maskaccel
+from maskaccel.calibration import KINDS, Calibration, measure
 from maskaccel.cli import doctor as doctor_module
 from maskaccel.cli import info as info_module
 from maskaccel.cli.app import app, parse_shape
@@ -31,7 +33,7 @@ def _process(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def test_help_names_every_command():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("info", "doctor", "methods", "explain", "demo", "bench"):
+    for command in ("info", "doctor", "methods", "plan", "calibrate", "explain", "demo", "bench"):
         assert command in result.stdout
 
 
@@ -115,7 +117,116 @@ def test_methods_lists_every_method():
     assert rows["FORA"]["kind"] == "lossy"
     assert rows["FusedAdaLN"]["kind"] == "exact"
     assert "interval=3" in rows["FORA"]["arguments"]
-    assert "FORA(" in runner.invoke(app, ["methods"]).stdout
+    assert rows["FORA"]["arguments"].endswith("storage=Storage()")
+    assert all(row["kind"] in ("exact", "lossy") and row["summary"] and row["paper"] for row in rows.values())
+    assert all(rows[name]["models"] for name in ("FORA", "FusedAdaLN", "PAB", "DDT", "TeaCache"))
+    text = runner.invoke(app, ["methods"]).stdout
+    assert "FORA(" in text and rows["DDT"]["models"] in text and rows["DDT"]["paper"] in text
+
+
+def _plan(*arguments):
+    result = runner.invoke(app, ["plan", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout[: result.stdout.rindex("}") + 1]), result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "letters"),
+    [
+        (["FORA", "--steps", "7", "--set", "interval=3"], {"": "C..C..C"}),
+        (["fora", "--steps", "4", "--set", "interval=2", "--set", "last=1"], {"": "C.CC"}),
+        (["TaylorSeer", "--steps", "9", "--set", "first=2", "--set", "interval=3"], {"": "CC..C..C."}),
+        (["DDT", "--steps", "6", "--set", "refresh=3"], {"": "C..C.."}),
+        (["SCM", "--steps", "3", "--set", "policy=(1, 0, 0)"], {"": "C.."}),
+        (["FBCache", "--steps", "5", "--set", "last=1"], {"": "C???C"}),
+        (["SpeCa", "--steps", "5"], {"": "CCC??"}),
+        (["PAB", "--timesteps", "950,900,800,100", "--set", "temporal=None"], {"spatial": "C.CC", "cross": "C..C"}),
+        (["FusedAdaLN"], {}),
+    ],
+)  # fmt: skip
+def test_plan_says_what_each_step_does(arguments, letters):
+    data, _ = _plan(*arguments)
+    assert {label: one["letters"] for label, one in data["rules"].items()} == letters
+    assert "warning" not in data
+    for one in data["rules"].values():
+        assert one["undecided"] == one["letters"].count("?") and bool(one["decided at run time"]) == (
+            "?" in one["letters"]
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["FORA", "--set", "interval=1"],
+        ["FORA", "--steps", "3", "--set", "interval=9", "--set", "first=3"],
+        ["FBCache", "--set", "threshold=0"],
+        ["TeaCache", "--set", "polynomial=flux", "--set", "threshold=0.1"],  # the fit is nowhere below 0.1
+        ["PAB", "--timesteps", "999,440,300"],
+    ],
+)
+def test_plan_warns_where_nothing_can_be_reused(arguments):
+    data, result = _plan(*arguments)
+    assert "can never reuse anything" in data["warning"]
+    assert f"warning: {data['warning']}" in result.output
+
+
+def test_plan_as_text():
+    text = runner.invoke(app, ["plan", "TeaCache", "--steps", "4", "--set", "polynomial=(1.0, 0.0)"]).output
+    assert "TeaCache(polynomial=(1.0, 0.0)), 4 steps" in text and "C??C  2 computed, 2 undecided" in text
+    assert (
+        "reused while the sum of changes since the last computed step, mapped by the polynomial, is below 0.25" in text
+    )
+    assert "it has no step mask" in runner.invoke(app, ["plan", "FusedAdaLN"]).output
+    assert "fall evenly from 1000" in runner.invoke(app, ["plan", "SkipCache"]).output
+    forecast = runner.invoke(app, ["plan", "SCM", "--set", "forecaster=Taylor(2)"])
+    assert forecast.exit_code == 0 and "SCM(forecaster=Taylor(2))" in forecast.output
+
+
+def test_calibrate_the_example_and_a_function_of_ones_own(tmp_path, monkeypatch):
+    out = tmp_path / "m.json"
+    arguments = ["calibrate", "magnitudes", "--steps", "3", "--call", "class_labels=[1]", "--out", str(out)]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = Calibration.load(out, "magnitudes", "DiTTransformer2DModel")
+    assert (found.blocks, found.steps, len(found["ratios"])) == (6, 3, 3)
+    assert f"use: MagCache(ratios='{out}')" in result.stdout
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from zoo.pipelines import dit\n"
+        "import torch\n"
+        "def loop(found, number):\n"
+        "    with torch.no_grad(), found.generation(3) as run:\n"
+        "        for i in range(3):\n"
+        "            x = torch.ones(1, 4, 8, 8) + i + number\n"
+        "            found.target(x, timestep=torch.tensor([900 - i]), class_labels=torch.tensor([1]))\n"
+        "            run.step()\n"
+        "def own():\n"
+        "    return dit()[0].transformer, loop\n"
+    )
+    for model, runs in (("zoo.pipelines:dit", "1"), ("mine:own", "2")):
+        arguments = ["calibrate", "distances", "--model", model, "--steps", "3", "--runs", runs, "--set", "encoder=all"]
+        result = runner.invoke(app, [*arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        found = Calibration.load("distances.json", "distances", "DiTTransformer2DModel")
+        assert found["encoder"] == 2 and json.loads(result.stdout)["values"]["encoder"] == 2
+
+
+def test_calibrate_a_pipeline_in_a_folder(tmp_path):
+    pipeline, kwargs = dit()
+    pipeline.save_pretrained(tmp_path / "pipe")
+    out = tmp_path / "fit.json"
+    arguments = ["calibrate", "teacache", "--model", str(tmp_path / "pipe"), "--steps", "6", "--set", "degree=1"]
+    calls = ["--call", f"class_labels={kwargs['class_labels']}", "--device", "cpu", "--out", str(out)]
+    result = runner.invoke(app, [*arguments, *calls])
+    assert result.exit_code == 0, result.output
+    with measure(pipeline, "teacache", degree=1) as found:
+        pipeline(kwargs["class_labels"], num_inference_steps=6, generator=torch.Generator().manual_seed(0))
+    assert Calibration.load(out, "teacache")["polynomial"] == pytest.approx(found.result()["polynomial"], rel=1e-3)
+
+
+def test_calibrate_lists_its_kinds():
+    text = runner.invoke(app, ["calibrate", "--list"]).stdout
+    assert all(kind in text for kind in KINDS) and "teacache(tap='modulated', degree=4)" in text
 
 
 def test_explain_gives_a_reason_for_each_backend():
@@ -132,6 +243,25 @@ def test_explain_gives_a_reason_for_each_backend():
     [
         (["explain", "no_such_op"], "no_such_op"),
         (["explain", "norm_modulate", "--dtype", "int7"], "int7"),
+        (["plan", "NoSuch"], "no method 'NoSuch'; there are DBCache"),
+        (["plan", "FORA", "--set", "interval"], "'interval' is not of the form name=value"),
+        (["plan", "FORA", "--set", "interval=2", "--set", "interval=3"], "names interval twice"),
+        (["plan", "FORA", "--set", "pace=2"], "FORA has no argument pace; it has interval"),
+        (["plan", "FORA", "--set", "interval=0"], "interval=0 must be"),
+        (["plan", "SCM", "--set", "forecaster=open('x')"], "open is not known here; known are"),
+        (["plan", "MagCache"], "no magnitude ratios"),
+        (["plan", "DDT", "--set", "schedule=none.json"], "none.json is no file"),
+        (["plan", "PAB", "--timesteps", "1,x"], "x"),
+        (["calibrate", "mood"], "kind='mood'"),
+        (["calibrate", "distances", "--set", "size=1"], "size=1 is no option"),
+        (["calibrate", "distances", "--model", "nowhere"], "model='nowhere' is no folder"),
+        (["calibrate", "distances", "--model", "nowhere:f"], "No module named 'nowhere'"),
+        (["calibrate", "distances", "--model", "zoo"], "model='zoo' is no folder"),
+        (["calibrate", "distances", "--model", str(ROOT / "tests")], "no model_index.json"),
+        (["calibrate", "distances", "--out", "/no/such/folder/file.json"], "out='/no/such/folder/file.json'"),
+        (["calibrate", "distances", "--call", "foo=1"], "takes no argument foo"),
+        (["calibrate", "distances", "--component", "vae9"], "component='vae9'"),
+        (["calibrate", "distances", "--dtype", "int7"], "dtype='int7'"),
         (["bench", "no_such_op"], "no_such_op"),
         (["bench", "norm_modulate", "--shape", "2,three,4"], "2,three,4"),
         (["bench", "norm_modulate", "--shape", "2,3"], "batch, tokens, width"),

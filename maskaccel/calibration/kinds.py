@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..models._decoupled import STATE
 from . import distances, magnitudes, products, teacache
+from .file import Calibration
 from .probe import Probe
 
 
@@ -19,11 +21,13 @@ class Kind:
         summary: What is measured, and for which methods.
         probe: The class of what measures it; its arguments are the options of the kind.
         check: Raises ValueError if the values of a file, and the steps of its run, do not fit the kind.
+        use: How a method is given the calibration, with its path, in words.
     """
 
     summary: str
     probe: type[Probe]
     check: Callable[[Mapping[str, Any], int], None]
+    use: Callable[[Calibration, str], str] = lambda found, path: ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -31,16 +35,37 @@ class Kind:
         return {p.name: p.default for p in inspect.signature(self.probe).parameters.values()}
 
 
+def _use_distances(found: Calibration, path: str) -> str:
+    if found["encoder"] == found.blocks:
+        return f"SCM(Dynamic(Calibration.load({path!r})['distances'], refresh=3))"
+    number = f", encoder={found['encoder']!r}" if found["encoder"] != STATE else ""
+    return f"DDT(schedule={path!r}{number})"
+
+
 KINDS = {
-    "distances": Kind("pairwise distances of a feature between steps (DDT, SCM)", distances.Distances, distances.check),
-    "magnitudes": Kind(
-        "ratios of the residual's norm between steps (MagCache)", magnitudes.Magnitudes, magnitudes.check
+    "distances": Kind(
+        "pairwise distances of a feature between steps, for DDT and SCM",
+        distances.Distances,
+        distances.check,
+        _use_distances,
     ),
-    "products": Kind("inner products of the residual between steps (DPCache)", products.Products, products.check),
+    "magnitudes": Kind(
+        "ratios of the norm of the residual between steps, for MagCache",
+        magnitudes.Magnitudes,
+        magnitudes.check,
+        lambda found, path: f"MagCache(ratios={path!r})",
+    ),
+    "products": Kind(
+        "inner products of the residual between steps, for DPCache",
+        products.Products,
+        products.check,
+        lambda found, path: f"DPCache({path!r})",
+    ),
     "teacache": Kind(
-        "polynomial from the change of the modulated input to that of the output (TeaCache)",
+        "polynomial from the change of the modulated input to that of the output, for TeaCache",
         teacache.Fit,
         teacache.check,
+        lambda found, path: f"TeaCache(polynomial={path!r}, tap={found['tap']!r})",
     ),
 }
 

@@ -10,20 +10,25 @@ from torch import nn
 from ..patching.patch import Patch, patch
 from .file import Calibration
 from .kinds import kind_of
-from .probe import blocks_of
+from .probe import Probe, blocks_of
+
+
+def make_probe(kind: str, options: dict[str, Any]) -> Probe:
+    """What measures a kind; ValueError if there is no such kind or option, or an option is out of range."""
+    chosen = kind_of(kind)
+    unknown = [name for name in options if name not in chosen.options]
+    if unknown:
+        allowed = ", ".join(chosen.options) or "none"
+        raise ValueError(f"{unknown[0]}={options[unknown[0]]!r} is no option of kind {kind!r}; it has {allowed}")
+    return chosen.probe(**options)
 
 
 class Measurement:
     """A model that is looked at: a context manager around one or more runs of it. Nothing it computes changes."""
 
     def __init__(self, target: Any, kind: str, model: nn.Module | None, options: dict[str, Any]) -> None:
-        chosen = kind_of(kind)
-        unknown = [name for name in options if name not in chosen.options]
-        if unknown:
-            allowed = ", ".join(chosen.options) or "none"
-            raise ValueError(f"{unknown[0]}={options[unknown[0]]!r} is no option of kind {kind!r}; it has {allowed}")
         self.kind, self.target = kind, target
-        self.probe = chosen.probe(**options)
+        self.probe = make_probe(kind, options)
         self.probe.wanted = model
         self._patch: Patch | None = None
 

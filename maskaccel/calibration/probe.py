@@ -23,6 +23,7 @@ class Probe:
         model: The one model that is measured.
         generation: Its run.
         steps: Steps of the runs that were measured, 0 before the first.
+        on_step: Called when the model first runs at a step of a run.
     """
 
     name = "Calibration"
@@ -33,7 +34,9 @@ class Probe:
         self.wanted: nn.Module | None = None
         self.generation = Generation()
         self.steps = 0
+        self.on_step: Callable[[], Any] | None = None
         self._seen: set[int] = set()
+        self._latest = (0, -1)
 
     def watch(self, context: Context) -> None:
         """Plan the hooks. LookupError if the model has nothing to measure, with the reason."""
@@ -81,6 +84,9 @@ class Probe:
             raise ValueError(f"this run has {at.num_steps} steps, the one before had {self.steps}; measure equal ones")
         self.steps = at.num_steps
         self._seen.add(at.index)
+        if self.on_step is not None and self._latest != (at.run, at.index):
+            self._latest = at.run, at.index
+            self.on_step()
         return True
 
     def finish(self) -> dict[str, Any]:

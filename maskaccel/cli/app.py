@@ -71,6 +71,81 @@ def methods(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def plan(
+    method: Annotated[str, typer.Argument(help="Name of a method; `maskaccel methods` lists them.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 28,
+    values: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="An argument of the method, such as interval=3; may be repeated."),
+    ] = None,
+    timesteps: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The scheduler's timesteps, 1000 to 0, such as 999,850,600; default: falling evenly."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a method would do at each step, before anything runs."""
+    from .plan import describe_plan, print_plan
+
+    try:
+        times = None if timesteps is None else [float(text) for text in timesteps.split(",")]
+        data = describe_plan(method, values or (), steps if times is None else len(times), times)
+    except ValueError as error:
+        raise _fail(error) from None
+    if as_json:
+        typer.echo(json.dumps(data, indent=1))
+    else:
+        print_plan(data)
+    if "warning" in data:
+        typer.echo(f"warning: {data['warning']}", err=True)
+
+
+@app.command()
+def calibrate(
+    kind: Annotated[Optional[str], typer.Argument(help="What to measure; `--list` shows the kinds.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Folder of a diffusers pipeline, or module:function of yours; default: the trained example."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The file to write; default: KIND.json.")] = None,  # noqa: UP045
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
+    runs: Annotated[int, typer.Option(min=1, help="Runs that are measured, with seeds 0, 1, ...")] = 1,
+    values: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="An option of the kind, such as encoder=19; may be repeated."),
+    ] = None,
+    calls: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--call", help="An argument of the pipeline's call, such as prompt=a cat; may be repeated."),
+    ] = None,
+    component: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a pipeline with several transformers, the one to measure."),
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="A torch device; default: CUDA where there is one.")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="Default: float32 on a CPU, else bfloat16.")] = None,  # noqa: UP045
+    list_kinds: Annotated[bool, typer.Option("--list", help="List the kinds and their options.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a method needs to know of a model, by ordinary runs of it, and write it as JSON."""
+    from ..patching import PatchError
+    from .calibrate import describe, kinds, run_calibration
+    from .demo import DemoError
+
+    if list_kinds or kind is None:
+        typer.echo(kinds())
+        return
+    try:
+        result, path = run_calibration(
+            kind, model, out=out, steps=steps, runs=runs, values=values or (), calls=calls or (), component=component,
+            device=device, dtype=dtype, progress=not as_json,
+        )  # fmt: skip
+    except (DemoError, PatchError, ValueError, OSError) as error:
+        raise _fail(error) from None
+    typer.echo(json.dumps(result.as_dict(), indent=1) if as_json else describe(result, path))
+
+
+@app.command()
 def explain(
     op: Annotated[str, typer.Argument(help="Name of an op, such as norm_modulate.")],
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",

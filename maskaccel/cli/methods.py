@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..bench.registry import dtype_of
 
 
 def describe() -> list[dict[str, str]]:
-    """Every published method: name, kind, arguments, summary and paper."""
+    """Every published method: name, kind (exact or lossy), arguments with defaults, summary, models and paper."""
     rows = []
     for name in sorted(maskaccel.methods.__all__):
         method = getattr(maskaccel.methods, name)
@@ -23,13 +24,23 @@ def describe() -> list[dict[str, str]]:
             "kind": str(getattr(method, "kind", "")),
             "arguments": ", ".join(str(p).split(":")[0] + _default(p) for p in parameters),
             "summary": (inspect.getdoc(method) or "").splitlines()[0],
+            "models": str(getattr(method, "models", "")),
             "paper": str(getattr(method, "paper", "") or ""),
         })  # fmt: skip
     return rows
 
 
 def _default(parameter: inspect.Parameter) -> str:
-    return "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+    return "" if parameter.default is parameter.empty else f"={shown(parameter.default)}"
+
+
+def shown(value: Any) -> str:
+    """The repr of a value; of a dataclass only the fields that are not as they are by default."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+    changed = (f"{f.name}={shown(one)}" for f, one in fields if f.default is dataclasses.MISSING or one != f.default)
+    return f"{type(value).__name__}({', '.join(changed)})"
 
 
 def print_methods() -> None:
@@ -37,8 +48,9 @@ def print_methods() -> None:
     for row in describe():
         print(f"{row['name']}({row['arguments']})  [{row['kind']}]")
         print(f"    {row['summary']}")
-        if row["paper"]:
-            print(f"    {row['paper']}")
+        for label in ("models", "paper"):
+            if row[label]:
+                print(f"    {label}: {row[label]}")
 
 
 def explain_op(op: str, dtype: str, device: str | None) -> dict[str, dict[str, Any]]:

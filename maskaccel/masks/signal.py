@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,19 @@ class Signal:
                 raise ValueError(f"last={self.last} needs the number of steps; pass it to generation(num_steps=...)")
             if at.index >= at.num_steps - self.last:
                 return "compute"
-        return "compute" if self.threshold == 0 else "reuse"
+        return "reuse" if self.threshold > self._least else "compute"
+
+    @functools.cached_property
+    def _least(self) -> float:
+        """The least value that is compared with the threshold, for relative changes of 0 to 10."""
+        return min(self._mapped(i / 1000) for i in range(10001)) if self.polynomial else 0.0
+
+    def _mapped(self, change: float) -> float:
+        """The polynomial of a relative change."""
+        value = 0.0
+        for coefficient in self.polynomial:
+            value = value * change + coefficient
+        return value
 
     def plan(self, num_steps: int, timesteps: Sequence[float] | None = None) -> list[Action]:
         """The steps that are always computed, and those that may be reused."""
@@ -107,10 +120,7 @@ class Signal:
         for i, (moved, size) in enumerate(sums):
             value = moved / size if size > 0 else math.inf
             if self.polynomial:
-                total_value = 0.0
-                for coefficient in self.polynomial:
-                    total_value = total_value * value + coefficient
-                value = total_value
+                value = self._mapped(value)
             if self.accumulate:
                 value = state.accumulated[i] = state.accumulated[i] + value
             limited = (self.max_consecutive is not None and state.consecutive[i] >= self.max_consecutive) or (

@@ -51,6 +51,7 @@ class DBCache:
     name = "DBCache"
     paper = "DBCache: Dual Block Caching for Diffusion Transformers (cache-dit)"
     kind = "lossy"
+    models = _cached.STACKS
 
     def __post_init__(self) -> None:
         self.signal  # noqa: B018  (validates the fields when the method is made)

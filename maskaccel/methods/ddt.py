@@ -55,6 +55,7 @@ class DDT:
     name = "DDT"
     paper = "DDT: Decoupled Diffusion Transformer (arXiv 2504.05741)"
     kind = "lossy"
+    models = f"the authors' model, two modules of your own, or {_cached.STACKS}"
 
     def __post_init__(self) -> None:
         Uniform(self.refresh)  # validates the field

@@ -46,6 +46,7 @@ class DMD:
     name = "DMD"
     paper = "Dynamic mode decomposition of numerical and experimental data (Schmid 2010), as cache-dit applies it"
     kind = "lossy"
+    models = _cached.STACKS
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (validates the fields when the method is made)

@@ -41,6 +41,7 @@ class FoCa:
     name = "FoCa"
     paper = "Forecast then Calibrate: Feature Caching as ODE for Efficient Diffusion Transformers (arXiv 2508.16211)"
     kind = "lossy"
+    models = _cached.LEVELED
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (validates the fields when the method is made)

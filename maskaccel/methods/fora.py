@@ -39,6 +39,7 @@ class FORA:
     name = "FORA"
     paper = "FORA: Fast-Forward Caching in Diffusion Transformer Acceleration (arXiv 2407.01425)"
     kind = "lossy"
+    models = _cached.LEVELED
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (validates the fields when the method is made, not when it is used)

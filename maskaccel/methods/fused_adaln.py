@@ -35,6 +35,7 @@ class FusedAdaLN:
     name = "FusedAdaLN"
     paper = "DiT (Peebles and Xie 2023), section 3.2"
     kind = "exact"
+    models = "blocks of the families in docs/models.md; the adaLN norms of every other"
 
     def attach(self, context: Context) -> None:
         """Plan the fused forwards of one model."""

@@ -61,6 +61,7 @@ class MagCache:
     name = "MagCache"
     paper = "MagCache: Fast Video Generation with Magnitude-Aware Cache (arXiv 2506.09045)"
     kind = "lossy"
+    models = _cached.STACKS
 
     def __post_init__(self) -> None:
         Magnitudes((1.0,), self.threshold, self.max_consecutive, self.retention)  # validates the fields

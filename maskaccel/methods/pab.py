@@ -52,6 +52,7 @@ class PAB:
     name = "PAB"
     paper = "Real-Time Video Generation with Pyramid Attention Broadcast (arXiv 2408.12588)"
     kind = "lossy"
+    models = "lists of blocks with attention (or MLP) children"
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -66,6 +67,12 @@ class PAB:
         """The step mask of one kind of module (`"spatial"`, `"temporal"`, `"cross"`, `"mlp"`); None leaves it alone."""
         value = getattr(self, kind)
         return None if value is None else Window(Schedule(interval=value), self.low, self.high)
+
+    @property
+    def rules(self) -> dict[str, Window]:
+        """The step mask of each kind that has a range."""
+        found = {kind: self.rule(kind) for kind in KINDS}
+        return {kind: rule for kind, rule in found.items() if rule is not None}
 
     def attach(self, context: Context) -> None:
         """Plan a memory for each module of the kinds that have a range."""

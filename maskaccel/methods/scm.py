@@ -43,6 +43,7 @@ class SCM:
     name = "SCM"
     paper = "Steps Computation Mask (cache-dit)"
     kind = "lossy"
+    models = _cached.STACKS
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (validates the fields when the method is made)

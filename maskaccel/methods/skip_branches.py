@@ -36,6 +36,7 @@ class SkipBranches(nn.Module):
     name = "SkipBranches"
     paper = "Skip-DiT: Accelerating Vision Diffusion Transformers with Skip Branches (arXiv 2411.17616)"
     kind = "lossy"
+    models = "stacks with one stream: DiT, PixArt, Wan, ..."
 
     def __init__(self, width: int, depth: int, *, residual: bool = True) -> None:
         super().__init__()

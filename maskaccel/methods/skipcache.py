@@ -46,6 +46,7 @@ class SkipCache:
     name = "SkipCache"
     paper = "Skip-DiT: Accelerating Vision Diffusion Transformers with Skip Branches (arXiv 2411.17616)"
     kind = "lossy"
+    models = _cached.STACKS
 
     def __post_init__(self) -> None:
         self.rule  # noqa: B018  (validates the fields when the method is made)

@@ -67,6 +67,7 @@ class SpeCa:
     name = "SpeCa"
     paper = "SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching (arXiv 2509.11628)"
     kind = "lossy"
+    models = _cached.STACKS
 
     def __post_init__(self) -> None:
         for name, low in (("min_drafts", 0), ("max_drafts", 0), ("first", 1)):
@@ -88,6 +89,11 @@ class SpeCa:
         """The series."""
         return Taylor(self.order)
 
+    @property
+    def rule(self) -> Speculation:
+        """The step mask."""
+        return Speculation(self)
+
     def limit(self, at: Position) -> float:
         """The largest error that a draft before this step may have had."""
         if at.num_steps is None:
@@ -100,7 +106,7 @@ class SpeCa:
         blocks = [pair for segment in _cached.segments_of(self, context.model) for pair in segment]
         if len(blocks) < 2:
             raise PatchError(f"{self.name}: {type(context.model).__name__} has one block; verifying needs two or more")
-        rule = Speculation(self)
+        rule = self.rule
         _cached.attach_stack(
             self, context, rule, self.forecaster, self.storage, tail=1, each=self.level == "block"
         )  # fmt: skip
@@ -145,6 +151,7 @@ class Speculation:
     branches: dict[str, _Branch] = field(default_factory=dict)
 
     nbytes = 0
+    at_run_time = "a draft; the last block verifies it, and after a failed one a step is computed"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Speculation) and self.policy == other.policy

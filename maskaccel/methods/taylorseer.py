@@ -46,6 +46,7 @@ class TaylorSeer:
     name = "TaylorSeer"
     paper = "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers (arXiv 2503.06923)"
     kind = "lossy"
+    models = _cached.LEVELED
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (validates the fields when the method is made)

@@ -77,6 +77,7 @@ class TeaCache:
     name = "TeaCache"
     paper = "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model (arXiv 2411.19108)"
     kind = "lossy"
+    models = "stacks whose first block is of a known kind: Flux, SD3, Wan, Qwen-Image, LTX, HunyuanVideo, DiT, ..."
 
     def __post_init__(self) -> None:
         if self.tap not in ("modulated", "time"):
