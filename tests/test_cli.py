@@ -141,6 +141,7 @@ def _plan(*arguments):
         (["FBCache", "--steps", "5", "--set", "last=1"], {"": "C???C"}),
         (["SpeCa", "--steps", "5"], {"": "CCC??"}),
         (["PAB", "--timesteps", "950,900,800,100", "--set", "temporal=None"], {"spatial": "C.CC", "cross": "C..C"}),
+        (["FasterCache", "--steps", "5"], {"attention": "CCC.C", "unconditional branch": "CC..."}),
         (["FusedAdaLN"], {}),
     ],
 )  # fmt: skip
@@ -251,6 +252,7 @@ def test_explain_gives_a_reason_for_each_backend():
         (["plan", "SCM", "--set", "forecaster=open('x')"], "open is not known here; known are"),
         (["plan", "MagCache"], "no magnitude ratios"),
         (["plan", "DDT", "--set", "schedule=none.json"], "none.json is no file"),
+        (["plan", "DPCache", "--set", "calibration=none.json"], "none.json is no file"),
         (["plan", "PAB", "--timesteps", "1,x"], "x"),
         (["calibrate", "mood"], "kind='mood'"),
         (["calibrate", "distances", "--set", "size=1"], "size=1 is no option"),

@@ -90,7 +90,7 @@ def plan(
     try:
         times = None if timesteps is None else [float(text) for text in timesteps.split(",")]
         data = describe_plan(method, values or (), steps if times is None else len(times), times)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise _fail(error) from None
     if as_json:
         typer.echo(json.dumps(data, indent=1))

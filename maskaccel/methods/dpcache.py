@@ -42,6 +42,7 @@ class DPCache:
     name = "DPCache"
     paper = "Denoising as Path Planning: Training-Free Acceleration with DPCache (arXiv 2602.22654)"
     kind = "lossy"
+    models = _cached.STACKS
 
     def __post_init__(self) -> None:
         Paths(((1.0,),), self.refresh, self.forecaster)  # validates the fields

@@ -78,6 +78,7 @@ class FasterCache:
     name = "FasterCache"
     paper = "FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality (arXiv 2410.19355)"
     kind = "lossy"
+    models = "models with guidance in a batch or in named calls; attention: lists of blocks with attention children"
 
     def __post_init__(self) -> None:
         for name in ("attention", "uncond"):
@@ -114,6 +115,16 @@ class FasterCache:
     def uncond_rule(self) -> Rule:
         """The step mask of the unconditional branch."""
         return _windowed(self.uncond or 1, self.uncond_window)
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """The step masks of both."""
+        found = {}
+        if self.attention is not None:
+            found["attention"] = self.attention_rule
+        if self.uncond is not None:
+            found["unconditional branch"] = self.uncond_rule
+        return found
 
     def growth(self, at: Position) -> tuple[float, float]:
         """Factors of the low and the high band at a skipped step."""
@@ -154,8 +165,6 @@ class FasterCache:
             found |= {"unconditional computed": guidance.computed, "unconditional reused": guidance.reused}
             found["bytes held"] += guidance.nbytes
             found["reused"] += guidance.reused
-            if guidance.reused and found.get("warning") == "never reused anything":
-                del found["warning"]
         return found
 
 

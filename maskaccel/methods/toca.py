@@ -101,6 +101,7 @@ class ToCa:
     name = "ToCa"
     paper = "Accelerating Diffusion Transformers with Token-wise Feature Caching (arXiv 2410.05317)"
     kind = "lossy"
+    models = "lists of blocks with MLPs by token; scores: attention through scaled_dot_product_attention"
     between: ClassVar[tuple[Action, ...]] = ("partial",)
 
     def __post_init__(self) -> None:
