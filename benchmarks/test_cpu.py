@@ -23,6 +23,8 @@ SHAPES = {
     "combine_history": (3, 2, 256, 1152),
     "combine_sites": (8, 2, 2, 256, 1152),
     "gram": (3, 2, 256, 1152),
+    "combine_history_norm_modulate": (3, 2, 256, 1152),
+    "norm_modulate_difference": (2, 256, 1152),
 }
 CPU = torch.device("cpu")
 

@@ -22,6 +22,8 @@ SHAPES = {
     "combine_history": (2, 1, 1, 16),
     "combine_sites": (2, 2, 1, 1, 16),
     "gram": (2, 1, 1, 16),
+    "combine_history_norm_modulate": (2, 1, 1, 16),
+    "norm_modulate_difference": (1, 1, 16),
 }
 CALLS = {"rounds": 200, "iterations": 100, "warmup_rounds": 5}
 

@@ -227,11 +227,35 @@ def _gram(d: Draw) -> tuple:
     return base.transpose(0, 1), d.rng.random() < 0.5
 
 
+def _normed(d: Draw, shape: tuple[int, int, int]) -> tuple:
+    """The operands of a norm from `scale` on."""
+    rows = d.rows(shape, 5)
+    modulation, rest = _norm_operands(d, shape, False, rows, 5)
+    return *modulation, *rest, 1e-5, d.rng.choice([1.0, 0.0]), d.norm_flags()
+
+
+def _combine_history_norm_modulate(d: Draw) -> tuple:
+    shape = d.adaln_shape()
+    stored = d.rng.choice([torch.float32, torch.bfloat16, torch.float16])
+    x = d.maybe(d.tensor, shape, d.dtype, 1.0, False)
+    terms = d.rng.choice([1, 2, 3, 16])
+    history = d.tensor((shape[0], terms, *shape[1:]), d.dtype if x is None else stored, strided=False).transpose(0, 1)
+    weights = d.tensor(d.rng.choice([(terms,), (terms, shape[2])]), torch.float32, strided=False)
+    return history, weights, x, d.maybe(d.modulation, shape, None, 0), *_normed(d, shape)
+
+
+def _norm_modulate_difference(d: Draw) -> tuple:
+    shape = d.adaln_shape()
+    return d.tensor(shape, d.dtype), d.tensor(shape, d.dtype), *_normed(d, shape)
+
+
 STEPS: dict[str, Callable[[Draw], tuple]] = {
     "relative_difference": _relative_difference,
     "combine_history": _combine_history,
     "combine_sites": _combine_sites,
     "gram": _gram,
+    "combine_history_norm_modulate": _combine_history_norm_modulate,
+    "norm_modulate_difference": _norm_modulate_difference,
 }
 
 

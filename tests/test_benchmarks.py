@@ -31,6 +31,8 @@ TINY = {
     "scatter_combine": (2, 2, 12, 40),
     "scatter_combine.clusters": (2, 2, 12, 40),
     "kmeans": (2, 34, 40),
+    "combine_history_norm_modulate": (3, 2, 12, 40),
+    "norm_modulate_difference": (2, 12, 40),
 }
 CPU = torch.device("cpu")
 QUICK = runner.Settings(rounds=3, min_seconds=1e-4, warmup=1)

@@ -67,8 +67,54 @@ def test_forward_history_of_another_dtype(d, dtype, stored):
         assert_all_close_to_truth((RAW.combine_sites(*args),), plain, truth)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 7, 16, 31, 64, 100, 1152])
+def test_forward_normed_steps_of_every_width(d, dtype):
+    """Every tail of a row, modulation that changes within it and between samples, any split into tasks."""
+    g = torch.Generator().manual_seed(d)
+    x, y, scale, shift = (torch.randn(2, 6, d, generator=g).to(dtype) for _ in range(4))
+    for flags in (0, 5):
+        end = (scale, shift[:, :1], None, None, None, None, None, 1e-5, 1.0, flags)
+        for stored in DTYPES:
+            history = torch.randn(3, 2, 6, d, generator=g).to(stored)
+            for args in (
+                (history, torch.randn(3, generator=g), x, scale[:, 0], *end),
+                (history, torch.randn(3, d, generator=g), x, None, *end),
+            ):
+                name = "combine_history_norm_modulate"
+                plain, truth = run_plain(name, args), run_plain(name, widened(args))
+                assert_all_close_to_truth(RAW.combine_history_norm_modulate(*args), plain, truth, str(flags))
+        args = (x, y, *end)
+        name = "norm_modulate_difference"
+        got, plain, truth = RAW.norm_modulate_difference(*args), run_plain(name, args), run_plain(name, widened(args))
+        assert_all_close_to_truth(got, plain, truth, str(flags))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_normed_steps_past_the_cache(dtype):
+    """Results of 8 MiB and more; the sums have the same bits for any number of threads."""
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, 2, 3800 // dtype.itemsize, 1152, generator=g).to(dtype)
+    scale, shift = torch.randn(2, 2, 1, 1152, generator=g).to(dtype)
+    end = (scale, shift, None, None, None, None, None, 1e-5, 1.0, 0)
+    args = (torch.stack([x, y]), torch.tensor([0.75, 0.25]), y, scale)
+    h, normed = RAW.combine_history_norm_modulate(*args, *end)
+    assert torch.equal(h, RAW.combine_history(*args))
+    plain, truth = run_plain("norm_modulate", (h, *end)), run_plain("norm_modulate", widened((h, *end)))
+    assert_all_close_to_truth((normed,), plain, truth)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(RAW.norm_modulate_difference(x, y, *end))
+    assert all(map(torch.equal, *found))
+    assert torch.equal(found[0][0], RAW.norm_modulate(x, *end))
+    truth = run_plain("relative_difference", (found[0][0].double(), y.double(), None))
+    assert_all_close_to_truth(found[0][1:], (RAW.relative_difference(found[0][0], y, None),), truth)
+
+
 H = torch.zeros(3, 2, 4, 8)
 S, W = torch.zeros(5, 3, 2, 4, 8), torch.zeros(3)
+X, NONE = H[0], (None,) * 5
 BAD = [
     ("combine_sites", (S[0], W, None, None)),
     ("combine_sites", (S[:0], W, None, None)),
@@ -85,6 +131,21 @@ BAD = [
     ("combine_sites", (S, W, None, torch.zeros(5, 3, 8))),
     ("combine_sites", (S, W, None, torch.zeros(5, 2, 3, 8))),
     ("combine_sites", (S, W, None, torch.zeros(5, 2, 8).half())),
+    ("combine_history_norm_modulate", (H[0], W, None, None, None, None, *NONE, 1e-6, 1.0, 0)),
+    ("combine_history_norm_modulate", (H[..., :0], W, None, None, None, None, *NONE, 1e-6, 1.0, 0)),
+    ("combine_history_norm_modulate", (H, W[:2], None, None, None, None, *NONE, 1e-6, 1.0, 0)),
+    ("combine_history_norm_modulate", (H, W, X[:1], None, None, None, *NONE, 1e-6, 1.0, 0)),
+    ("combine_history_norm_modulate", (H, W, X, X[:, :3], None, None, *NONE, 1e-6, 1.0, 0)),
+    ("combine_history_norm_modulate", (H, W, X, None, X[:, :3], None, *NONE, 1e-6, 1.0, 0)),
+    ("combine_history_norm_modulate", (H, W, X, None, X.half(), None, *NONE, 1e-6, 1.0, 0)),
+    ("combine_history_norm_modulate", (H, W, X, None, None, None, *NONE, 1e-6, 1.0, 3)),
+    ("norm_modulate_difference", (X[0], X[0], None, None, *NONE, 1e-6, 1.0, 0)),
+    ("norm_modulate_difference", (X, X[:1], None, None, *NONE, 1e-6, 1.0, 0)),
+    ("norm_modulate_difference", (X, X.half(), None, None, *NONE, 1e-6, 1.0, 0)),
+    ("norm_modulate_difference", (X, X.mT.contiguous().mT, None, None, *NONE, 1e-6, 1.0, 0)),
+    ("norm_modulate_difference", (X, X, X[:, :3], None, *NONE, 1e-6, 1.0, 0)),
+    ("norm_modulate_difference", (X, X, X[0], None, *NONE[:4], torch.full((4,), 4, dtype=torch.int32), 1e-6, 1.0, 0)),
+    ("norm_modulate_difference", (X, X, None, None, *NONE, 1e-6, 1.0, 3)),
     ("gram", (H[0], False)),
     ("gram", (H.double(), False)),
     ("gram", (H[:0], False)),

@@ -58,7 +58,8 @@ def test_real_widths(op):
         _check(op, seed, torch.bfloat16, widths=REAL_WIDTHS)
 
 
-REDUCTIONS = ("norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward", "gram")
+REDUCTIONS = ("norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward", "gram",
+              "norm_modulate_difference")  # fmt: skip
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)

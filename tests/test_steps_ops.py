@@ -185,6 +185,8 @@ def _sample(name: str) -> tuple:
             torch.tensor([[0, 1, 0, 5]] * 2).int(), x[:, :4].contiguous(), frames[:, :1], 1, 0.25,
         ),
         "kmeans": (x, None, 3, 2, 1),
+        "combine_history_norm_modulate": (H + 1, W, x[:, :4].contiguous(), gate[:, None], scale, frames[:, :2], *norm),
+        "norm_modulate_difference": (x, a, scale, frames, *norm),
     }  # fmt: skip
     return samples[name]
 

@@ -65,6 +65,33 @@ def test_gram(per_sample: bool, dtype: torch.dtype) -> None:
         assert got.dtype == torch.float64 and torch.equal(got, got.mT)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [None, "B1D", "1FD", "BND", "chunk3", "rows"])
+def test_with_a_norm(form: str | None, dtype: torch.dtype) -> None:
+    case = Case(54, dtype, (2, 6, 24), FP32 if form == "1FD" else None)
+    history, reference, vectors = case.normal(2, 5, 6, 24).transpose(0, 1)[:3], case.x("sliced"), case.normal(4, 24)
+    rows = torch.tensor([[0, 1, 2, 3, 0, 1], [3, 3, 2, 2, 1, 0]], dtype=torch.int32) if form == "rows" else None
+    scale, shift = (case.mod(form) if rows is None else case.normal(4, 24, dtype=case.mod_dtype) for _ in range(2))
+    weight, bias, *tables = vectors.to(case.mod_dtype)
+    for flags in (0, 1, 2, 4, 5 | 8, 6, 8):
+        weights = case.normal(3, dtype=FP32) if flags & 1 else case.normal(3, 24, dtype=FP32)
+        dressed = flags & 8 or flags == 4
+        rest = (weight, bias, *tables, rows) if dressed else (None, None, None, None, rows)
+        end = (scale, shift if flags != 2 else None, *rest, 1e-5, 1.0, flags)
+        x, gate = (None, None) if flags == 1 else (case.x(), case.mod("B1D"))
+        check_step("combine_history_norm_modulate", history, weights, x, gate, *end)
+        check_step("norm_modulate_difference", case.x("transposed"), reference, *end)
+
+
+def test_with_a_norm_of_nothing_and_of_many_tokens() -> None:
+    end = (None,) * 7 + (1e-6, 1.0, 0)
+    check_step("combine_history_norm_modulate", torch.zeros(2, 1, 0, 8), torch.ones(2), None, None, *end)
+    for shape in ((0, 4, 8), (2, 0, 8), (1, 19, 8)):
+        check_step("norm_modulate_difference", torch.ones(shape), torch.ones(shape), *end)
+    case = Case(55, FP32, (2, 1031, 5))  # runs of two tokens, the last of one
+    check_step("norm_modulate_difference", case.x(), case.x(), *end)
+
+
 # ------------------------------------------------------------------------------------------- contract and wiring
 @pytest.mark.parametrize("name", sorted(steps.KERNELS))
 def test_signature_is_the_schema(name: str) -> None:
@@ -76,11 +103,14 @@ def test_signature_is_the_schema(name: str) -> None:
 def _opcheck_arguments() -> dict[str, tuple]:
     case = Case(60, BF16, (2, 2, 24))
     x, g = case.x(), case.mod("B1D")
+    end = (None,) * 5 + (1e-6, 1.0, 0)
     return {
         "relative_difference": (x, x, None),
         "combine_history": (case.normal(2, 2, 2, 24), torch.ones(2), x, g),
         "combine_sites": (case.normal(3, 2, 2, 2, 24), torch.ones(3, 2), x, case.normal(3, 2, 24)),
         "gram": (case.normal(2, 2, 2, 24), True),
+        "combine_history_norm_modulate": (case.normal(2, 2, 2, 24), torch.ones(2), x, g, g, g, *end),
+        "norm_modulate_difference": (x, x, g, g, *end),
     }
 
 

@@ -208,6 +208,20 @@ def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         weights = empty(*shape, dtype=torch.float32)
         gates = empty(4, BATCH, 6 * WIDTH)[..., :WIDTH] if name == "per site" else None
         yield f"{prefix} sites {name}", lambda w=weights, g=gates: steps["combine_sites"](stack, w, x, g)
+    normed: dict[str, tuple] = {
+        "layer": (scale, shift, None, None, None, None, None, 1e-6, 1.0, 0),
+        "layer-narrow-token": (token, token, weight, weight, table, table, None, 1e-6, 1.0, NARROW),
+        "rms-rows": (indexed, indexed, weight, None, None, None, rows, 1e-6, 1.0, RMS | PLUS_ONE),
+    }
+    for name, end in normed.items():
+        past = empty(1 if name == "rms-rows" else 3, BATCH, TOKENS, WIDTH)
+        shape = (3, WIDTH) if name == "layer-narrow-token" else past.shape[:1]
+        weights = empty(*shape, dtype=torch.float32)
+        yield (
+            f"{prefix} combine+norm {name}",
+            lambda p=past, w=weights, e=end: steps["combine_history_norm_modulate"](p, w, x, frame, *e),
+        )
+        yield f"{prefix} norm+difference {name}", lambda e=end: steps["norm_modulate_difference"](x, x, *e)
     per_channel = empty(4, WIDTH, dtype=torch.float32)
     yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
 

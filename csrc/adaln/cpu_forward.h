@@ -1,74 +1,11 @@
 // norm_modulate, gate_residual and their fusion: one pass over memory, the row stays in the nearest cache.
 #pragma once
 
-#include "cpu_modulation.h"
+#include "cpu_normed.h"
 
 namespace maskaccel {
 namespace MASKACCEL_ISA {
 namespace {
-
-// The rows after the current ones, or null. Their lines are asked for while this row is computed: the hardware does
-// not look far enough ahead, and reading memory and computing would take turns.
-template <class T>
-struct Ahead {
-  const T *x, *a;
-};
-template <class T>
-MASKACCEL_INLINE void fetch(const T* next, int64_t i) {
-  if (next == nullptr) return;
-  __builtin_prefetch(next + i, 0, 2);
-  if (2 * W * sizeof(T) > kLine) __builtin_prefetch(next + i + W, 0, 2);
-}
-
-// Applies f to both halves of a pair or to the rest of a row: scratch rows in pair order, `row` of S, result of T.
-template <class T, class S, class F>
-MASKACCEL_INLINE void map_row(const S* row, T* y, int64_t d, bool past, Ahead<T> next, F&& f) {
-  sweep2(
-      d,
-      [&](int64_t i, auto) MASKACCEL_HOT {
-        fetch(next.x, i);
-        fetch(next.a, i);
-        const Two v = load2(row + i);
-        put2(y + i, Two{f(v.lo, i, Full{}), f(v.hi, i + W, Full{})}, past);
-      },
-      [&](int64_t i, auto part, auto) MASKACCEL_HOT { put(y + i, f(load(row + i, part), i, part), part, past); });
-}
-
-// y = t * mul + add, t = (row - mean) * inverse
-template <class T, class S>
-MASKACCEL_INLINE void modulate(const S* row, T* y, int64_t d, Moments m, const Affine& f, bool past, Ahead<T> next) {
-  const V mean = set1(m.mean), inverse = set1(m.inverse), start = set1(-m.mean * m.inverse);
-  const float *mul_row = f.mul, *add_row = f.add;
-  map_row(row, y, d, past, next, [&](V v, int64_t i, auto part) MASKACCEL_HOT {
-    // One operation where the result is rounded to 16 bits anyway; fp32 keeps the form that does not lose to a
-    // large mean.
-    const V t = dtype_of<T> == Dtype::f32 ? mul(sub(v, mean), inverse) : fma(v, inverse, start);
-    return fma(t, load(mul_row + i, part), load(add_row + i, part));
-  });
-}
-
-// The narrow law: rounds to T where eager does.
-template <class T, class S>
-MASKACCEL_INLINE void modulate_narrow(const S* row, T* y, int64_t d, Moments m, const Affine& f, const float* weight,
-                                      const float* bias, bool layer, bool round_product, bool past, Ahead<T> next) {
-  const V mean = set1(m.mean), inverse = set1(m.inverse);
-  const float *mul_row = f.mul, *add_row = f.add;
-  map_row(row, y, d, past, next, [&](V v, int64_t i, auto part) MASKACCEL_HOT {
-    V n = mul(sub(v, mean), inverse);
-    if (layer) {
-      if (weight != nullptr) n = mul(n, load(weight + i, part));
-      if (bias != nullptr) n = add(n, load(bias + i, part));
-      n = rounded(n, T{});
-    } else {
-      n = rounded(n, T{});
-      if (weight != nullptr) n = rounded(mul(n, load(weight + i, part)), T{});
-      if (bias != nullptr) n = rounded(add(n, load(bias + i, part)), T{});
-    }
-    n = mul(n, load(mul_row + i, part));
-    if (round_product) n = rounded(n, T{});
-    return add(n, load(add_row + i, part));
-  });
-}
 
 // r = f(x, a), kept in `keep_row` as stored (rounded to T); returns the sum of the row.
 template <class T, class F>
@@ -127,38 +64,27 @@ void forward_rows(const AdalnForward& s, int64_t begin, int64_t end) {
   const int64_t d = s.D, step = padded(d);
   float* memory = static_cast<float*>(scratch(static_cast<size_t>(step) * 9 * sizeof(float)));
   const auto take = [&] { return (memory += step) - step; };
-  const int norm = s.flags & kNormMask;
-  // fp32 rounds nowhere in between, so both laws are one; a lone gate stage has no norm to be narrow about
   const bool narrow = (s.flags & kNarrow) && s.dtype != Dtype::f32;
-  const bool round_product = narrow && s.mod_dtype == s.dtype && (s.scale.present());
-  const bool round_product2 = narrow && s.mod_dtype == s.dtype && (s.scale2.present());
-  const bool gated = s.a.data != nullptr, pair = s.y2 != nullptr;
+  const bool gated = s.a.data != nullptr;
   const bool post_norm = s.flags & kPostMask, post_layer = (s.flags & kPostMask) == kPostLayer;
   const float plus = s.flags & kWeightPlusOne ? 1.0f : 0.0f;
 
-  float *weight = nullptr, *bias = nullptr, *post = nullptr;
-  if (s.weight != nullptr) build_affine(weight = take(), s.weight, plus, 1.0f, s, narrow && norm != kNormLayer);
-  if (s.bias != nullptr) build_affine(bias = take(), s.bias, 0.0f, 0.0f, s, false);
+  float* post = nullptr;
   if (s.post_weight != nullptr && post_norm)
     build_affine(post = take(), s.post_weight, plus, 1.0f, s, narrow && !post_layer);
-  // fp32 law: weight and bias are folded into the modulation rows and not read on their own
-  const float *fold_weight = narrow ? nullptr : weight, *fold_bias = narrow ? nullptr : bias;
-  if (narrow && weight != nullptr) to_pair_order(weight, d, T{});
-  if (narrow && bias != nullptr) to_pair_order(bias, d, T{});
   if (post != nullptr) to_pair_order(post, d, T{});
-  Affine first{take(), take(), nullptr, nullptr, false}, second{nullptr, nullptr, nullptr, nullptr, false};
-  if (pair) second = {take(), take(), nullptr, nullptr, false};
+  NormedRows<T> normed(s, take);
   float* const gate = take();
   float* const keep_row = take();
   const char* gate_row = nullptr;
   bool gate_built = false;
+  Unwatched none;
   const bool simple_gate = !narrow && !post_norm && s.gate.present();
 
   int64_t b = begin / s.N, n = begin - b * s.N;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(s.x.data) + b * s.x.stride_b + n * s.x.stride_n;
     const bool more = n + 1 < s.N && row + 1 < end;
-    const Ahead<T> none{nullptr, nullptr};
     Ahead<T> next{more ? x + s.x.stride_n : nullptr, nullptr};
     T* const r = s.r != nullptr ? static_cast<T*>(s.r) + row * d : nullptr;
     float sum = 0.0f;
@@ -184,29 +110,11 @@ void forward_rows(const AdalnForward& s, int64_t begin, int64_t end) {
     }
     if (s.y != nullptr) {
       T* const y = static_cast<T*>(s.y) + row * d;
-      T* const y2 = pair ? static_cast<T*>(s.y2) + row * d : nullptr;
-      refresh(first, s, s.scale, s.shift, fold_weight, fold_bias, b, n, T{});
-      if (pair) refresh(second, s, s.scale2, s.shift2, fold_weight, fold_bias, b, n, T{});
-      const auto finish = [&](auto* from, Moments m) __attribute__((always_inline)) {
-        if (narrow) {
-          modulate_narrow(from, y, d, m, first, weight, bias, norm == kNormLayer, round_product, s.past_cache, next);
-          if (pair)
-            modulate_narrow(from, y2, d, m, second, weight, bias, norm == kNormLayer, round_product2, s.past_cache,
-                            none);
-        } else {
-          modulate(from, y, d, m, first, s.past_cache, next);
-          if (pair) modulate(from, y2, d, m, second, s.past_cache, none);
-        }
-      };
+      T* const y2 = s.y2 != nullptr ? static_cast<T*>(s.y2) + row * d : nullptr;
       if (gated) {
-        Moments m{0.0f, 1.0f};
-        if (norm != kNormNone) {
-          m.mean = norm == kNormLayer ? sum / static_cast<float>(d) : 0.0f;
-          m.inverse = inverse_root(squares(keep_row, d, m.mean) / static_cast<float>(d), s.eps);
-        }
-        finish(static_cast<const float*>(keep_row), m);
+        normed.row(static_cast<const float*>(keep_row), sum, y, y2, b, n, next);
       } else {
-        finish(x, norm == kNormNone ? Moments{0.0f, 1.0f} : moments(x, d, norm == kNormRms, s.eps));
+        normed.row(x, y, y2, b, n, next, none);
       }
     }
     if (++n == s.N) {

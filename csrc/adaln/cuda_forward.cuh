@@ -185,30 +185,10 @@ __global__ void __launch_bounds__(512) forward_any_kernel(const __grid_constant_
   const int post = c.flags & kPostMask;
   if constexpr (kMode & kResidual) a = static_cast<const T*>(p.a.data) + b * p.a.stride_b + n * p.a.stride_n;
 
-  auto stats_of = [&](auto&& value, bool layer, float eps) {
-    float sum = 0.f, mean = 0.f;
-    if (layer) {
-      for (int d = first; d < c.width; d += step) {
-        const Floats v = value(d);
-        for (int i = 0; i < kVec; ++i) sum += v[i];
-      }
-      mean = reduce.sum(sum) * c.inv_width;
-    }
-    sum = 0.f;
-    for (int d = first; d < c.width; d += step) {
-      const Floats v = value(d);
-      for (int i = 0; i < kVec; ++i) {
-        const float centred = d + i < c.width ? v[i] - mean : 0.f;
-        sum += centred * centred;
-      }
-    }
-    return Stats{mean, inverse_sqrt(reduce.sum(sum) * c.inv_width + eps)};
-  };
-
   Stats post_stats{0.f, 1.f};
   auto branch = [&](int d) { return to_floats<T>(load_pack(a, d, c.width, p.a.vec)); };
   if constexpr (kMode & kResidual) {
-    if (post != 0) post_stats = stats_of(branch, post == kPostLayer, c.post_eps);
+    if (post != 0) post_stats = stats_of(branch, post == kPostLayer, c.post_eps, c, first, step, reduce);
   }
   auto residual = [&](int d) {
     Floats v = to_floats<T>(load_pack(x, d, c.width, p.x.vec));
@@ -234,7 +214,7 @@ __global__ void __launch_bounds__(512) forward_any_kernel(const __grid_constant_
 
   Stats stats{0.f, 1.f};
   if constexpr (kMode & kNormalise) {
-    if (norm != kNormNone) stats = stats_of(residual, norm == kNormLayer, c.eps);
+    if (norm != kNormNone) stats = stats_of(residual, norm == kNormLayer, c.eps, c, first, step, reduce);
   }
   for (int d = first; d < c.width; d += step) {
     Floats v = residual(d);
@@ -244,19 +224,7 @@ __global__ void __launch_bounds__(512) forward_any_kernel(const __grid_constant_
       for (int i = 0; i < kVec; ++i) v[i] = (v[i] - stats.mean) * stats.rstd;
       affine<T, false>(c, p.weight, p.bias, norm == kNormLayer, d, law, v);
       for (int which = 0; which < (p.y2 != nullptr ? 2 : 1); ++which) {
-        const Modulation& scale = which ? p.scale2 : p.scale;
-        const Modulation& shift = which ? p.shift2 : p.shift;
-        Floats y = v;
-        if (scale.present()) {
-          const int64_t at = scale.data != nullptr ? modulation_row(c, scale, b, n) : 0;
-          const Floats m = scale_factors<T, false>(c, scale, at, d, law);
-          for (int i = 0; i < kVec; ++i) y[i] = round_if<T>(y[i] * m[i], law.modulation);
-        }
-        if (shift.present()) {
-          const int64_t at = shift.data != nullptr ? modulation_row(c, shift, b, n) : 0;
-          const Floats m = modulation_values<T, false>(c, shift, at, d, law);
-          for (int i = 0; i < kVec; ++i) y[i] += m[i];
-        }
+        const Floats y = modulate<T, false>(c, which ? p.scale2 : p.scale, which ? p.shift2 : p.shift, b, n, d, law, v);
         store_pack(static_cast<T*>(which ? p.y2 : p.y) + out, d, c.width, p.out_vec, to_pack<T>(y));
       }
     }

@@ -195,4 +195,46 @@ __device__ __forceinline__ Stats row_stats(const Floats (&v)[kSteps], bool layer
   return Stats{0.f, inverse_sqrt(reduce.sum(sum) * inv_width + eps)};
 }
 
+/// The same of a row that is read again for each pass: `value(d)` gives elements [d, d + 8), zeros past the end.
+template <typename Value, typename Reduce>
+__device__ __forceinline__ Stats stats_of(Value&& value, bool layer, float eps, const Common& c, int first, int step,
+                                          Reduce& reduce) {
+  float sum = 0.f, mean = 0.f;
+  if (layer) {
+    for (int d = first; d < c.width; d += step) {
+      const Floats v = value(d);
+      for (int i = 0; i < kVec; ++i) sum += v[i];
+    }
+    mean = reduce.sum(sum) * c.inv_width;
+  }
+  sum = 0.f;
+  for (int d = first; d < c.width; d += step) {
+    const Floats v = value(d);
+    for (int i = 0; i < kVec; ++i) {
+      const float centred = d + i < c.width ? v[i] - mean : 0.f;
+      sum += centred * centred;
+    }
+  }
+  return Stats{mean, inverse_sqrt(reduce.sum(sum) * c.inv_width + eps)};
+}
+
+/// `y * (offset + scale) + shift` for token n of sample b.
+template <typename T, bool kFast>
+__device__ __forceinline__ Floats modulate(const Common& c, const Modulation& scale, const Modulation& shift, int b, int n,
+                                           int d, Law law, Floats y) {
+  if (scale.present()) {
+    const int64_t at = scale.data != nullptr ? modulation_row(c, scale, b, n) : 0;
+    const Floats m = scale_factors<T, kFast>(c, scale, at, d, law);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) y[i] = round_if<T>(y[i] * m[i], law.modulation);
+  }
+  if (shift.present()) {
+    const int64_t at = shift.data != nullptr ? modulation_row(c, shift, b, n) : 0;
+    const Floats m = modulation_values<T, kFast>(c, shift, at, d, law);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) y[i] += m[i];
+  }
+  return y;
+}
+
 }  // namespace maskaccel::cuda

@@ -48,6 +48,12 @@ struct Arg {
     }
     return true;
   }
+  // The tensor at index 0 of the first dim: the same data, one dim less.
+  Arg first() const {
+    Arg a = *this;
+    if (a) --a.dim, ++a.sizes, ++a.strides;
+    return a;
+  }
   // A dim of one element may have any stride.
   bool dense_last() const { return dim > 0 && (stride(-1) == 1 || size(-1) <= 1); }
   bool contiguous() const {

@@ -6,15 +6,6 @@
 namespace maskaccel {
 namespace {
 
-// The tensor at index 0 of the first dim: same data, one dim less.
-Arg first_of(Arg a) {
-  if (!a) return a;
-  --a.dim;
-  ++a.sizes;
-  ++a.strides;
-  return a;
-}
-
 void combine_sites(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const Arg history = in.tensor("history"), weights = in.tensor("weights"), x = in.optional("x"),
@@ -30,7 +21,7 @@ void combine_sites(StableIValue* stack, uint64_t, uint64_t) {
                   "gates must be (S, B, D) or (S, B, F, D)");
   CombineSites s;
   static_cast<CombineHistory&>(s) =
-      read_combine(first_of(history), per_site ? first_of(weights) : weights, x, first_of(gates));
+      read_combine(history.first(), per_site ? weights.first() : weights, x, gates.first());
   s.S = S;
   s.history_site = history.stride(0);
   s.weight_site = per_site ? weights.numel() / S : 0;

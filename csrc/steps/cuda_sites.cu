@@ -6,15 +6,6 @@
 namespace maskaccel::cuda {
 namespace {
 
-/// The tensor at index 0 of the first dim: same data, one dim less.
-Arg first_of(Arg a) {
-  if (!a) return a;
-  --a.dim;
-  ++a.sizes;
-  ++a.strides;
-  return a;
-}
-
 void combine_sites(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const Arg history = in.tensor("history"), weights = in.tensor("weights"), x = in.optional("x"),
@@ -30,7 +21,7 @@ void combine_sites(StableIValue* stack, uint64_t, uint64_t) {
              sites, ", B, F, D), got ", shape_text(gates));
   SitesParams p;
   static_cast<HistoryParams&>(p) =
-      read_history(call, first_of(history), per_site ? first_of(weights) : weights, x, first_of(gates));
+      read_history(call, history.first(), per_site ? weights.first() : weights, x, gates.first());
   p.sites = static_cast<int>(sites);
   p.history_s = history.stride(0);
   p.weights_s = per_site ? weights.numel() / sites : 0;

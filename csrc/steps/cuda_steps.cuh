@@ -90,9 +90,26 @@ __device__ __forceinline__ void add_term(const HistoryParams& p, int t, int d, c
   }
 }
 
-/// Stores x + gate * sum for elements [d, d + 8) of token n of sample b.
+/// sum[s] = sum_t weights[t] * history[t] for elements [first + s * step, + 8) of token n of sample b.
+/// `kUnroll` entries of the history are loaded together.
+template <typename H, int kUnroll, int kSteps>
+__device__ __forceinline__ void forecast(const HistoryParams& p, int b, int n, int first, int step, Floats (&sum)[kSteps]) {
+  const H* history = static_cast<const H*>(p.history) + b * p.history_b + int64_t(n) * p.width;
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) sum[s] = zeros();
+#pragma unroll kUnroll
+  for (int t = 0; t < p.terms; ++t) {
+    Pack<H> h[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) h[s] = load_pack(history + t * p.history_k, first + s * step, p.width, p.history_vec);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) add_term(p, t, first + s * step, to_floats<H>(h[s]), sum[s]);
+  }
+}
+
+/// x + gate * sum for elements [d, d + 8) of token n of sample b.
 template <typename T>
-__device__ __forceinline__ void store_sum(const HistoryParams& p, int b, int n, int d, Floats sum) {
+__device__ __forceinline__ Floats gated_sum(const HistoryParams& p, int b, int n, int d, Floats sum) {
   if (p.gate != nullptr) {
     const int64_t at = b * p.gate_b + (n / p.group) * p.gate_g;
     const Floats g = load_operand<T>(p.gate, at, p.gate_wide, d, p.width, p.gate_vec);
@@ -105,8 +122,14 @@ __device__ __forceinline__ void store_sum(const HistoryParams& p, int b, int n, 
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sum[i] += v[i];
   }
+  return sum;
+}
+
+/// Stores x + gate * sum for elements [d, d + 8) of token n of sample b.
+template <typename T>
+__device__ __forceinline__ void store_sum(const HistoryParams& p, int b, int n, int d, const Floats& sum) {
   T* out = static_cast<T*>(p.out) + (int64_t(b) * p.tokens + n) * p.width;
-  store_pack(out, d, p.width, p.out_vec, to_pack<T>(sum));
+  store_pack(out, d, p.width, p.out_vec, to_pack<T>(gated_sum<T>(p, b, n, d, sum)));
 }
 
 /// H: dtype of the history; T: dtype of x and of the result.
@@ -118,12 +141,9 @@ __global__ void __launch_bounds__(256) history_kernel(const __grid_constant__ Hi
     const int64_t row = k / vectors;
     const int d = static_cast<int>(k % vectors) * kVec, b = static_cast<int>(row / p.tokens);
     const int n = static_cast<int>(row % p.tokens);
-    const H* history = static_cast<const H*>(p.history) + b * p.history_b + int64_t(n) * p.width;
-    Floats sum = zeros();
-    for (int t = 0; t < p.terms; ++t) {
-      add_term(p, t, d, to_floats<H>(load_pack(history + t * p.history_k, d, p.width, p.history_vec)), sum);
-    }
-    store_sum<T>(p, b, n, d, sum);
+    Floats sum[1];
+    forecast<H, 4>(p, b, n, d, 0, sum);
+    store_sum<T>(p, b, n, d, sum[0]);
   }
 }
 

@@ -115,3 +115,15 @@ def kmeans(i: Inputs) -> tuple[Tensor, ...]:
         centroids = member @ x / member.sum(-1, keepdim=True)
     torch.cdist(x, centroids, p=1).argmin(-1)
     return (centroids,)
+
+
+def combine_history_norm_modulate(i: Inputs) -> tuple[Tensor, ...]:
+    """`combine_history`, then the norm and modulation of the next site."""
+    (h,) = combine_history(i)
+    return h, *norm_modulate({**i, "x": h})
+
+
+def norm_modulate_difference(i: Inputs) -> tuple[Tensor, ...]:
+    """The modulated input of TeaCache, and its comparison with the last one."""
+    (y,) = norm_modulate(i)
+    return y, *relative_difference({"x": y, "reference": i["reference"]})

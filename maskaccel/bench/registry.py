@@ -192,8 +192,7 @@ def _history(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Ge
         "history": _normal(g, dtype, device, *shape),
         "weights": torch.tensor(coefficients, device=device),
         "coefficients": coefficients,
-        "x": made["x"],
-        "gate": made["gate"],
+        **{name: made[name] for name in ("x", "gate", "scale", "shift")},
     }
 
 
@@ -209,6 +208,11 @@ def _sites(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Gene
         "x": _normal(g, dtype, device, *shape[2:]),
         "gates": gates,
     }
+
+
+def _remembered(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Inputs:
+    made = _stream(shape, dtype, device, g)
+    return {"reference": made["a"], **{name: made[name] for name in ("x", "scale", "shift")}}
 
 
 def _history_alone(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Inputs:
@@ -294,6 +298,15 @@ def _run_kmeans(i: Inputs, backend: str | None) -> Outputs:
     return _one(centroids)
 
 
+def _run_combine_history_norm_modulate(i: Inputs, backend: str | None) -> Outputs:
+    operands = (i["history"], i["weights"], i["scale"], i["shift"])
+    return ops.combine_history_norm_modulate(*operands, x=i["x"], gate=i["gate"], backend=backend)
+
+
+def _run_norm_modulate_difference(i: Inputs, backend: str | None) -> Outputs:
+    return ops.norm_modulate_difference(i["x"], i["reference"], i["scale"], i["shift"], backend=backend)
+
+
 def _activation(kind: str, baseline: Callable[[Inputs], Outputs]) -> Op:
     def run(i: Inputs, backend: str | None) -> Outputs:
         return _one(ops.gated_activation(i["x"], kind, backend=backend))
@@ -368,6 +381,16 @@ _ALL = (
     Op(
         "kmeans", "batch, tokens, width", TOKENS, _blobs, _run_kmeans, eager.kmeans, ("centroids",), (),
         elements=lambda s: 5 * math.prod(s),
+    ),
+    Op(
+        "combine_history_norm_modulate", "steps, batch, tokens, width", HISTORIES, _history,
+        _run_combine_history_norm_modulate, eager.combine_history_norm_modulate, ("h", "y"), (),
+        elements=lambda s: math.prod(s) + 3 * math.prod(s[1:]),
+    ),
+    Op(
+        "norm_modulate_difference", "batch, tokens, width", TOKENS, _remembered, _run_norm_modulate_difference,
+        eager.norm_modulate_difference, ("y", "sums"), (),
+        elements=lambda s: 3 * math.prod(s),
     ),
 )  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for op in _ALL}

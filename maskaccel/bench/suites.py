@@ -23,6 +23,8 @@ CPU_SHAPES: dict[str, tuple[Shape, ...]] = {
     "scatter_combine": tuple((2, *shape) for shape in CPU_TOKENS),
     "scatter_combine.clusters": tuple((2, *shape) for shape in CPU_TOKENS),
     "kmeans": ((2, 1024, 1152), CPU_TOKENS[1]),
+    "combine_history_norm_modulate": tuple((3, *shape) for shape in CPU_TOKENS),
+    "norm_modulate_difference": CPU_TOKENS,
 }
 
 

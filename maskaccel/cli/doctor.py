@@ -28,6 +28,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "scatter_combine": tuple((2, *shape) for shape in _TOKENS),
     "scatter_combine.clusters": tuple((2, *shape) for shape in _TOKENS),
     "kmeans": _TOKENS,
+    "combine_history_norm_modulate": tuple((3, *shape) for shape in _TOKENS),
+    "norm_modulate_difference": _TOKENS,
 }
 
 

@@ -5,11 +5,21 @@ from .adaln import autograd as _adaln_autograd
 from .adaln import fallback as _adaln_fallback
 from .adaln import gate_residual, gate_residual_norm_modulate, gated_activation, norm_modulate, qk_norm_rope
 from .steps import api as _steps_api
-from .steps import combine_history, combine_sites, gram, kmeans, relative_difference, scatter_combine
+from .steps import (
+    combine_history,
+    combine_history_norm_modulate,
+    combine_sites,
+    gram,
+    kmeans,
+    norm_modulate_difference,
+    relative_difference,
+    scatter_combine,
+)
 from .steps import reference as _steps_reference
 
 __all__ = [
     "combine_history",
+    "combine_history_norm_modulate",
     "combine_sites",
     "gate_residual",
     "gate_residual_norm_modulate",
@@ -17,6 +27,7 @@ __all__ = [
     "gram",
     "kmeans",
     "norm_modulate",
+    "norm_modulate_difference",
     "qk_norm_rope",
     "relative_difference",
     "scatter_combine",

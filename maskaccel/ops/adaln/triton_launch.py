@@ -69,7 +69,7 @@ def _check_rows(rows: Tensor | None, x: Tensor) -> int:
     return n if rows.dim() == 2 else 0
 
 
-class _Call:
+class Call:
     """Operands common to forward and backward, checked once."""
 
     def __init__(self, x: Tensor, flags: int, rows: Tensor | None, gate=None, scale=None, shift=None, scale2=None,
@@ -96,7 +96,7 @@ class _Call:
         self.options = {"enable_fp_fusion": not flags & _NARROW}
 
 
-def _forward(x: Tensor, a: Tensor | None, call: _Call, outputs: Sequence[Tensor | None], eps: float, post_eps: float,
+def _forward(x: Tensor, a: Tensor | None, call: Call, outputs: Sequence[Tensor | None], eps: float, post_eps: float,
              offset: float, flags: int) -> None:  # fmt: skip
     from .triton_norm import adaln_forward
 
@@ -114,7 +114,7 @@ def _forward(x: Tensor, a: Tensor | None, call: _Call, outputs: Sequence[Tensor 
 
 def norm_modulate(x, scale, shift, weight, bias, scale_table, shift_table, rows, eps, offset, flags):
     host.check_activation("x", x)
-    call = _Call(x, flags, rows, None, scale, shift, None, None, None, scale_table, shift_table, weight, bias)
+    call = Call(x, flags, rows, None, scale, shift, None, None, None, scale_table, shift_table, weight, bias)
     y = x.new_empty(x.shape)
     _forward(x, None, call, (None, y, None), eps, eps, offset, flags)
     return y
@@ -123,7 +123,7 @@ def norm_modulate(x, scale, shift, weight, bias, scale_table, shift_table, rows,
 def norm_modulate_pair(x, scale, shift, scale2, shift2, weight, bias, scale_table, shift_table, rows, eps, offset,
                        flags):  # fmt: skip
     host.check_activation("x", x)
-    call = _Call(x, flags, rows, None, scale, shift, scale2, shift2, None, scale_table, shift_table, weight, bias)
+    call = Call(x, flags, rows, None, scale, shift, scale2, shift2, None, scale_table, shift_table, weight, bias)
     y, y2 = x.new_empty(x.shape), x.new_empty(x.shape)
     _forward(x, None, call, (None, y, y2), eps, eps, offset, flags)
     return y, y2
@@ -132,7 +132,7 @@ def norm_modulate_pair(x, scale, shift, scale2, shift2, weight, bias, scale_tabl
 def gate_residual(x, a, gate, gate_table, post_weight, rows, post_eps, flags):
     host.check_activation("x", x)
     host.check_activation("a", a, x)
-    call = _Call(x, flags, rows, gate, gate_table=gate_table, post_weight=post_weight)
+    call = Call(x, flags, rows, gate, gate_table=gate_table, post_weight=post_weight)
     r = x.new_empty(x.shape)
     _forward(x, a, call, (r, None, None), post_eps, post_eps, 0.0, flags)
     return r
@@ -142,7 +142,7 @@ def _gate_norm(x, a, gate, gate_table, post_weight, scale, shift, scale2, shift2
                shift_table, rows, eps, post_eps, offset, flags, pair):  # fmt: skip
     host.check_activation("x", x)
     host.check_activation("a", a, x)
-    call = _Call(x, flags, rows, gate, scale, shift, scale2, shift2, gate_table, scale_table, shift_table, weight, bias,
+    call = Call(x, flags, rows, gate, scale, shift, scale2, shift2, gate_table, scale_table, shift_table, weight, bias,
                  post_weight)  # fmt: skip
     r = None if flags & NO_RESIDUAL else x.new_empty(x.shape)
     y, y2 = x.new_empty(x.shape), x.new_empty(x.shape) if pair else None
@@ -191,7 +191,7 @@ class _Shared:
         return host.reduce_partials(self.partials, self.batch, self.groups)
 
 
-def _backward(dr, dy, dy2, r, a, call: _Call, eps, post_eps, offset, flags, needs):
+def _backward(dr, dy, dy2, r, a, call: Call, eps, post_eps, offset, flags, needs):
     """All gradients: (dx, da, [gate, scale, shift, scale2, shift2], [weight, bias, post_weight])."""
     x = r if r is not None else a
     batch, n, width = x.shape
@@ -242,7 +242,7 @@ def norm_modulate_backward(dy, dy2, x, scale, shift, scale2, shift2, weight, bia
     for name, t in (("dy", dy), ("dy2", dy2)):
         if t is not None:
             host.check_activation(name, t, x)
-    call = _Call(x, flags, rows, None, scale, shift, scale2, shift2, None, scale_table, shift_table, weight, bias)
+    call = Call(x, flags, rows, None, scale, shift, scale2, shift2, None, scale_table, shift_table, weight, bias)
     dx, _, mods, vectors = _backward(None, dy, dy2, x, None, call, eps, eps, offset, flags, needs & ~NEED_A)
     return (dx, *mods[1:], *vectors[:2])
 
@@ -254,7 +254,7 @@ def gate_residual_norm_modulate_backward(dr, dy, dy2, r, a, gate, gate_table, po
     for name, t in (("dr", dr), ("dy", dy), ("dy2", dy2), ("a", a)):
         if t is not None:
             host.check_activation(name, t, r)
-    call = _Call(r, flags, rows, gate, scale, shift, scale2, shift2, gate_table, scale_table, shift_table, weight, bias,
+    call = Call(r, flags, rows, gate, scale, shift, scale2, shift2, gate_table, scale_table, shift_table, weight, bias,
                  post_weight)  # fmt: skip
     dx, da, mods, vectors = _backward(dr, dy, dy2, r, a, call, eps, post_eps, offset, flags, needs)
     return (dx, da, *mods, *vectors)
@@ -263,6 +263,6 @@ def gate_residual_norm_modulate_backward(dr, dy, dy2, r, a, gate, gate_table, po
 def gate_residual_backward(dr, a, gate, gate_table, post_weight, rows, post_eps, flags, needs):
     host.check_activation("a", a)
     host.check_activation("dr", dr, a)
-    call = _Call(a, flags, rows, gate, gate_table=gate_table, post_weight=post_weight)
+    call = Call(a, flags, rows, gate, gate_table=gate_table, post_weight=post_weight)
     _, da, mods, vectors = _backward(dr, None, None, None, a, call, post_eps, post_eps, 0.0, flags, needs & ~NEED_X)
     return da, mods[0], vectors[2]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..adaln import fallback
 from .schema import METRICS
 
 
@@ -144,6 +145,21 @@ def _unit(rows: Tensor) -> Tensor:
     return rows / torch.where(length > 0, length, 1)
 
 
+def combine_history_norm_modulate(history, weights, x, gate, scale, shift, weight, bias, scale_table, shift_table, rows,
+                                  eps, offset, flags):  # fmt: skip
+    """`combine_history`, and `norm_modulate` of its result as stored."""
+    h = combine_history(history, weights, x, gate)
+    y = fallback.norm_modulate(h, scale, shift, weight, bias, scale_table, shift_table, rows, eps, offset, flags)
+    return h, y.clone() if y is h else y  # without a norm and modulation it is the same tensor
+
+
+def norm_modulate_difference(x, reference, scale, shift, weight, bias, scale_table, shift_table, rows, eps, offset,
+                             flags):  # fmt: skip
+    """`norm_modulate`, and `relative_difference` of its result as stored."""
+    y = fallback.norm_modulate(x, scale, shift, weight, bias, scale_table, shift_table, rows, eps, offset, flags)
+    return y.clone() if y is x else y, relative_difference(y, reference)
+
+
 KERNELS: dict[str, Callable] = {
     "relative_difference": relative_difference,
     "combine_history": combine_history,
@@ -151,4 +167,6 @@ KERNELS: dict[str, Callable] = {
     "gram": gram,
     "scatter_combine": scatter_combine,
     "kmeans": kmeans,
+    "combine_history_norm_modulate": combine_history_norm_modulate,
+    "norm_modulate_difference": norm_modulate_difference,
 }

@@ -35,11 +35,24 @@ stays. Then once more each row to its nearest. Returns int32 labels `(B, N)`, fp
 representatives `(B, k)`: the member of each cluster nearest to its centroid (of equal ones the lowest row); for empty
 clusters, one after the other, the nearest row that represents no cluster yet. fp32, deterministic, no synchronisation.
 
+`combine_history_norm_modulate(history, weights, x, gate, scale, shift, ...)`: the first four as `combine_history`, with
+D of 1 or more; the others as `norm_modulate` (`maskaccel.ops.adaln.schema`) takes them beside an `x` of the dtype of
+the result; scale, shift and their tables share a dtype, which need not be that of the gate. Returns `h`, the result of
+`combine_history` under both laws, and `norm_modulate` of `h` as stored.
+
+`norm_modulate_difference(x, reference, scale, shift, ...)`: all but `reference` as `norm_modulate`; `reference` of the
+shape and dtype of `x`, last dim contiguous. Returns `y` and fp32 `(B, 2)`: sum |y - reference| and sum |reference| of
+each sample, `y` as stored, deterministic, without a synchronisation.
+
 No op here is differentiable: the API refuses inputs that require grad.
 """
 
 METRICS = {"l2": 0, "l1": 1, "cosine": 2}
 MAX_CLUSTERS = 1024
+_NORM = (
+    "Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, Tensor? scale_table, Tensor? shift_table,"
+    " Tensor? rows, float eps, float offset, int flags"
+)
 
 SCHEMAS = {
     "relative_difference": "(Tensor x, Tensor reference, Tensor? base=None) -> Tensor",
@@ -51,4 +64,7 @@ SCHEMAS = {
         "int newest, float gamma) -> Tensor"
     ),
     "kmeans": "(Tensor x, Tensor? init, int k, int iters, int metric) -> (Tensor, Tensor, Tensor)",
+    "combine_history_norm_modulate": f"(Tensor history, Tensor weights, Tensor? x, Tensor? gate, {_NORM})"
+    " -> (Tensor, Tensor)",  # (h, y)
+    "norm_modulate_difference": f"(Tensor x, Tensor reference, {_NORM}) -> (Tensor, Tensor)",  # (y, sums)
 }

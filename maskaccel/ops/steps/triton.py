@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton as host
-from . import triton_launch
+from . import triton_launch, triton_launch_normed
 
 MAX_HISTORY = 16
 _BLOCK = 1024
@@ -39,17 +39,6 @@ def relative_difference(x: Tensor, reference: Tensor, base: Tensor | None = None
     return host.reduce_partials(partials, batch, 1).view(batch, 2)
 
 
-def _gate_operand(gate: Tensor, like: Tensor) -> tuple[Tensor, int, int, int]:
-    """(tensor, batch stride, row stride, tokens of a row)."""
-    batch, n, width = like.shape
-    fits = gate.dim() == 3 and gate.shape[0] in (1, batch) and gate.shape[1] > 0 and gate.shape[2] == width
-    if not fits or n % gate.shape[1] or (width > 1 and gate.stride(2) != 1):
-        raise RuntimeError(f"gate must be ({batch} or 1, F, {width}), F a divisor of {n}, last dim contiguous, got "
-                           f"{tuple(gate.shape)} of strides {gate.stride()}")  # fmt: skip
-    of_batch = 0 if gate.shape[0] == 1 else gate.stride(0)
-    return gate, of_batch, gate.stride(1), max(n // gate.shape[1], 1)
-
-
 def combine_history(history: Tensor, weights: Tensor, x: Tensor | None, gate: Tensor | None) -> Tensor:
     if history.dim() != 4 or history.dtype not in _DTYPES or not 1 <= history.shape[0] <= MAX_HISTORY:
         raise RuntimeError(f"history must be (1 to {MAX_HISTORY}, B, N, D) of fp32, bf16 or fp16, got {history.dtype} "
@@ -63,11 +52,9 @@ def combine_history(history: Tensor, weights: Tensor, x: Tensor | None, gate: Te
                            f"{tuple(weights.shape)}")  # fmt: skip
     if x is not None and (x.shape != history.shape[1:] or x.dtype not in _DTYPES or not x.is_contiguous()):
         raise RuntimeError(f"x must be contiguous {tuple(history.shape[1:])}, got {x.dtype} {tuple(x.shape)}")
-    if gate is not None and gate.dtype not in (like.dtype, torch.float32):
-        raise RuntimeError(f"gate must be {like.dtype} or fp32, got {gate.dtype}")
-    if any(t is not None and t.device != history.device for t in (weights, x, gate)):
-        raise RuntimeError(f"weights, x and gate must be on {history.device}")
-    operand = None if gate is None else _gate_operand(gate, like)
+    if any(t is not None and t.device != history.device for t in (weights, x)):
+        raise RuntimeError(f"weights and x must be on {history.device}")
+    operand = triton_launch.gate_operand(gate, like)
     out = like.new_empty(like.shape)
     if out.numel():
         from .triton_kernels import combine
@@ -83,6 +70,7 @@ KERNELS: dict[str, Callable] = {
     "relative_difference": relative_difference,
     "combine_history": combine_history,
     **triton_launch.KERNELS,
+    **triton_launch_normed.KERNELS,
 }
 
 

@@ -32,14 +32,11 @@ def difference_partials(x, reference, base, partials, size, run, BLOCK: tl.const
 
 
 @triton.jit
-def combine(history, weights, x, gate, out, h_step, h_batch, weight_step, N, D, K: tl.constexpr,
-            PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Store x + gate * sum_k weights[k] * history[k] for a block of one token's channels."""
-    row = tl.program_id(0)
+def combined(history, weights, x, gate, h_step, h_batch, weight_step, row, N, D, cols, mask, K: tl.constexpr,
+             PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Sum x + gate * sum_k weights[k] * history[k] for the columns `cols` of a token, fp32."""
     b = (row // N).to(tl.int64)
     n = row % N
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < D
     at = b * h_batch + n.to(tl.int64) * D
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
@@ -50,7 +47,18 @@ def combine(history, weights, x, gate, out, h_step, h_batch, weight_step, N, D, 
         total += w * load(history + tl.full([], k, tl.int64) * h_step + at, cols, mask)
     if gate is not None:
         total *= load(gate[0] + b * gate[1] + (n // gate[3]).to(tl.int64) * gate[2], cols, mask)
-    wide = row.to(tl.int64) * D
     if x is not None:
-        total += load(x + wide, cols, mask)
-    tl.store(out + wide + cols, total.to(out.dtype.element_ty), mask=mask)
+        total += load(x + row.to(tl.int64) * D, cols, mask)
+    return total
+
+
+@triton.jit
+def combine(history, weights, x, gate, out, h_step, h_batch, weight_step, N, D, K: tl.constexpr,
+            PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Store x + gate * sum_k weights[k] * history[k] for a block of one token's channels."""
+    row = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < D
+    total = combined(history, weights, x, gate, h_step, h_batch, weight_step, row, N, D, cols, mask, K, PER_CHANNEL,
+                     BLOCK)  # fmt: skip
+    tl.store(out + row.to(tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=mask)

@@ -59,6 +59,21 @@ def check_combine(history: Tensor, weights: Tensor, x: Tensor | None, shapes: tu
         raise RuntimeError(f"weights and x must be on {history.device}")
 
 
+def gate_operand(gate: Tensor | None, like: Tensor) -> tuple[Tensor, int, int, int] | None:
+    """(tensor, batch stride, row stride, tokens of a row)."""
+    if gate is None:
+        return None
+    batch, n, width = like.shape
+    fits = gate.dim() == 3 and gate.shape[0] in (1, batch) and gate.shape[1] > 0 and gate.shape[2] == width
+    if not fits or n % gate.shape[1] or (width > 1 and gate.stride(2) != 1):
+        raise RuntimeError(f"gate must be ({batch} or 1, F, {width}), F a divisor of {n}, last dim contiguous, got "
+                           f"{tuple(gate.shape)} of strides {gate.stride()}")  # fmt: skip
+    if gate.dtype not in (like.dtype, torch.float32) or gate.device != like.device:
+        raise RuntimeError(f"gate must be {like.dtype} or fp32 on {like.device}, got {gate.dtype} on {gate.device}")
+    of_batch = 0 if gate.shape[0] == 1 else gate.stride(0)
+    return gate, of_batch, gate.stride(1), max(n // gate.shape[1], 1)
+
+
 def _gates_operand(gates: Tensor, like: Tensor, sites: int) -> tuple[Tensor, int, int, int, int]:
     """(tensor, site stride, batch stride, row stride, tokens of a row)."""
     batch, n, width = like.shape
