@@ -14,6 +14,7 @@ from .pab import PAB
 from .scm import SCM
 from .skip_branches import SkipBranches
 from .skipcache import SkipCache
+from .sortblock import Sortblock
 from .speca import SpeCa
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
@@ -35,6 +36,7 @@ __all__ = [
     "MagCache",
     "SkipBranches",
     "SkipCache",
+    "Sortblock",
     "SpeCa",
     "TaylorSeer",
     "TeaCache",
