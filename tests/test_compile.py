@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+from torch._inductor.utils import run_and_get_code
 from zoo.common import Built, made, randn, run, run_with_gradients
 from zoo.flux import wide_single_block
 
@@ -70,3 +74,26 @@ def test_fused_ops_stay_whole_in_the_graph() -> None:
     names = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     for op in ("norm_modulate", "qk_norm_rope", "gate_residual"):
         assert sum(f"maskaccel.{op}." in name for name in names) == 1, names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [dit_block, flux_block], ids=["dit", "flux"])
+def test_inductor(build: Callable[[], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend, C++ here: one graph, our ops called from its code, the same result and gradients."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    block, kwargs = build()
+    with maskaccel.patch(block):
+        expected, expected_grads = run_with_gradients(block, kwargs)
+        torch._dynamo.reset()
+        compiled = torch.compile(block, fullgraph=True)
+        got, sources = run_and_get_code(run, compiled, kwargs)
+        assert len(sources) == 1, "one graph"
+        if torch._C._dispatch_has_kernel_for_dispatch_key("maskaccel::norm_modulate", "CPU"):
+            assert "torch.ops.maskaccel.norm_modulate" in sources[0]
+        for one, want in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
+        _, grads = run_with_gradients(compiled, kwargs)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, expected_grads[name.removeprefix("_orig_mod.")], rtol=1e-4, atol=1e-4)
