@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from maskaccel.bench import registry
 
 EPS = 1e-6
 NEED_X, NEED_A, NEED_GATE, NEED_SCALE, NEED_SHIFT = 1, 2, 4, 8, 16
@@ -23,20 +27,22 @@ class Case:
         op: Raw op.
         model: Where the shape comes from.
         shape: `(B, N, D)`, or `(B, S, H, Dh)` for qk_norm_rope.
-        passes: Activation-sized tensors read or written at least once; times their bytes it is the least traffic.
+        elements: Elements that are read or written at least once; their bytes are the least traffic.
         operands: `(device, dtype) -> arguments of the raw op`.
         eager: Plain torch on the arguments of the raw op (forward ops).
         graph: For a backward op: `arguments -> (outputs, inputs, gradients)` for `torch.autograd.grad`; its
             second argument is the function to run, which may be compiled.
+        call: `(backend, arguments) -> call without arguments` where the raw op is not called itself.
     """
 
     op: str
     model: str
     shape: tuple[int, ...]
-    passes: int
+    elements: int
     operands: Callable[..., tuple]
     eager: Callable[..., Any]
     graph: Callable[..., tuple] | None = None
+    call: Callable[[str, tuple], Callable[[], Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -45,11 +51,7 @@ class Case:
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Least traffic of one call."""
-        size = torch.empty(0, dtype=dtype).element_size()
-        elements = 1
-        for s in self.shape:
-            elements *= s
-        return self.passes * elements * size
+        return self.elements * dtype.itemsize
 
 
 def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -59,6 +61,15 @@ def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _gated(x: Tensor, a: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     r = x + gate[:, None] * a
     return r, _norm(r, scale, shift)
+
+
+def _norm_pair(x: Tensor, *mods: Tensor) -> tuple[Tensor, Tensor]:
+    return _norm(x, *mods[:2]), _norm(x, *mods[2:])
+
+
+def _gated_pair(x: Tensor, a: Tensor, gate: Tensor, *mods: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r = x + gate[:, None] * a
+    return r, *_norm_pair(r, *mods)
 
 
 def _qk(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,13 +120,35 @@ def adaln_cases(model: str, shape: tuple[int, int, int]) -> list[Case]:
         leaves = [t.detach().requires_grad_() for t in (args[3], args[4], args[5], args[8], args[9])]
         return list(run(*leaves)), leaves, [args[0], args[1]]
 
+    one = math.prod(shape)
     return [
-        Case("norm_modulate", model, shape, 2, norm, lambda a: (_norm, a[:3])),
-        Case("gate_residual_norm_modulate", model, shape, 4, gated,
+        Case("norm_modulate", model, shape, 2 * one, norm, lambda a: (_norm, a[:3])),
+        Case("gate_residual_norm_modulate", model, shape, 4 * one, gated,
              lambda a: (_gated, (a[0], a[1], a[2], a[5], a[6]))),
-        Case("norm_modulate_backward", model, shape, 3, norm_backward, lambda a: (_norm, ()), norm_graph),
-        Case("gate_residual_norm_modulate_backward", model, shape, 6, gated_backward, lambda a: (_gated, ()),
-             gated_graph),
+        Case("norm_modulate_backward", model, shape, 3 * one, norm_backward, lambda a: (_norm, ()), norm_graph),
+        Case("gate_residual_norm_modulate_backward", model, shape, 6 * one, gated_backward,
+             lambda a: (_gated, ()), gated_graph),
+    ]  # fmt: skip
+
+
+def pair_cases(model: str, shape: tuple[int, int, int]) -> list[Case]:
+    """One norm with two modulations, as blocks with two attentions have it."""
+    none = (None,) * 5
+
+    def norm(device: str, dtype: torch.dtype) -> tuple:
+        x = torch.randn(shape, device=device, dtype=dtype)
+        return (x, *_chunks(shape, 4, device, dtype), *none, EPS, 1.0, 0)
+
+    def gated(device: str, dtype: torch.dtype) -> tuple:
+        x, a = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        gate, *mods = _chunks(shape, 5, device, dtype)
+        return (x, a, gate, None, None, *mods, *none, EPS, EPS, 1.0, 0)
+
+    one = math.prod(shape)
+    return [
+        Case("norm_modulate_pair", model, shape, 3 * one, norm, lambda a: (_norm_pair, a[:5])),
+        Case("gate_residual_norm_modulate_pair", model, shape, 5 * one, gated,
+             lambda a: (_gated_pair, (*a[:3], *a[5:9]))),
     ]  # fmt: skip
 
 
@@ -129,13 +162,57 @@ def qk_case(model: str, shape: tuple[int, int, int, int]) -> Case:
         angle = torch.rand(tokens, dim // 2, device=device).mul_(6.28).repeat_interleave(2, 1)
         return (q, k, *weights, None, None, angle.cos(), angle.sin(), None, EPS, RMS)
 
-    return Case("qk_norm_rope", model, shape, 4, operands, lambda a: (_qk, (*a[:4], a[6], a[7])))
+    return Case("qk_norm_rope", model, shape, 4 * math.prod(shape), operands, lambda a: (_qk, (*a[:4], a[6], a[7])))
+
+
+def registry_cases(tiny: bool, known: set[str]) -> list[Case]:
+    """Forward and backward of what the registry of benchmarks has beyond the ops of `known`, by the public call."""
+    cases = []
+    for op in registry.OPS.values():
+        model, shape = next(
+            ((m, s) for m, s in op.shapes.items() if m.startswith("FLUX")), next(iter(op.shapes.items()))
+        )
+        if tiny:
+            model, shape = "tiny", (1, 8, 2, 16) if "heads" in op.dims else (*(2,) * (len(shape) - 3), 2, 8, 64)
+        name = model if op.name == op.function else f"{model}, {op.name.removeprefix(op.function + '.')}"
+        if op.function not in known:
+            cases.append(_forward_case(op, name, shape))
+        if op.wants_grad and f"{op.function}_backward" not in known:
+            cases.append(_backward_case(op, name, shape))
+    return cases
+
+
+def _operands(op: registry.Op, shape: tuple[int, ...]) -> Callable[[str, torch.dtype], tuple]:
+    return lambda device, dtype: (op.inputs(shape, dtype, torch.device(device)),)
+
+
+def _forward_case(op: registry.Op, name: str, shape: tuple[int, ...]) -> Case:
+    return Case(
+        op.function, name, shape, op.elements(shape), _operands(op, shape), lambda args: (op.eager, args),
+        call=lambda backend, args: partial(op.run, args[0], backend),
+    )  # fmt: skip
+
+
+def _backward_case(op: registry.Op, name: str, shape: tuple[int, ...]) -> Case:
+    def graph(args: tuple, run: Callable[..., Any]) -> tuple:
+        inputs = op.with_grad(args[0])
+        outputs = run(inputs)
+        return outputs, [inputs[name] for name in op.wants_grad], [torch.randn_like(t) for t in outputs]
+
+    def call(backend: str, args: tuple) -> Callable[[], Any]:
+        return partial(torch.autograd.grad, *graph(args, lambda inputs: op.run(inputs, backend)), retain_graph=True)
+
+    return Case(
+        f"{op.function}_backward", name, shape, op.elements_backward(shape), _operands(op, shape),
+        lambda args: (op.eager, args), graph, call,
+    )  # fmt: skip
 
 
 def all_cases(tiny: bool) -> list[Case]:
     """Every case; `tiny` shapes walk the same code without a GPU."""
     if tiny:
-        return [*adaln_cases("tiny", (2, 8, 64)), qk_case("tiny", (1, 8, 2, 16))]
+        cases = [*adaln_cases("tiny", (2, 8, 64)), *pair_cases("tiny", (2, 8, 64)), qk_case("tiny", (1, 8, 2, 16))]
+        return cases + registry_cases(True, {case.op for case in cases})
     shapes = {
         "target": (8, 4096, 3072),
         "FLUX": (1, 4608, 3072),
@@ -145,4 +222,6 @@ def all_cases(tiny: bool) -> list[Case]:
     heads = {"target": (8, 4096, 24, 128), "FLUX": (1, 4608, 24, 128), "Wan 14B 480p": (1, 32760, 40, 128),
              "SD3.5-L": (2, 4429, 38, 64)}  # fmt: skip
     cases = [case for model, shape in shapes.items() for case in adaln_cases(model, shape)]
-    return cases + [qk_case(model, shape) for model, shape in heads.items()]
+    cases += pair_cases("SD3.5-M", (2, 4096, 1536))
+    cases += [qk_case(model, shape) for model, shape in heads.items()]
+    return cases + registry_cases(False, {case.op for case in cases})

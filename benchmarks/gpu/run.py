@@ -118,6 +118,29 @@ def check_all(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool]
     return report, good
 
 
+def check_bare(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool]:
+    """The ops that calls without rare operands take: the same bits as the whole ops."""
+    from _raw_cases import describe, draw_bare
+
+    from maskaccel.ops.adaln.schema import BARE
+
+    report: dict[str, dict[str, str]] = {}
+    backend = "cuda" if device == "cuda" else "cpu"
+    find = kernels(device)[backend]
+    for name in BARE:
+        kernel, whole = find(name), find(name.removesuffix("_bare"))
+        state = "absent" if kernel is None or whole is None else "ok"
+        for seed in range(seeds if state == "ok" else 0):
+            args, rest = draw_bare(name, seed, (torch.float32, torch.bfloat16, torch.float16)[seed % 3], device)
+            got, want = (t if isinstance(t, tuple) else (t,) for t in (kernel(*args), whole(*rest)))
+            if not all(map(torch.equal, got, want)):
+                state = f"seed {seed} is not {name.removesuffix('_bare')} | {describe(args)}"
+                break
+        report.setdefault(backend, {})[name] = state
+        print(f"  {backend:9} {name:42} {state[:160]}", flush=True)
+    return report, all(state in ("ok", "absent") for state in report[backend].values())
+
+
 class Timer:
     """Milliseconds of one call: CUDA events on a GPU, the clock elsewhere."""
 
@@ -149,7 +172,13 @@ def providers(case: Any, sets: list[tuple], device: str, dtype: torch.dtype, usa
         turn["at"] = (turn["at"] + 1) % len(sets)
         return turn["at"]
 
-    found: dict[str, Any] = {b: (lambda k=kernel: k(*sets[rotate()])) for b, kernel in usable.items()}
+    found: dict[str, Any] = {}
+    for backend, kernel in usable.items():
+        if case.call is None:
+            found[backend] = lambda kernel=kernel: kernel(*sets[rotate()])
+        else:
+            calls = [case.call(backend, args) for args in sets]
+            found[backend] = lambda calls=calls: calls[rotate()]()
     half = max(1, case.bytes(dtype) // 2 // torch.empty(0, dtype=dtype).element_size())
     pairs = [tuple(torch.empty(half, device=device, dtype=dtype).normal_() for _ in range(2)) for _ in sets]
 
@@ -159,6 +188,7 @@ def providers(case: Any, sets: list[tuple], device: str, dtype: torch.dtype, usa
 
     found["copy"] = copy
     function, _ = case.eager(sets[0])
+    torch._dynamo.reset()
     compiled = torch.compile(function, backend="inductor" if device == "cuda" else "eager", dynamic=False)
     for name, run in (("eager", function), ("compile", compiled)):
         if case.graph is None:
@@ -177,9 +207,16 @@ def measure(case: Any, device: str, dtype: torch.dtype, usable: dict[str, Any], 
     sets = [case.operands(device, dtype) for _ in range(count)]
     runs = providers(case, sets, device, dtype, usable)
     timer = Timer(device)
-    for run in runs.values():  # compile, warm up
-        for _ in range(3):
-            run()
+    not_compiled = None
+    for name, run in list(runs.items()):  # compile, warm up
+        try:
+            for _ in range(3):
+                run()
+        except Exception as e:
+            if name != "compile" or isinstance(e, torch.OutOfMemoryError):
+                raise
+            not_compiled = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+            del runs[name]
     calls = {name: max(1, min(50, int(2.0 / max(timer(run, 1), 1e-3)))) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for r in range(rounds):
@@ -199,7 +236,7 @@ def measure(case: Any, device: str, dtype: torch.dtype, usable: dict[str, Any], 
     return {
         "op": case.op, "model": case.model, "shape": case.shape, "dtype": str(dtype).removeprefix("torch."),
         "bytes": one, "operand_sets": count, "footprint_over_l2": count * one / l2 if l2 else None, "rounds": rounds,
-        "providers": rows,
+        "providers": rows, "not_compiled": not_compiled,
     }  # fmt: skip
 
 
@@ -212,7 +249,7 @@ def bench_all(device: str, correct: dict[str, dict[str, str]], rounds: int, tiny
     functorch_config.donated_buffer = False
     results = []
     for case in all_cases(tiny):
-        usable = {b: find(case.op) for b, find in kernels(device).items() if correct[b][case.op] == "ok"}
+        usable = {b: find(case.op) for b, find in kernels(device).items() if correct[b].get(case.op) == "ok"}
         for dtype in (torch.bfloat16,) if not tiny else (torch.float32, torch.bfloat16):
             try:
                 result = measure(case, device, dtype, usable, rounds)
@@ -221,6 +258,8 @@ def bench_all(device: str, correct: dict[str, dict[str, str]], rounds: int, tiny
                 continue
             results.append(result)
             print(f"{case.name} {result['dtype']}", flush=True)
+            if result["not_compiled"]:
+                print(f"  torch.compile does not take the plain form: {result['not_compiled']}", flush=True)
             for name, row in result["providers"].items():
                 print(
                     f"  {name:9} {row['median_ms']:9.4f} ms  [{row['min_ms']:.4f}, {row['max_ms']:.4f}]"
@@ -255,6 +294,10 @@ def main() -> int:
     print(f"device: {found['device']}, torch {found['torch']}, triton {found['triton']}, commit {found['commit'][:12]}")
     print("correctness: every op against fp64, error at most twice that of plain torch")
     report, good = check_all(device, args.seeds)
+    bare, same = check_bare(device, args.seeds)
+    for backend, states in bare.items():
+        report[backend] |= states
+    good &= same
     results = [] if args.correctness else bench_all(device, report, args.rounds, args.dry_run)
     target = args.out
     if target is None and not args.dry_run:
