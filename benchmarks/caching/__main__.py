@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks.caching {quality,timing,report} [--only REGEX] ...`."""
+"""Command line: `python -m benchmarks.caching {calibrate,quality,timing,report} [--only REGEX] ...`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from classifier import load_classifier
 from data import DEFAULT_ROOT, load_split, to_float
 
-from . import ROOT, quality, report, timing
+from . import ROOT, calibrate, quality, report, timing
 from . import __doc__ as description
 from .model import Setting
 from .plan import RUNS
@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("quality", "timing", "report"))
+    parser.add_argument("what", choices=("calibrate", "quality", "timing", "report"))
     parser.add_argument("--only", metavar="REGEX", help="runs whose text holds a match; the baseline is always made")
     parser.add_argument("--run", action="append", metavar="TEXT", help="a run of yours instead of the planned ones")
     parser.add_argument("--list", action="store_true", help="say what is done, missing or absent; run nothing")
@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     fields = ("images", "steps", "guidance", "batch", "seed", "dtype", "model")
     setting = Setting(**{name: getattr(args, name) for name in fields})
+    if args.what == "calibrate":
+        calibrate.make(setting, again=True)
+        return
     texts = [text for text in args.run or RUNS if args.only is None or re.search(args.only, text)]
     texts = [BASELINE, *(text for text in dict.fromkeys(texts) if text != BASELINE)]
     store = Store(args.out, setting)

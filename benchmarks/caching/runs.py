@@ -1,4 +1,7 @@
-"""What is compared: a run is a text, `Method:option=value+Method` of ours, `library.Method:option=value` of a peer."""
+"""What is compared: a run is a text, `Method:option=value+Method` of ours, `library.Method:option=value` of a peer.
+
+`@kind` in a run of ours is the calibration of that kind (`calibrate.py`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from evaluate import parse_call, parse_methods
 import maskaccel
 from maskaccel import methods
 
+from . import calibrate
 from .model import FashionPipeline, Setting
 
 BASELINE = "none"
@@ -49,6 +53,22 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text).strip("_")
 
 
+def ours(text: str) -> list[Any]:
+    """The methods of a run of ours.
+
+    Raises:
+        ValueError: An argument is not allowed, or there is no calibration of a kind.
+    """
+
+    def file(match: re.Match[str]) -> str:
+        path = calibrate.path(match[1])
+        if not path.exists():
+            raise ValueError(f"{path} is not there: `python -m benchmarks.caching calibrate`")
+        return repr(str(path))
+
+    return parse_methods(re.sub(r"@(\w+)", file, text))
+
+
 def _peer(name: str) -> Callable[..., None]:
     module, function = PEERS[name]
     return getattr(importlib.import_module(f".{module}", __package__), function)
@@ -74,7 +94,7 @@ def absent(text: str) -> str | None:
     if missing:
         return f"maskaccel.methods has no {', '.join(missing)}"
     try:
-        parse_methods(text)
+        ours(text)
     except (ValueError, TypeError) as error:
         return str(error)
     return None
@@ -93,5 +113,5 @@ def applied(text: str, pipe: FashionPipeline, setting: Setting) -> Iterator[Repo
         _peer(name)(pipe, setting, **options)
         yield dict
     else:
-        with maskaccel.patch(pipe, parse_methods(text)) as patch:
+        with maskaccel.patch(pipe, ours(text)) as patch:
             yield lambda: patch.report().as_dict()["activity"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 VERSION = 1
 _FIELDS = {"format": str, "version": int, "kind": str, "model": str, "blocks": int, "steps": int, "values": dict}
 _FORMAT = "maskaccel calibration"
+_BREAK = re.compile(r"\n\s*")
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ class Calibration:
         raise KeyError(name)
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON file."""
-        Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write the JSON file, a list of numbers on one line."""
+        text = json.dumps(self.as_dict(), indent=1)
+        text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{re.sub(_BREAK, ' ', found[1])}]", text)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     def as_dict(self) -> dict[str, Any]:
         """What the file holds."""
