@@ -72,6 +72,7 @@ class Sortblock:
     name = "Sortblock"
     paper = "Sortblock: Similarity-Aware Feature Reuse for Diffusion Model (arXiv 2508.00412)"
     kind = "lossy"
+    models = _cached.STACKS
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (validates the interval and the window)
