@@ -7,7 +7,7 @@ import torch
 from zoo.pipelines import PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import FORA, DBCache, DuCa, FasterCache, FBCache, FusedAdaLN, Sortblock, TaylorSeer, ToCa
+from maskaccel.methods import FORA, ClusCa, DBCache, DuCa, FasterCache, FBCache, FusedAdaLN, Sortblock, TaylorSeer, ToCa
 
 METHODS = [
     [FORA(interval=3)],
@@ -21,6 +21,7 @@ METHODS = [
     [ToCa(ratio=0.3, step_weight=0, drift=0, dense=None, score="random"), FusedAdaLN()],
     [Sortblock(interval=4, beta=0.5, low=0, high=1000), FusedAdaLN()],
     [FasterCache(attention=2, uncond=3, attention_window=(0, 1000), uncond_window=(0, 1000)), FusedAdaLN()],
+    [ClusCa(interval=3, first=2, clusters=3, gamma=0.1), FusedAdaLN()],
     [DuCa(ratio=0.3, step_weight=0, drift=0, dense=None), FusedAdaLN()],
 ]
 

@@ -12,7 +12,7 @@ import torch
 from zoo.pipelines import MORE_PIPELINES, PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import FORA, DuCa, FasterCache, FBCache, FusedAdaLN, Sortblock, TaylorSeer, ToCa
+from maskaccel.methods import FORA, ClusCa, DuCa, FasterCache, FBCache, FusedAdaLN, Sortblock, TaylorSeer, ToCa
 from maskaccel.state import History, Storage
 
 ALWAYS = {"attention_window": (0, 1000), "uncond_window": (0, 1000), "low_window": (0, 1000), "high_window": (0, 1000)}
@@ -28,6 +28,7 @@ METHODS = [
     Sortblock(interval=4, beta=0.5, polynomial=(1.0,), low=0, high=1000),
     FasterCache(attention=2, uncond=3, **ALWAYS),
     DuCa(ratio=0.3),
+    ClusCa(interval=3, first=2, clusters=3, gamma=0.1),
 ]
 KIND = ("level", "score", "threshold")
 each = pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Published methods, one file each, made of the pieces below."""
 
+from .clusca import ClusCa
 from .dbcache import DBCache, FBCache
 from .ddt import DDT
 from .dmd import DMD
@@ -26,6 +27,7 @@ __all__ = [
     "FORA",
     "PAB",
     "SCM",
+    "ClusCa",
     "DBCache",
     "DPCache",
     "DuCa",

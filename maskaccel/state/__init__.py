@@ -6,6 +6,7 @@ from .forecast_dmd import DynamicModes
 from .forecast_foca import PredictCorrect
 from .generation import Generation
 from .history import History, Storage
+from .ladder import Ladder, Series
 from .site import Site, recall
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Generation",
     "History",
     "Hold",
+    "Ladder",
     "Newton",
     "PredictCorrect",
+    "Series",
     "Site",
     "Storage",
     "Taylor",

@@ -12,6 +12,7 @@ from torch import Tensor
 from .forecast import Forecaster, Hold
 from .generation import Generation
 from .history import History, Storage
+from .ladder import Ladder
 
 
 @dataclass
@@ -150,8 +151,9 @@ class Feature:
             count = key[0][0][0]  # the batch
         if held is None or len(held.groups[0]) != len(tensors):
             capacity = self.forecaster.capacity
+            kind = Ladder if getattr(self.forecaster, "ladder", False) else History
             groups: list[list[History | None]] = [
-                [None if t is None else History(capacity, self.storage) for t in tensors] for _ in range(count)
+                [None if t is None else kind(capacity, self.storage) for t in tensors] for _ in range(count)
             ]
             held = self._held[branch] = Held(key, form, groups)
         held.used = step

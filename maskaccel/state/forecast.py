@@ -37,7 +37,8 @@ class Forecaster(Protocol):
         """
 
 
-def _check_order(order: int, low: int = 0) -> None:
+def check_order(order: int, low: int = 0) -> None:
+    """ValueError unless a history can hold what an order needs."""
     if not isinstance(order, int) or isinstance(order, bool) or not low <= order < MAX_HISTORY:
         raise ValueError(f"order={order!r} must be an integer from {low} to {MAX_HISTORY - 1}")
 
@@ -68,7 +69,7 @@ class Taylor:
     order: int = 1
 
     def __post_init__(self) -> None:
-        _check_order(self.order)
+        check_order(self.order)
 
     @property
     def capacity(self) -> int:
@@ -104,7 +105,7 @@ class Newton:
     order: int = 1
 
     def __post_init__(self) -> None:
-        _check_order(self.order)
+        check_order(self.order)
 
     @property
     def capacity(self) -> int:
@@ -146,7 +147,7 @@ class AdamsBashforth:
     order: int = 2
 
     def __post_init__(self) -> None:
-        _check_order(self.order, 1)
+        check_order(self.order, 1)
 
     @property
     def capacity(self) -> int:

@@ -91,10 +91,14 @@ class History:
             self.clear()
             ring = self._ring = self._allocate(value)
             self._kind = kind
-        self._head = (self._head + 1) % self.capacity
-        self._write(value, base)
+        self._keep(value, stamp, base)
         self._stamps = [stamp, *self._stamps][: self.capacity]
         self._gram = None
+
+    def _keep(self, value: Tensor, stamp: float, base: Tensor | None) -> None:
+        """Write a pushed value; the stamps are still those from before."""
+        self._head = (self._head + 1) % self.capacity
+        self._write(self._head, value, base)
 
     def _allocate(self, value: Tensor) -> Tensor:
         dtype = _DTYPES[self.storage.dtype] if value.is_floating_point() else None
@@ -107,14 +111,14 @@ class History:
             dtype = value.dtype if dtype is torch.float8_e4m3fn else dtype
         return torch.empty((self.capacity, *value.shape), dtype=dtype or value.dtype, **options)
 
-    def _write(self, value: Tensor, base: Tensor | None = None) -> None:
-        """`value - base` into the newest slot."""
+    def _write(self, number: int, value: Tensor, base: Tensor | None = None) -> None:
+        """`value - base` into a slot."""
         assert self._ring is not None
-        slot = self._ring[self._head]
+        slot = self._ring[number]
         with torch.no_grad():
             if self._scales is not None:
                 scale, narrow = _to_fp8(value if base is None else value - base)
-                self._scales[self._head].copy_(scale, non_blocking=True)
+                self._scales[number].copy_(scale, non_blocking=True)
                 slot.copy_(narrow, non_blocking=True)
             elif base is None:
                 slot.copy_(value, non_blocking=True)
@@ -174,7 +178,8 @@ class History:
         ring, self._gram = self._ring, None
         if self._scales is not None or ring.device != self._kind[2]:
             value = self.newest().unsqueeze(0)
-            self._write(scatter_combine(value, on_device((1.0,), value.device), fresh, index, labels, gamma=gamma))
+            one = on_device((1.0,), value.device)
+            self._write(self._head, scatter_combine(value, one, fresh, index, labels, gamma=gamma))
             return self.combine(weights)
         # The slots that are filled lie side by side, and those that are not hold garbage.
         slots = range(self.capacity) if held == self.capacity else range(self._head - held + 1, self._head + 1)
