@@ -15,6 +15,7 @@ from maskaccel.methods import FusedAdaLN, TeaCache
 from maskaccel.methods.teacache import POLYNOMIALS
 from maskaccel.models import stack_of
 from maskaccel.models._modulated import modulated_tap, time_tap
+from maskaccel.ops import relative_difference
 
 ATTENTIONS = ("attn", "attn1", "attention", "self_attn")
 KNOWN = [
@@ -78,6 +79,57 @@ def test_the_tap_of_the_original_code():
     with torch.no_grad():
         model(x, t, y)
     torch.testing.assert_close(seen["tap"], seen["attention"], rtol=1e-5, atol=1e-5)
+
+
+ONE_PASS = [
+    "FluxTransformer2DModel", "SD3Transformer2DModel", "LTXVideoTransformer3DModel", "ZImageTransformer2DModel",
+    "Flux2Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_one_pass_gives_the_tap_and_its_change(name):
+    model, kwargs = MODELS[name]()
+    tap = modulated_tap(stack_of(model).segments[0][0])
+    seen = {}
+
+    def both(block, args, kwargs):
+        value = seen["value"] = tap(block, args, kwargs)
+        reference = value + torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        seen["moved"], seen["wanted"] = (
+            tap.against(block, args, kwargs, reference),
+            relative_difference(value, reference),
+        )
+        seen["other"] = tap.against(block, args, kwargs, reference[:, :1])
+        norm = next(m for n, m in block.named_children() if "norm" in n)
+        handle = norm.register_forward_hook(lambda *_: seen.update(called=True))
+        seen["hooked"] = tap.against(block, args, kwargs, reference)
+        handle.remove()
+        return value
+
+    _given_to_attention(model, kwargs, both)
+    value, sums = seen["moved"]
+    torch.testing.assert_close(value, seen["value"])
+    torch.testing.assert_close(sums, seen["wanted"])
+    for way in ("other", "hooked"):  # a reference of another shape, a norm that has to be called
+        torch.testing.assert_close(seen[way][0], seen["value"])
+        assert seen[way][1] is None
+    assert seen["called"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_indicator_costs_no_pass_of_its_own(fused, monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return relative_difference(*args, **kwargs)
+
+    monkeypatch.setattr("maskaccel.state.stack.relative_difference", counted)
+    model = dit()[0].transformer
+    methods = [TeaCache(0.1, (1.0, 0.0))] + [FusedAdaLN()] * fused
+    plain.patched(model, methods, plain.inputs(6), torch.tensor([3]))
+    assert len(calls) == 1  # the first step, which has nothing to compare with
 
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "DiTTransformer2DModel"])

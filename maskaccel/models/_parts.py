@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import gate_residual, gate_residual_norm_modulate, norm_modulate
+from ..ops import gate_residual, gate_residual_norm_modulate, norm_modulate, norm_modulate_difference
 from ..state import recall
 from ._attention import hooked
 
@@ -79,15 +79,32 @@ def over_tokens(m: Tensor) -> Tensor:
     return m.unsqueeze(1) if m.dim() == 2 else m
 
 
+def _fused_options(norm: nn.Module, x: Tensor, *mods: Tensor | None) -> dict[str, Any] | None:
+    """`exact_norm_options`, or None where the modulation would change the dtype of the result."""
+    options = exact_norm_options(norm, x) if x.dim() == 3 else None
+    narrow = all(m is None or torch.promote_types(m.dtype, x.dtype) == x.dtype for m in mods)
+    return options if narrow else None
+
+
 def modulated_norm(norm: nn.Module, x: Tensor, scale: Tensor | None, shift: Tensor | None = None) -> Tensor:
     """`norm(x) * (1 + scale) + shift`, fused wherever that gives what the modules would give."""
-    options = exact_norm_options(norm, x) if x.dim() == 3 else None
-    mods = [m for m in (scale, shift) if m is not None]
-    if options is not None and all(torch.promote_types(m.dtype, x.dtype) == x.dtype for m in mods):
+    options = _fused_options(norm, x, scale, shift)
+    if options is not None:
         return norm_modulate(x, scale, shift, **options)
     y = norm(x)
     y = y if scale is None else y * (1 + over_tokens(scale))
     return y if shift is None else y + over_tokens(shift)
+
+
+def modulated_norm_against(
+    norm: nn.Module, x: Tensor, scale: Tensor | None, shift: Tensor | None, reference: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`modulated_norm`, and its `relative_difference` from `reference` where one pass gives both."""
+    options = _fused_options(norm, x, scale, shift)
+    alike = (reference.shape, reference.dtype, reference.device) == (x.shape, x.dtype, x.device)
+    if options is None or not alike:
+        return modulated_norm(norm, x, scale, shift), None
+    return norm_modulate_difference(x, reference, scale, shift, **options)
 
 
 def modulated_norm_pair(
@@ -95,8 +112,8 @@ def modulated_norm_pair(
 ) -> tuple[Tensor, Tensor]:
     """Two modulated outputs of one norm; `mods` are scale and shift of the first, then of the second."""
     scale, shift, scale2, shift2 = mods
-    options = exact_norm_options(norm, x) if x.dim() == 3 else None
-    if options is not None and all(torch.promote_types(m.dtype, x.dtype) == x.dtype for m in mods):
+    options = _fused_options(norm, x, *mods)
+    if options is not None:
         return norm_modulate(x, scale, shift, scale2=scale2, shift2=shift2, **options)  # type: ignore[return-value]
     y = norm(x)
     first, second = (y * (1 + over_tokens(a)) + over_tokens(b) for a, b in ((scale, shift), (scale2, shift2)))

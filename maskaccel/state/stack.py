@@ -266,21 +266,29 @@ class Stack:
         watch = self._watches.setdefault(self.generation.branch_key, _Watch())
         start = self._visit.start[0]
         assert start is not None
+        moved, new = None, False  # the sums, where the tap gives them in its own pass
         if self.tap is not None:
-            value, base = self.tap(block, args, kwargs), None
+            against, base = getattr(self.tap, "against", None), None
+            if against is None or watch.feature is None:
+                value = self.tap(block, args, kwargs)
+            else:
+                value, moved = against(block, args, kwargs, watch.feature)
+                new = moved is not None  # nobody else holds it
         else:
             assert after is not None
             value, base = after, start
         samples = start.shape[0]
-        known = watch.feature is not None and _alike(watch.feature, value)
-        forced = action == "compute" or not known
+        before = watch.feature if watch.feature is not None and _alike(watch.feature, value) else None
+        forced = action == "compute" or before is None
         if forced and signal.reference == "computed":
             sums: list[list[float]] = [[0.0, 0.0]] * samples
         else:
-            sums = self._sums(value, watch.feature if known else None, base, samples)
+            if moved is None:
+                moved = relative_difference(value, value if before is None else before, base=base)
+            sums = self._on_host(moved, samples)
         computes = signal.judge(sums, watch.state, forced)
         if all(computes) or signal.reference == "previous":
-            watch.feature = _copied(watch.feature, value, base)
+            watch.feature = value if new else _copied(watch.feature, value, base)
         elif any(computes):
             assert watch.feature is not None
             index = torch.tensor([i for i, c in enumerate(computes) if c], device=value.device)
@@ -288,8 +296,7 @@ class Stack:
             watch.feature.index_copy_(0, index, rows)
         return True if all(computes) else False if not any(computes) else computes
 
-    def _sums(self, value: Tensor, reference: Tensor | None, base: Tensor | None, samples: int) -> list[list[float]]:
-        sums = relative_difference(value, value if reference is None else reference, base=base)
+    def _on_host(self, sums: Tensor, samples: int) -> list[list[float]]:
         if self.group is not None:
             torch.distributed.all_reduce(sums, group=self.group)
         found = sums.tolist()
