@@ -55,7 +55,7 @@ def test_the_bytes_held_are_the_declared_ones(name):
     activity = run(made(name))
     assert activity["reused"] + activity.get("in part", 0) > 0
     held, bound = activity["peak bytes"], declared(made(name))
-    if name in ("ToCa", "DuCa"):  # and some numbers for each token
+    if name in ("ToCa", "DuCa", "ClusCa"):  # and some numbers for each token or cluster
         assert bound < held < 1.05 * bound
     else:
         assert held == bound

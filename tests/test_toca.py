@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from torch.nn import functional as F
+from zoo.all_models import MODELS
 from zoo.common import made, randn
 from zoo.pipelines import PIPELINES, dit, sample
 
@@ -351,6 +352,26 @@ def test_narrow_storage(dtype):
             outs.append(sample(pipeline, kwargs, steps=STEPS))
     error = (outs[1] - outs[0]).norm() / outs[0].norm()
     assert 0 < error < {"bf16": 2e-3, "fp8": 2e-2}[dtype]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AuraFlowTransformer2DModel", "HunyuanImageTransformer2DModel", "LuminaNextDiT2DModel", "MotifVideoTransformer3DModel",
+        "NucleusMoEImageTransformer2DModel", "SanaWMTransformer3DModel",
+    ],
+)  # fmt: skip
+def test_modules_in_which_tokens_meet_are_not_called_with_some(name):
+    """Rotary embeddings, convolutions and experts that choose: on a constant input every step gives the same."""
+    model, kwargs = MODELS[name]()
+    score = "random" if "Sana" in name or "Lumina" in name else "attention"
+    with torch.no_grad():
+        plain = model(**kwargs)[0]
+        with maskaccel.patch(model, ToCa(ratio=0.3, score=score, **FIXED)) as patch, patch.generation(4) as run:
+            for _ in range(4):
+                torch.testing.assert_close(model(**kwargs)[0], plain, rtol=1e-4, atol=2e-4 * plain.abs().max().item())
+                run.step()
+            assert patch.report().activity["ToCa"]["in part"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ cycles

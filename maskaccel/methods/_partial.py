@@ -34,6 +34,10 @@ INSIDE = "_maskaccel_rows"
 
 TEXT_MLPS = ("ff_context", "txt_mlp")
 
+# MLPs in which tokens meet: experts choose their tokens.
+_MIXING = ("NucleusMoELayer",)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass
 class Parts:
@@ -42,7 +46,7 @@ class Parts:
     Attributes:
         block: The block.
         layer: Its number among all blocks, from 0.
-        attention: Modules that mix the tokens, held at steps in part.
+        attention: Modules in which tokens meet, self-attention first: held at steps in part.
         rows: Modules that treat each token by itself, with their kind (`"mlp"`, `"text"`, `"cross"`, `"single"`).
         inside: The first projection of a single-stream block's MLP.
     """
@@ -78,13 +82,25 @@ def parts_of(method: _cached.Named, context: Context) -> list[Parts]:
             else:
                 parts.attention.append(module)
         for name in _cached.MLPS:
-            parts.rows += [(module, "text" if name in TEXT_MLPS else "mlp") for module in children_of(block, (name,))]
+            for module in children_of(block, (name,)):
+                if _mixes(module):
+                    parts.attention.append(module)
+                else:
+                    parts.rows.append((module, "text" if name in TEXT_MLPS else "mlp"))
         if not parts.rows:
             context.skip(method.name, block, "it has no module that treats every token by itself")
         found.append(parts)
     if not any(parts.rows for parts in found):
         raise PatchError(f"{method.name}: {type(context.model).__name__} has no blocks with an MLP that it knows")
     return found
+
+
+def _mixes(mlp: nn.Module) -> bool:
+    """Whether an MLP computes a token from others too."""
+    return any(
+        type(m).__name__ in _MIXING or (isinstance(m, _CONVOLUTIONS) and any(n > 1 for n in m.kernel_size))
+        for m in mlp.modules()
+    )
 
 
 class Choice(Protocol):
@@ -147,12 +163,19 @@ class Rows:
 def by_rows(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether nothing else in a module's arguments belongs to single tokens of x `(B, N, D)`.
 
-    A mask over keys does not; a mask over pairs and a rotary embedding do.
+    What cross-attention attends to does not, nor does a mask over it; a mask over pairs and a rotary embedding do.
     """
-    for name, value in [*((None, a) for a in args), *kwargs.items()]:
+    named = [*((None if i > 1 else "encoder_hidden_states", a) for i, a in enumerate(args)), *kwargs.items()]
+    for name, value in named:
+        if value is x or name == "encoder_hidden_states":
+            continue
         if isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value):
             return False
-        if name == "attention_mask" and isinstance(value, Tensor) and value.dim() > 2 and value.shape[-2] != 1:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if name is not None and "rotary" in name:
+            return False
+        if x.shape[1] in (value.shape[0], *value.shape[1:-1]):
             return False
     return True
 

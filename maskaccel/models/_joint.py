@@ -6,10 +6,14 @@ from torch import nn
 
 _TEXT_FIRST = frozenset({
     "AuraFlowJointTransformerBlock", "BriaTransformerBlock", "BriaFiboTransformerBlock", "ChromaTransformerBlock",
-    "FluxTransformerBlock", "Flux2TransformerBlock", "LongCatImageTransformerBlock", "OvisImageTransformerBlock",
-    "QwenImageTransformerBlock",
+    "EasyAnimateTransformerBlock", "FluxTransformerBlock", "Flux2TransformerBlock", "LongCatImageTransformerBlock",
+    "OvisImageTransformerBlock", "QwenImageTransformerBlock",
 })  # fmt: skip
-_TEXT_LAST = frozenset({"HunyuanVideoTransformerBlock", "JointTransformerBlock", "MochiTransformerBlock"})
+_TEXT_LAST = frozenset({
+    "HunyuanImageTransformerBlock", "HunyuanVideoTransformerBlock", "HunyuanVideo15TransformerBlock",
+    "JointTransformerBlock", "JoyImageEditPlusTransformerBlock", "JoyImageTransformerBlock", "MochiTransformerBlock",
+    "MotifVideoTransformerBlock", "NucleusMoEImageTransformerBlock",
+})  # fmt: skip
 
 
 def text_first(block: nn.Module) -> bool | None:
