@@ -357,8 +357,8 @@ def test_narrow_storage(dtype):
 @pytest.mark.parametrize(
     "name",
     [
-        "AuraFlowTransformer2DModel", "HunyuanImageTransformer2DModel", "LuminaNextDiT2DModel", "MotifVideoTransformer3DModel",
-        "NucleusMoEImageTransformer2DModel", "SanaWMTransformer3DModel",
+        "AuraFlowTransformer2DModel", "HunyuanImageTransformer2DModel", "LuminaNextDiT2DModel",
+        "MotifVideoTransformer3DModel", "NucleusMoEImageTransformer2DModel", "SanaWMTransformer3DModel",
     ],
 )  # fmt: skip
 def test_modules_in_which_tokens_meet_are_not_called_with_some(name):
