@@ -240,8 +240,7 @@ class History:
         device = self._kind[2]
         if not isinstance(weights[0], Tensor):
             return on_device(tuple(float(w) for w in weights), device)
-        table = torch.stack(list(weights)).float()
-        return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+        return _moved(torch.stack(list(weights)).float(), device)
 
 
 def _to_fp8(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,5 +267,8 @@ def _as_rows(shape: torch.Size) -> tuple[int, int, int]:
 @functools.lru_cache(maxsize=512)
 def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A small fp32 tensor, copied to a GPU without waiting for it; schedules repeat the same few weights."""
-    host = torch.tensor(values, dtype=torch.float32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return _moved(torch.tensor(values, dtype=torch.float32), device)
+
+
+def _moved(host: Tensor, device: torch.device) -> Tensor:
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
