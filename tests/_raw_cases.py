@@ -30,12 +30,29 @@ def plain(op: str) -> Callable[..., Any]:
     return steps_reference.KERNELS[op] if op in steps_reference.KERNELS else getattr(fallback, op)
 
 
+def run(op: str, kernel: Callable[..., Any], args: tuple) -> tuple[Tensor, ...]:
+    """What a call gives that can be compared: its results and what it wrote, which `args` do not see."""
+    if op == "scatter_combine":
+        history = args[0].clone()
+        return kernel(history, *args[1:]), history
+    out = kernel(*args)
+    if op == "kmeans":
+        labels, centroids, chosen = out
+        distance = steps_reference.distances(args[0].double(), centroids.double(), args[-1]).mT
+        member = labels[:, None] == torch.arange(args[2], device=labels.device)[:, None]
+        least = torch.where(member, distance, torch.inf).amin(2)
+        # Which of two equally near members is a matter of rounding; here every cluster has members.
+        far = distance.gather(2, chosen.long()[..., None])[..., 0] > least * (1 + 1e-4) + 1e-5
+        strange = labels.gather(1, chosen.long()) != torch.arange(args[2], device=labels.device)
+        return labels.to(centroids.dtype), centroids, (far | strange).to(centroids.dtype)
+    return out if isinstance(out, tuple) else (out,)
+
+
 def run_plain(op: str, args: tuple) -> tuple[Tensor, ...]:
     """The results of plain torch. Gradients of activations are always formed there: the plain form builds on them."""
     if op.endswith("_backward") and op != "gated_activation_backward":
         args = (*args[:-1], args[-1] | NEED_X | NEED_A)
-    out = plain(op)(*args)
-    return out if isinstance(out, tuple) else (out,)
+    return run(op, plain(op), args)
 
 
 def wanted(got: tuple[Tensor, ...], *others: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
@@ -249,6 +266,40 @@ def _norm_modulate_difference(d: Draw) -> tuple:
     return d.tensor(shape, d.dtype), d.tensor(shape, d.dtype), *_normed(d, shape)
 
 
+def _scatter_combine(d: Draw) -> tuple:
+    batch, n, width = d.adaln_shape()
+    terms, count = d.rng.choice([1, 2, 5]), d.rng.choice([0, 1, 3, 9])
+    if d.rng.random() < 0.5:
+        history = d.tensor((terms, batch, n, width), d.dtype, strided=False)
+    else:
+        history = d.tensor((batch, terms, n, width), d.dtype, strided=False).transpose(0, 1)
+    weights = d.tensor(d.rng.choice([(terms,), (terms, width)]), torch.float32, strided=False)
+    fresh = d.tensor((batch, count, width), d.dtype, strided=False)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=d.generator, dtype=torch.int32).to(d.device)
+
+    labels = d.maybe(integers, 4, batch, n)
+    gamma = 0.0 if labels is None else d.rng.choice([0.0, 0.005, 0.5, 1.0])
+    x = d.maybe(d.tensor, (batch, n, width), d.dtype, 1.0, False)
+    gate = d.maybe(d.modulation, (batch, n, width), None, 0)
+    return history, weights, fresh, integers(n, batch, count), labels, x, gate, d.rng.randrange(terms), gamma
+
+
+def _kmeans(d: Draw) -> tuple:
+    """Tokens around centers that are far apart, so that the clusters are no matter of rounding."""
+    batch, k, width = d.rng.choice([1, 2]), d.rng.choice([1, 3, 17]), d.rng.choice([w for w in d.widths if w >= 24])
+    n = k * d.rng.choice([3, 7])
+    spread = 8 * torch.randn(batch, k, width, generator=d.generator)
+    x = spread[:, torch.arange(n) * k // n].to(d.dtype).to(d.device) + d.tensor(
+        (batch, n, width), d.dtype, strided=False
+    )
+    if d.rng.random() < 0.5:  # a view of longer rows
+        x = torch.cat([x, x], 2)[..., :width]
+    init = d.maybe(lambda: (spread + 1).to(d.device), p=0.5)
+    return x, init, k, d.rng.choice([0, 1, 3]), d.rng.choice([0, 1, 2])
+
+
 STEPS: dict[str, Callable[[Draw], tuple]] = {
     "relative_difference": _relative_difference,
     "combine_history": _combine_history,
@@ -256,6 +307,8 @@ STEPS: dict[str, Callable[[Draw], tuple]] = {
     "gram": _gram,
     "combine_history_norm_modulate": _combine_history_norm_modulate,
     "norm_modulate_difference": _norm_modulate_difference,
+    "scatter_combine": _scatter_combine,
+    "kmeans": _kmeans,
 }
 
 

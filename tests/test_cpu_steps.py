@@ -6,7 +6,7 @@ import pytest
 import torch
 from _cpu_cases import DTYPES, RAW
 from _numerics import assert_all_close_to_truth
-from _raw_cases import STEPS, describe, draw, run_plain, widened
+from _raw_cases import STEPS, describe, draw, run, run_plain, widened
 
 from maskaccel._native import native
 
@@ -19,8 +19,7 @@ def test_forward_steps(name, dtype):
     """Random calls over the whole contract: shapes, strides, groups, every optional operand."""
     for seed in range(25):
         args = draw(name, seed, dtype)
-        got = getattr(RAW, name)(*args)
-        got = got if isinstance(got, tuple) else (got,)
+        got = run(name, getattr(RAW, name), args)
         plain, truth = run_plain(name, args), run_plain(name, widened(args))
         assert_all_close_to_truth(got, plain, truth, f"{name} seed {seed} ({describe(args)})")
 
@@ -50,6 +49,20 @@ def test_forward_sites_of_several_tiles(width, dtype):
         args = (history, weights, history[0, 0].contiguous(), gates)
         plain, truth = run_plain("combine_sites", args), run_plain("combine_sites", widened(args))
         assert_all_close_to_truth((RAW.combine_sites(*args),), plain, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_kmeans_of_many_chunks(dtype):
+    """More tokens than a chunk holds; any number of threads gives the same bits."""
+    x = torch.randn(2, 500, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for metric in range(3):
+        args = (x, None, 9, 2, metric)
+        torch.set_num_threads(1)
+        one = RAW.kmeans(*args)
+        torch.set_num_threads(2)
+        assert all(map(torch.equal, one, RAW.kmeans(*args)))
+        plain, truth = run_plain("kmeans", args), run_plain("kmeans", widened(args))
+        assert_all_close_to_truth(run("kmeans", RAW.kmeans, args), plain, truth, f"metric {metric}")
 
 
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
@@ -115,6 +128,7 @@ def test_forward_normed_steps_past_the_cache(dtype):
 H = torch.zeros(3, 2, 4, 8)
 S, W = torch.zeros(5, 3, 2, 4, 8), torch.zeros(3)
 X, NONE = H[0], (None,) * 5
+F, I32, L32 = torch.zeros(2, 2, 8), torch.tensor([[0, 1]] * 2).int(), torch.zeros(2, 4, dtype=torch.int32)
 BAD = [
     ("combine_sites", (S[0], W, None, None)),
     ("combine_sites", (S[:0], W, None, None)),
@@ -146,6 +160,31 @@ BAD = [
     ("norm_modulate_difference", (X, X, X[:, :3], None, *NONE, 1e-6, 1.0, 0)),
     ("norm_modulate_difference", (X, X, X[0], None, *NONE[:4], torch.full((4,), 4, dtype=torch.int32), 1e-6, 1.0, 0)),
     ("norm_modulate_difference", (X, X, None, None, *NONE, 1e-6, 1.0, 3)),
+    ("scatter_combine", (H[0], W, F, I32, None, None, None, 0, 0.0)),
+    ("scatter_combine", (H.double(), W, F.double(), I32, None, None, None, 0, 0.0)),
+    ("scatter_combine", (H.transpose(2, 3), W, F, I32, None, None, None, 0, 0.0)),
+    ("scatter_combine", (H[:, :1].expand(3, 2, 4, 8), W, F, I32, None, None, None, 0, 0.0)),
+    ("scatter_combine", (H, W, F.half(), I32, None, None, None, 0, 0.0)),
+    ("scatter_combine", (H, W, F[:, :1], I32, None, None, None, 0, 0.0)),
+    ("scatter_combine", (H, W, F, I32.long(), None, None, None, 0, 0.0)),
+    ("scatter_combine", (H, W, F, I32 + 3, None, None, None, 0, 0.0)),
+    ("scatter_combine", (H, W, F, I32 - 1, None, None, None, 0, 0.0)),
+    ("scatter_combine", (H, W, F, I32, I32, None, None, 0, 0.1)),
+    ("scatter_combine", (H, W, F, I32, None, None, None, 0, 0.1)),
+    ("scatter_combine", (H, W, F, I32, L32, None, None, 0, 1.1)),
+    ("scatter_combine", (H, W, F, I32, L32, None, None, 3, 0.1)),
+    ("scatter_combine", (H, W, F, I32, L32, H[1], None, 1, 0.1)),
+    ("scatter_combine", (H, W, H[2, :, :2], I32, L32, None, None, 2, 0.1)),
+    ("kmeans", (H[0, 0], None, 2, 1, 0)),
+    ("kmeans", (H[0].double(), None, 2, 1, 0)),
+    ("kmeans", (H[0].transpose(1, 2), None, 2, 1, 0)),
+    ("kmeans", (H[0, :, :, :0], None, 2, 1, 0)),
+    ("kmeans", (H[0], None, 5, 1, 0)),
+    ("kmeans", (H[0], None, 0, 1, 0)),
+    ("kmeans", (H[0], None, 2, -1, 0)),
+    ("kmeans", (H[0], None, 2, 1, 3)),
+    ("kmeans", (H[0], H[0], 2, 1, 0)),
+    ("kmeans", (H[0], H[0, :, :2].double(), 2, 1, 0)),
     ("gram", (H[0], False)),
     ("gram", (H.double(), False)),
     ("gram", (H[:0], False)),
@@ -160,3 +199,4 @@ BAD = [
 def test_contract_violations_raise(name, args):
     with pytest.raises(RuntimeError):
         getattr(RAW, name)(*args)
+    assert not H.any()

@@ -9,7 +9,7 @@ import cuda_emulator
 import pytest
 import torch
 from _numerics import assert_all_close_to_truth
-from _raw_cases import OPS, describe, draw, draw_bare, run_plain, wanted, widened
+from _raw_cases import OPS, describe, draw, draw_bare, run, run_plain, wanted, widened
 
 from maskaccel.ops.adaln.schema import BARE
 
@@ -27,10 +27,8 @@ def emulated():
 
 def _check(emulated, op: str, seed: int, dtype: torch.dtype, **options) -> None:
     args = draw(op, seed, dtype, **options)
-    got = getattr(emulated, op)(*args)
-    got, plain, truth = wanted(
-        got if isinstance(got, tuple) else (got,), run_plain(op, args), run_plain(op, widened(args))
-    )
+    got = run(op, getattr(emulated, op), args)
+    got, plain, truth = wanted(got, run_plain(op, args), run_plain(op, widened(args)))
     assert_all_close_to_truth(got, plain, truth, f"{op} seed {seed} ({describe(args)})")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _numerics import assert_all_close_to_truth
-from _raw_cases import OPS, describe, draw, draw_bare, run_plain, wanted, widened
+from _raw_cases import OPS, describe, draw, draw_bare, run, run_plain, wanted, widened
 
 import maskaccel  # noqa: F401  (defines the ops, loads the library)
 from maskaccel.ops.adaln.schema import BARE
@@ -26,10 +26,8 @@ def _op(name: str):
 
 def _check(op: str, seed: int, dtype: torch.dtype, **options) -> None:
     args = draw(op, seed, dtype, "cuda", **options)
-    got = _op(op)(*args)
-    got, plain, truth = wanted(
-        got if isinstance(got, tuple) else (got,), run_plain(op, args), run_plain(op, widened(args))
-    )
+    got = run(op, _op(op), args)
+    got, plain, truth = wanted(got, run_plain(op, args), run_plain(op, widened(args)))
     assert_all_close_to_truth(got, plain, truth, f"{op} seed {seed} ({describe(args)})")
 
 
@@ -59,7 +57,7 @@ def test_real_widths(op):
 
 
 REDUCTIONS = ("norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward", "gram",
-              "norm_modulate_difference")  # fmt: skip
+              "norm_modulate_difference", "kmeans")  # fmt: skip
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)

@@ -187,7 +187,7 @@ BAD = [
     ((H, W[:2], F, AT), {}, ValueError, r"weights has shape \(2,\); it must be \(3,\) or \(3, 8\)"),
     ((H, W, F[:, :1], AT), {}, ValueError, r"fresh has shape \(2, 1, 8\); it must be \(2, 2, 8\)"),
     ((H, W, F.int(), AT), {}, TypeError, "fresh has dtype torch.int32"),
-    ((H, W, F.to("meta"), AT), {}, ValueError, "fresh is on meta, history on cpu"),
+    ((H, W, F.to("meta"), AT), {"backend": "reference"}, ValueError, "fresh is on meta, history on cpu"),
     ((H, W, F, [0]), {}, TypeError, "index must be a torch.Tensor, got list"),
     ((H, W, F, AT.float()), {}, TypeError, "index has dtype torch.float32; it must be int32"),
     ((H, W, F, AT[0]), {}, ValueError, r"index has shape \(2,\); it must be \(2, M\)"),

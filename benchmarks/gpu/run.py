@@ -93,7 +93,7 @@ def kernels(device: str) -> dict[str, Callable[[str], Any | None]]:
 def check_all(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool]:
     """Every op of every backend against fp64 by the error rule: `ok`, `absent`, or what is wrong."""
     from _numerics import assert_all_close_to_truth
-    from _raw_cases import OPS, describe, draw, run_plain, wanted, widened
+    from _raw_cases import OPS, describe, draw, run, run_plain, wanted, widened
 
     report: dict[str, dict[str, str]] = {}
     good = True
@@ -105,8 +105,7 @@ def check_all(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool]
                 dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
                 args = draw(op, seed, dtype, device)
                 try:
-                    got = kernel(*args)
-                    got = got if isinstance(got, tuple) else (got,)
+                    got = run(op, kernel, args)
                     results = wanted(got, run_plain(op, args), run_plain(op, widened(args)))
                     assert_all_close_to_truth(*results, f"{op} seed {seed}")
                 except (AssertionError, RuntimeError, NotImplementedError) as e:

@@ -88,7 +88,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 def integer(name: str, value: object, low: int, high: int) -> int:
     """An int from `low` to `high`."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name}={value}; allowed are {low} to {high}")

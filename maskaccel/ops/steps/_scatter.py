@@ -123,7 +123,7 @@ def _rows(fresh: Tensor, index: Tensor, history: Tensor) -> None:
 
 
 def _share(gamma: object, labels: Tensor | None) -> float:
-    if not isinstance(gamma, (int, float)) or isinstance(gamma, bool):
+    if not isinstance(gamma, (int, float)):
         raise TypeError(f"gamma must be a number, got {type(gamma).__name__}")
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma={gamma}; allowed are 0 to 1")

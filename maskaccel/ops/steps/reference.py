@@ -116,10 +116,10 @@ def kmeans(x: Tensor, init: Tensor | None, k: int, iters: int, metric: int) -> t
     if metric == METRICS["cosine"]:
         rows = _unit(rows)
     for _ in range(iters):
-        member = (_distances(rows, centroids, metric).argmin(2)[:, None] == steps[:, None]).to(wide)
+        member = (distances(rows, centroids, metric).argmin(2)[:, None] == steps[:, None]).to(wide)
         count = member.sum(2, keepdim=True)
         centroids = torch.where(count > 0, member @ rows / count.clamp_min(1), centroids)
-    distance = _distances(rows, centroids, metric)
+    distance = distances(rows, centroids, metric)
     labels = distance.argmin(2)
     member = labels[:, None] == steps[:, None]
     chosen = torch.where(member, distance.mT, torch.inf).argmin(2)
@@ -132,9 +132,10 @@ def kmeans(x: Tensor, init: Tensor | None, k: int, iters: int, metric: int) -> t
     return labels.int(), centroids.contiguous(), chosen.int()
 
 
-def _distances(rows: Tensor, centroids: Tensor, metric: int) -> Tensor:
+def distances(rows: Tensor, centroids: Tensor, metric: int) -> Tensor:
+    """`(B, N, k)`: squared L2, L1, or one minus the cosine."""
     if metric == METRICS["cosine"]:
-        return 1 - rows @ _unit(centroids).mT
+        return 1 - _unit(rows) @ _unit(centroids).mT
     if metric == METRICS["l1"]:
         return torch.cdist(rows, centroids, p=1)
     return torch.cdist(rows, centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
