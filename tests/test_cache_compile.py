@@ -7,9 +7,22 @@ import torch
 from zoo.pipelines import PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import FORA, ClusCa, DBCache, DuCa, FasterCache, FBCache, FusedAdaLN, Sortblock, TaylorSeer, ToCa
+from maskaccel.methods import (
+    DDT,
+    FORA,
+    ClusCa,
+    DBCache,
+    DuCa,
+    FasterCache,
+    FBCache,
+    FusedAdaLN,
+    Sortblock,
+    TaylorSeer,
+    ToCa,
+)
 
 METHODS = [
+    [DDT(refresh=3), FusedAdaLN()],
     [FORA(interval=3)],
     [FORA(interval=3), FusedAdaLN()],
     [FORA(interval=3, level="stack")],

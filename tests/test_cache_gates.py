@@ -12,7 +12,7 @@ import torch
 from zoo.pipelines import MORE_PIPELINES, PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import FORA, ClusCa, DuCa, FasterCache, FBCache, FusedAdaLN, Sortblock, TaylorSeer, ToCa
+from maskaccel.methods import DDT, FORA, ClusCa, DuCa, FasterCache, FBCache, FusedAdaLN, Sortblock, TaylorSeer, ToCa
 from maskaccel.state import History, Storage
 
 ALWAYS = {"attention_window": (0, 1000), "uncond_window": (0, 1000), "low_window": (0, 1000), "high_window": (0, 1000)}
@@ -29,6 +29,7 @@ METHODS = [
     FasterCache(attention=2, uncond=3, **ALWAYS),
     DuCa(ratio=0.3),
     ClusCa(interval=3, first=2, clusters=3, gamma=0.1),
+    DDT(refresh=3),
 ]
 KIND = ("level", "score", "threshold")
 each = pytest.mark.parametrize(

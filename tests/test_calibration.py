@@ -20,7 +20,7 @@ from maskaccel.calibration import Calibration, measure
 from maskaccel.calibration.teacache import fit
 from maskaccel.masks.dynamic import Dynamic
 from maskaccel.masks.schedule import render
-from maskaccel.methods import DDT, SCM, MagCache, TeaCache
+from maskaccel.methods import DDT, SCM, DPCache, MagCache, TeaCache
 from maskaccel.models import Decoupled
 
 STEPS = 7
@@ -245,6 +245,22 @@ def test_one_of_two_transformers_is_named_and_has_to_run_always():
     with pytest.raises(ValueError, match=r"did not run at 4 of 8 steps \(the first is step 0\)"):
         found.result()
     assert not any("forward" in m.__dict__ for m in pipeline.transformer.modules())
+
+
+def test_a_model_of_the_class_with_other_blocks_is_another_model():
+    model = dit()[0].transformer
+    table = [[0.0, 1.0], [1.0, 0.0]]
+    values = {"magnitudes": {"ratios": [1.0, 1.0]}, "distances": {"distances": table, "encoder": 1},
+              "products": {"products": table}, "teacache": {"polynomial": [1.0], "tap": "modulated"}}  # fmt: skip
+    for blocks in (2, 3):
+        found = {k: Calibration.make(k, "DiTTransformer2DModel", blocks, 2, v) for k, v in values.items()}
+        for method in (MagCache(ratios=found["magnitudes"]), DDT(found["distances"]), DPCache(found["products"]),
+                       TeaCache(polynomial=found["teacache"])):  # fmt: skip
+            if blocks == 2:
+                maskaccel.patch(model, method).remove()
+                continue
+            with pytest.raises(maskaccel.PatchError, match="Model of 3 blocks; this one has 2"):
+                maskaccel.patch(model, method)
 
 
 def test_unknown_kinds_options_and_models():

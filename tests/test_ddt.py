@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import _plain_dit as plain
@@ -224,6 +225,43 @@ def test_what_the_model_returns_is_the_callers_to_change():
             state.zero_()
             run.step()
     assert torch.equal(torch.stack(outs), shared(model, "C..."))
+
+
+def test_a_copy_shares_a_state_of_its_own():
+    model = made(DDTModel)
+    with torch.no_grad(), maskaccel.patch(model, DDT(refresh=4, modulation=True)) as patch:
+        other = copy.deepcopy(model)
+        theirs = other.__dict__["_maskaccel_patch"]
+        outs = {id(model): [], id(other): []}
+        with patch.generation(4) as run, theirs.generation(4) as their_run:
+            for i, (x, t) in enumerate(calls(4)):
+                outs[id(model)].append(model(x, t, LABELS)[0])
+                outs[id(other)].append(other(calls(4)[0][0] + i, t, LABELS)[0])
+                run.step()
+                their_run.step()
+    assert torch.equal(torch.stack(outs[id(model)]), shared(model, "C..."))
+    assert not torch.equal(torch.stack(outs[id(other)]), shared(model, "C..."))
+
+
+def test_a_compiled_model_decides_outside_of_its_graphs():
+    model, graphs = made(DDTModel), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with maskaccel.patch(model, DDT(refresh=2)):
+        model.compile(backend=backend, fullgraph=True)
+        outs = []
+        for _ in range(2):
+            patch = model.__dict__["_maskaccel_patch"]
+            with torch.no_grad(), patch.generation(6) as run:
+                for x, t in calls(6):
+                    outs.append(model(x, t, LABELS)[0])
+                    run.step()
+        assert len(graphs) == 2  # with and without a state
+    torch.testing.assert_close(torch.stack(outs), shared(made(DDTModel), "C.C.C.").repeat(2, 1, 1, 1))
 
 
 # ------------------------------------------------------------------------------------------------ other models

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 VERSION = 1
 _FIELDS = {"format": str, "version": int, "kind": str, "model": str, "blocks": int, "steps": int, "values": dict}
 _FORMAT = "maskaccel calibration"
@@ -114,11 +116,33 @@ class Calibration:
         return self
 
 
-def calibration_of(given: Calibration | str | Path, kind: str, model: str | None = None) -> Calibration:
-    """What a method was given, a calibration or the path of one, of this kind."""
-    if isinstance(given, Calibration):
-        return given.checked(kind, model)
-    return Calibration.load(given, kind, model)
+def class_name(model: nn.Module | str | None) -> str | None:
+    """The name of a model's class; a name stays what it is."""
+    return type(model).__name__ if isinstance(model, nn.Module) else model
+
+
+def calibration_of(given: Calibration | str | Path, kind: str, model: nn.Module | str | None = None) -> Calibration:
+    """What a method was given, a calibration or the path of one, of this kind.
+
+    Args:
+        given: The calibration or its path.
+        kind: The kind wanted.
+        model: The model that it is for, or the name of its class; None takes any.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is of another kind or version, or of a model of another class or number of blocks.
+    """
+    name = class_name(model)
+    found = given.checked(kind, name) if isinstance(given, Calibration) else Calibration.load(given, kind, name)
+    if isinstance(model, nn.Module):
+        from .probe import blocks_of
+
+        if found.blocks != blocks_of(model):
+            raise ValueError(
+                f"the calibration was made with a {name} of {found.blocks} blocks; this one has {blocks_of(model)}"
+            )
+    return found
 
 
 def _frozen(name: str, value: Any) -> Any:

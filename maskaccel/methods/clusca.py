@@ -75,6 +75,7 @@ class ClusCa:
     name = "ClusCa"
     paper = "Compute Only 16 Tokens in One Timestep: Cluster-Driven Feature Caching (arXiv 2509.10312)"
     kind = "lossy"
+    models = "lists of blocks with MLPs by token, whose streams are known"
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (validates the fields when the method is made)

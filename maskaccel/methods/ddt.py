@@ -87,7 +87,7 @@ class DDT:
             if any(c not in (0, 1) for c in given):
                 raise ValueError(f"schedule={given!r} must be a tuple of 0 and 1, one a step")
             return Schedule.from_mask(given)
-        found = calibration_of(given, "distances", None if model is None else type(model).__name__)
+        found = calibration_of(given, "distances", model)
         if model is not None:
             label = encoder_of(model, self.encoder).label
             if found["encoder"] != label:

@@ -56,15 +56,15 @@ class DPCache:
         """
         return self.schedule_for(None)
 
-    def schedule_for(self, model: str | None) -> Paths:
-        """The step mask for a class of model, whose calibration it has to be."""
+    def schedule_for(self, model: nn.Module | str | None) -> Paths:
+        """The step mask for a model, or a class of that name, whose calibration it has to be."""
         found = calibration_of(self.calibration, "products", model)
         return Paths(found["products"], self.refresh, self.forecaster)
 
     def attach(self, context: Context) -> None:
         """Plan a memory of what all blocks add."""
         try:
-            rule = self.schedule_for(type(context.model).__name__)
+            rule = self.schedule_for(context.model)
         except ValueError as error:
             raise PatchError(f"{self.name}: {error}") from None
         _cached.attach_stack(self, context, rule, self.forecaster, self.storage)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.file import Calibration, calibration_of
+from ..calibration.file import Calibration, calibration_of, class_name
 from ..masks.planned import Magnitudes
 from ..patching.patch import Context
 from ..patching.transaction import PatchError
@@ -77,12 +77,13 @@ class MagCache:
         """
         return self.schedule_for(None)
 
-    def schedule_for(self, model: str | None) -> Magnitudes:
-        """The step mask for a class of model."""
-        ratios = self.ratios if self.ratios is not None else _OF_CLASS.get(model or "")
+    def schedule_for(self, model: nn.Module | str | None) -> Magnitudes:
+        """The step mask for a model, or a class of that name."""
+        name = class_name(model)
+        ratios = self.ratios if self.ratios is not None else _OF_CLASS.get(name or "")
         if ratios is None:
             raise ValueError(
-                f"there are no magnitude ratios for {model or 'no model'}: measure them with `maskaccel calibrate "
+                f"there are no magnitude ratios for {name or 'no model'}: measure them with `maskaccel calibrate "
                 f"magnitudes` and pass ratios='file.json', or name a table: {', '.join(RATIOS)}"
             )
         if isinstance(ratios, str) and ratios in RATIOS:
@@ -94,7 +95,7 @@ class MagCache:
     def attach(self, context: Context) -> None:
         """Plan a memory of what all blocks add."""
         try:
-            rule = self.schedule_for(type(context.model).__name__)
+            rule = self.schedule_for(context.model)
         except ValueError as error:
             raise PatchError(f"{self.name}: {error}") from None
         _cached.attach_stack(self, context, rule, self.forecaster, self.storage)

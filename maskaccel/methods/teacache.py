@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.file import Calibration, calibration_of
+from ..calibration.file import Calibration, calibration_of, class_name
 from ..masks.signal import Signal
 from ..models._modulated import modulated_tap, time_tap
 from ..patching.patch import Context
@@ -89,18 +89,18 @@ class TeaCache:
         """The step mask, without a model to take a published fit for."""
         return self.signal_for(None)
 
-    def signal_for(self, model: str | None) -> Signal:
-        """The step mask for a class of model."""
+    def signal_for(self, model: nn.Module | str | None) -> Signal:
+        """The step mask for a model, or a class of that name."""
         return Signal(
             self.threshold, "previous", self._coefficients(model), accumulate=True, first=self.first, last=self.last,
             max_consecutive=self.max_consecutive, reduce=self.reduce,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def _coefficients(self, model: str | None) -> tuple[float, ...]:
+    def _coefficients(self, model: nn.Module | str | None) -> tuple[float, ...]:
         given = self.polynomial
         if given is None:
             # The published fits are of the modulated input.
-            return POLYNOMIALS.get(_OF_CLASS.get(model or "", ""), ()) if self.tap == "modulated" else ()
+            return POLYNOMIALS.get(_OF_CLASS.get(class_name(model) or "", ""), ()) if self.tap == "modulated" else ()
         if isinstance(given, str) and given in POLYNOMIALS:
             return POLYNOMIALS[given]
         if isinstance(given, tuple):
@@ -121,7 +121,7 @@ class TeaCache:
                 f"{self.name}: {error}; FBCache watches what the first block adds, which any model has"
             ) from None
         try:
-            signal = self.signal_for(model)
+            signal = self.signal_for(context.model)
         except ValueError as error:
             raise PatchError(f"{self.name}: {error}") from None
         if not signal.polynomial:
