@@ -265,7 +265,7 @@ def test_a_model_of_the_class_with_other_blocks_is_another_model():
 
 def test_unknown_kinds_options_and_models():
     model = dit()[0].transformer
-    with pytest.raises(ValueError, match="kind='mood'; allowed are 'distances', 'magnitudes'"):
+    with pytest.raises(ValueError, match="kind='mood'; allowed are 'distances', 'hyca', 'magnitudes'"):
         measure(model, "mood")
     with pytest.raises(ValueError, match="size=3 is no option of kind 'distances'; it has encoder, tokens"):
         measure(model, "distances", size=3)

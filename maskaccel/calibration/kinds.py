@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models._decoupled import STATE
-from . import distances, magnitudes, products, teacache
+from . import channels, distances, magnitudes, products, teacache
 from .file import Calibration
 from .probe import Probe
 
@@ -48,6 +48,12 @@ KINDS = {
         distances.Distances,
         distances.check,
         _use_distances,
+    ),
+    "hyca": Kind(
+        "clusters of channels and their solvers, for HyCa",
+        channels.Channels,
+        channels.check,
+        lambda found, path: f"HyCa({path!r}, interval={found['interval']})",
     ),
     "magnitudes": Kind(
         "ratios of the norm of the residual between steps, for MagCache",

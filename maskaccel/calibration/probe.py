@@ -125,7 +125,7 @@ class FeatureProbe(Probe):
             if self.arrived():
                 value = output[1] if encoder.form == "state" else output
                 parts = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
-                self.feature([_tokens(part.detach()) for part in parts])
+                self.feature([as_tokens(part.detach()) for part in parts])
             return output
 
         context.transaction.wrap_forward(module, look)
@@ -153,7 +153,7 @@ class FeatureProbe(Probe):
                 if before and after is not None and self.generation.active:
                     if number == 0:
                         parts.clear()
-                    parts.append(_tokens(after.detach() - before.pop()))
+                    parts.append(as_tokens(after.detach() - before.pop()))
                     if number == len(segments) - 1 and self.arrived():
                         self.feature(parts)
                 return output
@@ -165,7 +165,7 @@ class FeatureProbe(Probe):
             context.transaction.wrap_forward(blocks[-1], leaver(number))
 
 
-def _tokens(x: Tensor) -> Tensor:
+def as_tokens(x: Tensor) -> Tensor:
     """`(B, tokens, D)` of a feature that may have more or fewer dims."""
     if x.dim() < 3:
         return x.reshape(x.shape[0], 1, -1)

@@ -10,6 +10,7 @@ from .fastercache import FasterCache
 from .foca import FoCa
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
+from .hyca import HyCa
 from .magcache import MagCache
 from .pab import PAB
 from .scm import SCM
@@ -35,6 +36,7 @@ __all__ = [
     "FasterCache",
     "FoCa",
     "FusedAdaLN",
+    "HyCa",
     "MagCache",
     "SkipBranches",
     "SkipCache",

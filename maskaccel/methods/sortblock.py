@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..masks import Schedule, Window
-from ..masks.schedule import Action, Position, plan_of
+from ..masks.schedule import Action, Position, Rule, plan_of
 from ..patching.patch import Context
 from ..state.forecast import Newton
 from ..state.generation import Generation
@@ -91,6 +91,11 @@ class Sortblock:
         schedule = Schedule(interval=self.interval)
         return schedule if (self.low, self.high) == (0, 1000) else Window(schedule, self.low, self.high)
 
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """The step mask of a block, for plans."""
+        return {"": BlockRule(Ranking(self, ""), None)}
+
     def ratio(self, at: Position, model: str | None = None) -> float:
         """Part of the blocks of a model of this class that is computed after this step, 0 to 1."""
         p = self.polynomial if self.polynomial is not None else _OF_CLASS.get(model or "", (1.0,))
@@ -154,7 +159,7 @@ class Ranking:
         """Forget the cycles."""
         self.cycles.clear()
 
-    def computes(self, stack: Stack, at: Generation) -> bool:
+    def computes(self, stack: Stack | None, at: Generation) -> bool:
         """Whether a block is computed at this step."""
         cycle = self.cycles.setdefault(at.branch_key, _Cycle())
         if cycle.step != at.index:
@@ -197,7 +202,9 @@ class BlockRule:
     """The rule of one block."""
 
     ranking: Ranking
-    stack: Stack
+    stack: Stack | None
+
+    at_run_time = "predicted, but computed by the blocks at the bottom of the ranking"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BlockRule) and self.ranking.policy == other.ranking.policy

@@ -2,6 +2,7 @@
 
 from .feature import Feature
 from .forecast import BDF, AdamsBashforth, Damped, Forecaster, Hold, Newton, Taylor
+from .forecast_channels import PerChannel
 from .forecast_dmd import DynamicModes
 from .forecast_foca import PredictCorrect
 from .generation import Generation
@@ -21,6 +22,7 @@ __all__ = [
     "Hold",
     "Ladder",
     "Newton",
+    "PerChannel",
     "PredictCorrect",
     "Series",
     "Site",

@@ -81,6 +81,11 @@ class History:
         """Bytes of the buffer: `capacity` values, from the first push on."""
         return sum(t.nbytes for t in (self._ring, self._scales) if t is not None)
 
+    @property
+    def width(self) -> int:
+        """Channels of the values (their last dim); 0 before the first push."""
+        return 0 if self._kind is None else int(self._kind[0][-1])
+
     def push(self, value: Tensor, stamp: float, base: Tensor | None = None) -> None:
         """Remember a copy of `value` (any shape), or of `value - base`, as of step `stamp`."""
         kind = (value.shape, value.dtype, value.device)
