@@ -24,9 +24,14 @@ PRODUCTS = Calibration.make(
     "products", "DiTTransformer2DModel", DEPTH, STEPS,
     {"products": [[min(i, j) + 1.0 for j in range(STEPS)] for i in range(STEPS)]},
 )  # fmt: skip
+SOLVERS = Calibration.make(
+    "hyca", "DiTTransformer2DModel", DEPTH, STEPS,
+    {"level": "stack", "interval": 6, "first": 3, "solvers": ["hold", "newton2"], "channels": ["01" * (WIDTH // 2)]},
+)  # fmt: skip
 GIVEN = {
     "DBCache": {"threshold": 0.5, "lead": 2, "first": 2}, "SkipCache": {"outer": 2}, "MagCache": {"ratios": "flux"},
     "FBCache": {"threshold": 0.5}, "TeaCache": {"polynomial": (1.0, 0.0)}, "DPCache": {"calibration": PRODUCTS},
+    "HyCa": {"calibration": SOLVERS},
 }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class HyCa:
         """Plan a memory with the solvers of the calibration."""
         model = type(context.model).__name__
         try:
-            found = calibration_of(self.calibration, "hyca", model)
+            found = calibration_of(self.calibration, "hyca", context.model)
         except (ValueError, OSError) as error:
             raise PatchError(f"{self.name}: {error}") from None
         stacks = _cached.attach_stack(self, context, self.schedule, None, self.storage, each=found["level"] == "block")
