@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import gate_residual, gate_residual_norm_modulate, norm_modulate, norm_modulate_difference
 from ..state import recall
+from ..state.feature import Pending
 from ._attention import hooked
 
 
@@ -31,21 +32,43 @@ def one_dtype(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(wide), a.to(wide)
 
 
-def add_gated(x: Tensor, a: Tensor, gate: Tensor | None = None, **options: Any) -> Tensor:
-    """`gate_residual` for tensors that may differ in dtype."""
+_OF_GATE = ("gate_table", "gate_act", "post_norm", "post_weight", "post_eps")
+
+
+def _sums(x: Tensor, a: Tensor | Pending, options: dict[str, Any]) -> bool:
+    """Whether `a` is a forecast that is added as it is, with a gate at most."""
+    return (
+        isinstance(a, Pending)
+        and a.fits(x)
+        and all(options.get(name) is None for name in ("rows", *_OF_GATE))
+        and not options.get("clip")
+    )
+
+
+def add_gated(x: Tensor, a: Tensor | Pending, gate: Tensor | None = None, **options: Any) -> Tensor:
+    """`gate_residual` for tensors that may differ in dtype, or for a forecast that is formed here (and rounds once)."""
+    if isinstance(a, Pending):
+        if _sums(x, a, options):
+            return a.added(x, gate)
+        a = a.value()
     x, a = one_dtype(x, a)
     return gate_residual(x, a, gate, **options)
 
 
 def add_gated_then_norm(
     x: Tensor,
-    a: Tensor,
+    a: Tensor | Pending,
     gate: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """`gate_residual_norm_modulate` for tensors that may differ in dtype."""
+    """`gate_residual_norm_modulate`, as `add_gated`."""
+    if isinstance(a, Pending):
+        if _sums(x, a, options):
+            norm = {name: value for name, value in options.items() if name not in (*_OF_GATE, "clip")}
+            return a.added_then_norm(x, gate, scale, shift, **norm)
+        a = a.value()
     x, a = one_dtype(x, a)
     return gate_residual_norm_modulate(x, a, gate, scale, shift, **options)
 
@@ -122,7 +145,7 @@ def modulated_norm_pair(
 
 def add_gated_then_mlp(
     x: Tensor,
-    a: Tensor,
+    a: Tensor | Pending,
     gate: Tensor,
     norm: nn.Module,
     mlp: nn.Module,
@@ -143,7 +166,7 @@ def add_gated_then_mlp(
         rows: Row of `gate` and `mods` that each token reads.
     """
     shift, scale, mlp_gate = mods
-    out = recall(mlp, x)
+    out = recall(mlp, x, late=True)
     if out is None:
         x, y = add_gated_then_norm(x, a, gate, scale, shift, law="narrow", rows=rows, **norm_options(norm))
         out = mlp(y)

@@ -55,13 +55,13 @@ def _zero(self: Any, x: Tensor, attention_mask, encoder_hidden_states, timestep,
     emb = norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = norm1.linear(norm1.silu(emb)).chunk(6, dim=1)
 
-    attn = recall(self.attn1, x)
+    attn = recall(self.attn1, x, late=True)
     if attn is None:
         y = norm_modulate(x, scale_msa, shift_msa, law="narrow", **norm_options(norm1.norm))
         context = encoder_hidden_states if self.only_cross_attention else None
         attn = self.attn1(y, encoder_hidden_states=context, attention_mask=attention_mask, **extra)
 
-    mlp = recall(self.ff, x)
+    mlp = recall(self.ff, x, late=True)
     if mlp is None:
         x, y = add_gated_then_norm(x, attn, gate_msa, scale_mlp, shift_mlp, law="narrow", **norm_options(self.norm3))
         mlp = self.ff(y)
@@ -77,7 +77,7 @@ def _single(
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = temb.unbind(1)
     tables = self.scale_shift_table
 
-    attn = recall(self.attn1, x)
+    attn = recall(self.attn1, x, late=True)
     if attn is None:
         y = norm_modulate(
             x,
@@ -93,7 +93,7 @@ def _single(
     x = add_gated(x, attn, gate_msa, gate_table=tables[2], law="narrow")
 
     if self.attn2 is not None:  # reads the residual without a norm
-        cross = recall(self.attn2, x)
+        cross = recall(self.attn2, x, late=True)
         if cross is None:
             cross = self.attn2(
                 x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **extra
@@ -101,7 +101,7 @@ def _single(
     else:
         cross = None
 
-    mlp = recall(self.ff, x)
+    mlp = recall(self.ff, x, late=True)
     if mlp is not None:
         x = x if cross is None else add_gated(x, cross, law="narrow")
     else:

@@ -121,11 +121,11 @@ def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
         return type(self).forward(self, x, c)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
 
-    attn = recall(self.attn, x)
+    attn = recall(self.attn, x, late=True)
     if attn is None:
         attn = self.attn(norm_modulate(x, scale_msa, shift_msa, law="narrow", **norm_options(self.norm1)))
 
-    mlp = recall(self.mlp, x)
+    mlp = recall(self.mlp, x, late=True)
     if mlp is None:
         options = norm_options(self.norm2)
         x, y = add_gated_then_norm(x, attn, gate_msa, scale_mlp, shift_mlp, law="narrow", **options)

@@ -36,7 +36,7 @@ def _no_embedding(block: Any) -> str | None:
 
 
 def _dual(self: Any, x: Tensor, c: Tensor, mods: tuple, c_mods: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    found = recall(self.attn, x)
+    found = recall(self.attn, x, late=True)
     if found is None:
         found = self.attn(
             hidden_states=norm_modulate(x, mods[1], mods[0], law="narrow", **norm_options(self.norm1.norm)),

@@ -34,14 +34,14 @@ def forward(
     tables = tables.to(temb.device).unbind(0)
     shift1, scale1, gate1, shift2, scale2, gate2 = temb.unflatten(2, (len(tables), -1)).unbind(2)
 
-    attn = recall(self.attn1, x)
+    attn = recall(self.attn1, x, late=True)
     if attn is None:
         options = dict(scale_table=tables[1], shift_table=tables[0], law="narrow", **norm_options(self.norm1))
         y = norm_modulate(x, scale1, shift1, **options)
         attn = self.attn1(hidden_states=y, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
     x = add_gated(x, attn, gate1, gate_table=tables[2], law="narrow")
 
-    cross = recall(self.attn2, x)
+    cross = recall(self.attn2, x, late=True)
     if cross is None:
         cross = self.attn2(
             x,
@@ -50,7 +50,7 @@ def forward(
             attention_mask=encoder_attention_mask,
         )
 
-    mlp = recall(self.ff, x)
+    mlp = recall(self.ff, x, late=True)
     if mlp is None:
         options = dict(scale_table=tables[4], shift_table=tables[3], law="narrow", **norm_options(self.norm2))
         x, y = add_gated_then_norm(x, cross, None, scale2, shift2, **options)

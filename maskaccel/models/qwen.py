@@ -45,7 +45,7 @@ def forward(
     text_shift, text_scale, text_gate, *text_mlp = text_mod.chunk(6, dim=-1)
     rows = None if modulate_index is None else _rows(modulate_index, image_mod.shape[0] // 2)
 
-    attn = recall(self.attn, x)
+    attn = recall(self.attn, x, late=True)
     if attn is None:
         attn = self.attn(
             hidden_states=norm_modulate(x, scale, shift, rows=rows, law="narrow", **norm_options(self.img_norm1)),

@@ -40,8 +40,8 @@ def forward(
     norm1, norm1_c = self.norm1, self.norm1_context
     mods = norm1.linear(norm1.silu(temb)).chunk(9 if self.use_dual_attention else 6, dim=1)
 
-    attn, c_attn = recall(self.attn, x) or (None, None)
-    attn2 = recall(self.attn2, x) if self.use_dual_attention else None
+    attn, c_attn = recall(self.attn, x, late=True) or (None, None)
+    attn2 = recall(self.attn2, x, late=True) if self.use_dual_attention else None
     y, y2 = _norm1(x, norm1, mods, attn is None, self.use_dual_attention and attn2 is None)
     if self.context_pre_only:  # last block: the text only feeds attention
         scale, shift = norm1_c.linear(norm1_c.silu(temb).to(c.dtype)).chunk(2, dim=1)
@@ -80,7 +80,7 @@ def single_forward(self: Any, hidden_states: Tensor, temb: Tensor) -> Tensor:
     """SD3's ControlNet block without text."""
     x, norm1 = hidden_states, self.norm1
     mods = norm1.linear(norm1.silu(temb)).chunk(6, dim=1)
-    attn = recall(self.attn, x)
+    attn = recall(self.attn, x, late=True)
     if attn is None:
         y = norm_modulate(x, mods[1], mods[0], law="narrow", **norm_options(norm1.norm))
         attn = self.attn(hidden_states=y, encoder_hidden_states=None)

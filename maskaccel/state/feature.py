@@ -15,6 +15,37 @@ from .history import History, Storage
 from .ladder import Ladder
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A forecast that is not formed yet: adding it to the stream forms it in the same pass.
+
+    Attributes:
+        history: The values, `(B, N, D)` each.
+        weights: One for each of them.
+    """
+
+    history: History
+    weights: Sequence[float] | Tensor
+
+    def value(self) -> Tensor:
+        """The forecast itself."""
+        return self.history.combine(self.weights)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it can be added to x without changing its shape or dtype."""
+        return self.history.of_kind(x)
+
+    def added(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """`x + gate * forecast`, rounded once."""
+        return self.history.combine(self.weights, x=x, gate=gate)
+
+    def added_then_norm(
+        self, x: Tensor, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, **norm: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`added`, and its norm and modulation."""
+        return self.history.combine_then_norm(self.weights, x, gate, scale, shift, **norm)
+
+
 @dataclass
 class Held:
     """What one guidance branch remembers.
@@ -187,7 +218,8 @@ class Feature:
         rows: Sequence[int] | None = None,
         *,
         own: bool = True,
-    ) -> list[Tensor | None]:
+        late: bool = False,
+    ) -> list[Any]:
         """The value of each tensor at this step, added to `xs` where given.
 
         Args:
@@ -195,19 +227,21 @@ class Feature:
             xs: Tensors to add to (of the samples in `rows`).
             rows: Samples wanted (per sample only); None is all.
             own: The caller may write to the result; without it, it may be a view of the memory.
+            late: The caller takes a `Pending` for a sum that is not formed yet.
         """
         held.used = self.generation.index
         samples = range(len(held.groups)) if rows is None else rows
-        out: list[Tensor | None] = []
+        out: list[Any] = []
+        late = late and xs is None and not self.per_sample
         for i in range(len(held.groups[0])):
             x = None if xs is None else xs[i]
-            parts = []
+            parts: list[Any] = []  # one Pending, or tensors
             for at, sample in enumerate(samples):
                 history = held.groups[sample][i]
                 if history is None or not len(history):
                     continue
                 one = x[at : at + 1] if x is not None and self.per_sample else x
-                parts.append(self._forecast(history, one, own))
+                parts.append(self._forecast(history, one, own, late))
             out.append(None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts))
         return out
 
@@ -229,11 +263,11 @@ class Feature:
         weights = self.forecaster.weights(history.stamps, self.generation.index, history)
         return [history.refresh(weights, fresh, index, labels, gamma)]
 
-    def _forecast(self, history: History, x: Tensor | None, own: bool) -> Tensor:
+    def _forecast(self, history: History, x: Tensor | None, own: bool, late: bool) -> Tensor | Pending:
         weights = self.forecaster.weights(history.stamps, self.generation.index, history)
         if x is None and not isinstance(weights, Tensor) and weights[0] == 1.0 and not any(weights[1:]):
             return history.newest().clone() if own else history.newest()
-        return history.combine(weights, x=x)
+        return Pending(history, weights) if late else history.combine(weights, x=x)
 
 
 def key_of(*tensors: Tensor | None) -> tuple:

@@ -354,9 +354,9 @@ class GuidedSite(Site):
         self.guidance = guidance
         guidance.features.append(self.feature)
 
-    def recall(self, x: Tensor, own: bool = False) -> Any | None:
+    def recall(self, x: Tensor, own: bool = False, late: bool = False) -> Any | None:
         """The output if this step takes it from memory, else None."""
-        return None if self.guidance.whole else super().recall(x, own)
+        return None if self.guidance.whole else super().recall(x, own, late)
 
     def key(self, x: Tensor) -> tuple:
         """What has to stay the same; a lone sample is no conditional half."""

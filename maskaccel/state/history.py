@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import combine_history, gram, scatter_combine
+from ..ops import combine_history, combine_history_norm_modulate, gram, scatter_combine
 from ..ops.steps.api import MAX_HISTORY
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -223,6 +223,36 @@ class History:
         Raises:
             ValueError: Another number of weights than values.
         """
+        ring, w = self._terms(weights)
+        assert self._kind is not None
+        shape, dtype, _ = self._kind
+        like = None if x is None else x.reshape(ring.shape[1:])
+        out = combine_history(ring, w, x=like, gate=gate)
+        return out.reshape(shape).to(dtype if x is None else x.dtype)
+
+    def combine_then_norm(
+        self, weights: Sequence[float] | Tensor, x: Tensor, gate: Tensor | None, scale: Tensor | None,
+        shift: Tensor | None, **norm: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`combine` of `(B, N, D)` values, and `norm_modulate` of the result, in one pass.
+
+        Args:
+            weights: As in `combine`.
+            x: See there.
+            gate: See there.
+            scale: As `maskaccel.ops.norm_modulate` takes it, like `shift` and `norm`.
+            shift: See there.
+            norm: Options of the norm.
+        """
+        ring, w = self._terms(weights)
+        return combine_history_norm_modulate(ring, w, scale, shift, x=x, gate=gate, **norm)
+
+    def of_kind(self, x: Tensor) -> bool:
+        """Whether the values have the shape, dtype and device of x, `(B, N, D)`."""
+        return x.dim() == 3 and self._kind == (x.shape, x.dtype, x.device)
+
+    def _terms(self, weights: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
+        """The values that count, `(K, B, N, D)`, and their weights, as the combining kernels take them."""
         held = len(self._stamps)
         if self._ring is None or self._kind is None or len(weights) != held:
             raise ValueError(f"{len(weights)} weights for {held} values")
@@ -231,13 +261,8 @@ class History:
         used = [slot for slot in sorted(ages) if _nonzero(weights[ages[slot]])] or [self._head]
         if held == self.capacity and len(used) == held:
             used = list(range(self.capacity))
-        ring = self._slots(used)
-        shape, dtype, _ = self._kind
-        w = self._weights([weights[ages[slot]] for slot in used])
-        rows = _as_rows(shape)
-        like = None if x is None else x.reshape(rows)
-        out = combine_history(ring.reshape(len(used), *rows), w, x=like, gate=gate)
-        return out.reshape(shape).to(dtype if x is None else x.dtype)
+        ring = self._slots(used).reshape(len(used), *_as_rows(self._kind[0]))
+        return ring, self._weights([weights[ages[slot]] for slot in used])
 
     def _weights(self, weights: Sequence[Any]) -> Tensor:
         """Weights, each a number or one for each channel, where the values are combined."""

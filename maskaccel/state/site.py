@@ -50,12 +50,13 @@ class Site:
         """What has to stay the same for remembered outputs to fit."""
         return key_of(x)
 
-    def recall(self, x: Tensor, own: bool = False) -> Any | None:
+    def recall(self, x: Tensor, own: bool = False, late: bool = False) -> Any | None:
         """The output if this step takes it from memory, else None.
 
         Args:
             x: The module's input, or something of its shape, dtype and device.
             own: The caller may write to the result; without it, it may be a view of the memory.
+            late: The caller takes a `Pending` for a tensor that is a sum.
         """
         if not self.feature.usable():
             return None
@@ -66,7 +67,7 @@ class Site:
         if held is None:
             return None
         self.reused += 1
-        return pytree.tree_unflatten(self.feature.forecast(held, own=own), held.form)
+        return pytree.tree_unflatten(self.feature.forecast(held, own=own, late=late), held.form)
 
     def store(self, x: Tensor, output: Any) -> None:
         """Remember the output of a computed call."""
@@ -100,13 +101,14 @@ def remember(module: nn.Module, site: Site, transaction: Transaction, claimant: 
     transaction.wrap_forward(module, _remembered_forward)
 
 
-def recall(module: nn.Module, x: Tensor) -> Any | None:
+def recall(module: nn.Module, x: Tensor, late: bool = False) -> Any | None:
     """The remembered output of a module, or None if it has none or this step computes it.
 
-    Fused blocks ask before they prepare the module's input, so that a reused module costs nothing at all.
+    Fused blocks ask before they prepare the module's input, so that a reused module costs nothing at all. With `late`
+    a tensor that is a sum over memory comes as a `Pending`, for a block that adds it in one pass.
     """
     site = module.__dict__.get(SITE)
-    return None if site is None else site.recall(x)
+    return None if site is None else site.recall(x, late=late)
 
 
 def _remembered_forward(self: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
