@@ -202,12 +202,31 @@ def test_a_batch_of_two_images_is_no_guidance():
                 for (x, _), time in zip(calls, times, strict=True):
                     x = x[rows]
                     t, labels = torch.full((len(x),), time), torch.tensor([3, 5])[rows]
-                    outs.append(model(x, timestep=t, class_labels=labels).sample)
+                    outs.append(model(timestep=t, class_labels=labels, hidden_states=x).sample)
                     run.step()
         activity = patch.report().activity["FasterCache"]
     assert activity["unconditional reused"] == 0 < activity["reused"]
     both, first, second = outs[:6], outs[6:12], outs[12:]
     torch.testing.assert_close(torch.stack(both), torch.cat([torch.stack(first), torch.stack(second)], 1))
+
+
+def test_other_calls_of_a_step_do_not_disturb():
+    """LTX-2 runs both branches in a batch and then a perturbed one alone; and keywords come in any order."""
+    model, x = dit()[0].transformer, torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1)
+    method, outs = FasterCache(2, 3, **ANY, low_window=ALL, high_window=ALL), {}
+    for more in (False, True):
+        with torch.no_grad(), maskaccel.patch(model, method) as patch, patch.generation(6) as run:
+            for i in range(6):
+                t, labels = torch.full((2,), 900 - 20 * i), torch.tensor([3, 1000])
+                with run.branch("cond_uncond"):
+                    out = model(timestep=t, class_labels=labels, hidden_states=x * (1 - 0.1 * i)).sample
+                outs.setdefault(more, []).append(out)
+                if more:
+                    with run.branch("uncond_stg"):
+                        model(hidden_states=x[:1] + i, timestep=t[:1], class_labels=labels[:1])
+                run.step()
+            assert patch.report().activity["FasterCache"]["unconditional reused"] == 4
+    assert torch.equal(torch.stack(outs[False]), torch.stack(outs[True]))
 
 
 def test_bands_of_images_and_of_tokens():

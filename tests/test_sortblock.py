@@ -186,6 +186,25 @@ def test_guidance_branches_are_ranked_each_for_itself():
     assert both.keys() == alone.keys() and all(torch.equal(both[key], alone[key]) for key in both)
 
 
+def test_ranks_that_share_a_sequence_rank_by_the_sum_of_theirs(monkeypatch):
+    model, group, seen = dit()[0].transformer, object(), []
+    mesh = type("Mesh", (), {"get_group": staticmethod(lambda: group)})
+    shared = type("Shared", (), {"_flattened_mesh": mesh})
+    calls, labels = plain.inputs(10), torch.tensor([3])
+    method = Sortblock(interval=5, beta=0.0, low=0, high=1000)
+    alone, _ = plain.patched(model, method, calls, labels)
+
+    def reduced(values, group):
+        seen.append((group, values.tolist()))
+        values.neg_()
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
+    model._parallel_config = type("Config", (), {"context_parallel_config": shared})
+    together, activity = plain.patched(model, method, calls, labels)
+    assert activity["rankings"] == len(seen) == 1 and seen[0][0] is group and len(seen[0][1]) == 2
+    assert torch.equal(together[:7], alone[:7]) and not torch.equal(together[7:], alone[7:])
+
+
 def test_the_ratio_of_a_class_of_model():
     at = At(0, 1, (500.0,))
     for name, coefficients in POLYNOMIALS.items():

@@ -107,7 +107,7 @@ class Sortblock:
         """Plan a memory of what each block adds."""
         generation = context.track_generation(self.name)
         stacks = _cached.attach_stack(self, context, self.schedule, Newton(1), self.storage, each=True)
-        ranking = Ranking(self, type(context.model).__name__)
+        ranking = Ranking(self, type(context.model).__name__, _cached.context_parallel_group(context.model))
         generation.memories.append(ranking)
         for _, group in itertools.groupby(stacks, key=lambda stack: type(stack.segments[0].blocks[0])):
             ranking.groups.append(list(group))
@@ -141,6 +141,7 @@ class Ranking:
     Attributes:
         policy: The numbers.
         model: Class name of the model.
+        ranks: Process group whose ranks share one sequence, and rank alike.
         groups: The blocks that are ranked together: those of one class that follow each other.
         rankings: Times that they were ranked.
         chosen: Calls of blocks that were computed by their rank.
@@ -148,6 +149,7 @@ class Ranking:
 
     policy: Sortblock
     model: str
+    ranks: Any = None
     groups: list[list[Stack]] = field(default_factory=list)
     rankings: int = 0
     chosen: int = 0
@@ -186,7 +188,10 @@ class Ranking:
         ranked = [[(s, similarity(h, cycle.predicted)) for s in g if (h := _history(s))] for g in self.groups]
         if not any(ranked):
             return frozenset()
-        read = iter(torch.stack([cosine for group in ranked for _, cosine in group]).tolist())
+        cosines_of_all = torch.stack([cosine for group in ranked for _, cosine in group])
+        if self.ranks is not None:
+            torch.distributed.all_reduce(cosines_of_all, group=self.ranks)
+        read = iter(cosines_of_all.tolist())
         found: set[int] = set()
         for group in ranked:
             cosines = {id(stack): next(read) for stack, _ in group}

@@ -63,9 +63,10 @@ def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 def as_named(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model's call by name."""
+    """The arguments of a model's call by name, in the order of its signature."""
     kind: Any = type(model)
-    return {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}
+    given = {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}
+    return {name: given[name] for name in _parameters(kind) if name in given} | given
 
 
 def cut_batch(

@@ -48,7 +48,17 @@ class PerChannel:
     @property
     def capacity(self) -> int:
         """Of the solver that looks back furthest."""
-        return max(SOLVERS[self.solvers[i]].capacity for i in set(self.channels))
+        return max(SOLVERS[name].capacity for name in self._used)
+
+    @functools.cached_property
+    def _used(self) -> tuple[str, ...]:
+        """The solvers that some channel has."""
+        return tuple(self.solvers[i] for i in sorted(set(self.channels)))
+
+    @functools.cached_property
+    def _places(self) -> Tensor:
+        """For each channel the place of its solver among those that are used."""
+        return torch.tensor([self._used.index(self.solvers[i]) for i in self.channels])
 
     def weights(self, stamps: Sequence[float], target: float, values: Any = None) -> Sequence[float] | Tensor:
         """The weights of each channel, `(len(stamps), D)`; one list where all channels have one solver.
@@ -59,16 +69,7 @@ class PerChannel:
         width = len(self.channels) if values is None else values.width
         if width != len(self.channels):
             raise ValueError(f"the calibration is of {len(self.channels)} channels; the feature has {width}")
-        used = sorted(set(self.channels))
-        rows = [list(SOLVERS[self.solvers[i]].weights(stamps, target)) for i in used]
+        rows = [list(SOLVERS[name].weights(stamps, target)) for name in self._used]
         if len(rows) == 1:
             return rows[0]
-        table = torch.tensor(rows, dtype=torch.float64)
-        return table[_positions(self.channels)].T.contiguous()
-
-
-@functools.lru_cache(maxsize=256)
-def _positions(channels: tuple[int, ...]) -> Tensor:
-    """For each channel the place of its solver among those that are used."""
-    used = sorted(set(channels))
-    return torch.tensor([used.index(i) for i in channels])
+        return torch.tensor(rows, dtype=torch.float64).T[:, self._places]

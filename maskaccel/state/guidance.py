@@ -91,7 +91,7 @@ class Guidance:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model starts without what the original remembers.
-        fresh: dict[str, Any] = {"_bands": None, "_seen": {}, "_split": None, "_checked": None, "_is_pair": False}
+        fresh: dict[str, Any] = {"_bands": None, "_seen": {}, "_split": None, "_pairs": {}, "_pair": None}
         return {**self.__dict__, **fresh}
 
     def clear(self) -> None:
@@ -100,8 +100,8 @@ class Guidance:
         self._factors, self._grown = (1.0, 1.0), -1
         self._seen: dict[str, _Seen] = {}
         self._split: _Split | None = None
-        self._checked: tuple | None = None
-        self._is_pair = False
+        self._pairs: dict[tuple, bool] = {}  # calls, by branch and shape, that were looked at
+        self._pair: tuple | None = None  # the one whose bands are held
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +115,7 @@ class Guidance:
         if not self.generation.active or torch.is_grad_enabled():
             return inner(*args, **kwargs)
         named = as_named(model, args, kwargs)
-        first = next((v for v in named.values() if isinstance(v, Tensor) or _samples(v)), None)
+        first = next((v for v in named.values() if (isinstance(v, Tensor) and v.dim()) or _samples(v)), None)
         if first is None:
             return inner(*args, **kwargs)
         role = _ROLES.get(self.generation.branch_key)
@@ -156,17 +156,18 @@ class Guidance:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> Any:
-        self.paired = self._pairs(model, first, args, kwargs)
+        batch, which = len(first), (self.generation.branch_key, _key(first))
+        self.paired = self._is_pair(which, model, first, args, kwargs)
         if not self.paired:
             return inner(*args, **kwargs)
-        batch = len(first)
-        skipping = self._bands is not None and self.rule.action(self.generation) != "compute"
+        known = self._bands is not None and self._pair == which
+        skipping = known and self.rule.action(self.generation) != "compute"
         picked = cut_batch(model, args, kwargs, batch, self.rows(batch)) if skipping else None
         if picked is None:
             self.whole = True
             self.computed += 1
             output = inner(*args, **kwargs)
-            self._learn(output, first, named)
+            self._learn(which, output, first, named)
             return output
         tensors, _ = pytree.tree_flatten(inner(*picked[0], **picked[1]))
         split = self._split
@@ -184,20 +185,18 @@ class Guidance:
         first = (role == "cond") == self.cond_first
         return slice(0, batch // 2) if first else slice(batch // 2, batch)
 
-    def _pairs(self, model: nn.Module, first: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _is_pair(self, which: tuple, model: nn.Module, first: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether the batch is one of guidance; looked at once for each run and shape."""
-        key = _key(first)
-        if self._checked != key:
-            self._checked, self._bands = key, None
+        if which not in self._pairs:
             half = len(first) // 2
-            self._is_pair = (
+            self._pairs[which] = (
                 len(first) == 2 * half > 0
                 and _equal(first[:half], first[half:])
                 and cut_batch(model, args, kwargs, len(first), self.rows(len(first))) is not None
             )
-        return self._is_pair
+        return self._pairs[which]
 
-    def _learn(self, output: Any, first: Any, named: dict[str, Any]) -> None:
+    def _learn(self, which: tuple, output: Any, first: Any, named: dict[str, Any]) -> None:
         tensors, form = pytree.tree_flatten(output)
         batch, listed = len(first), not isinstance(first, Tensor)
         cond, uncond = self.rows(batch), self.rows(batch, "uncond")
@@ -211,9 +210,9 @@ class Guidance:
             )  # fmt: skip
         else:
             fits = False
-        self._split = _Split(form, listed)
+        self._split, self._pair = _Split(form, listed), which
         if not fits:
-            self._is_pair = False
+            self._pairs[which] = False
             for feature in self.features:
                 feature.clear()
 
