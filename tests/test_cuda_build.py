@@ -39,6 +39,16 @@ def test_usage_is_parsed():
     ]
 
 
+def test_summary_joins_the_instances_of_a_kernel():
+    """Least and most registers of each template on each target, targets in order of age."""
+    registers = {("sm_120", "copy<float>"): 40, ("sm_80", "copy<float>"): 24, ("sm_80", "copy<half_t>"): 32,
+                 ("sm_120", "copy<half_t>"): 40}  # fmt: skip
+    kernels = [{"arch": arch, "name": name, "registers": count} for (arch, name), count in registers.items()]
+    assert check_cuda.summary(kernels).splitlines() == [
+        "| kernel | instances | sm_80 | sm_120 |", "|---|---|---|---|", "| `copy` | 2 | 24-32 | 40 |",
+    ]  # fmt: skip
+
+
 def test_cuda_library_loads_without_cuda():
     """A library with CUDA kernels loads where torch has none, and registers them."""
     library = _cuda_library()

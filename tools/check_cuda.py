@@ -141,6 +141,30 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
     return kernels
 
 
+def print_table(kernels: list[dict[str, Any]]) -> None:
+    """One line for each kernel and target."""
+    width = max((len(k["name"]) for k in kernels), default=6)
+    print(f"{'arch':8} {'kernel':{width}} {'regs':>5} {'stack':>6} {'local':>6} {'shared':>7}")
+    for k in sorted(kernels, key=lambda k: (k["arch"], k["name"])):
+        mark = "" if k["clean"] else ("  SPILLS" if k["hot"] else "  (general kernel)")
+        print(
+            f"{k['arch']:8} {k['name']:{width}} {k['registers']:5} {k['stack']:6} {k['local']:6} {k['shared']:7}{mark}"
+        )
+
+
+def summary(kernels: list[dict[str, Any]]) -> str:
+    """Registers of each kernel template on each target, least to most over its instances, as a Markdown table."""
+    archs = sorted({k["arch"] for k in kernels}, key=lambda arch: int(re.sub(r"\D", "", arch)))
+    ranges: dict[str, dict[str, list[int]]] = {}
+    for k in kernels:
+        ranges.setdefault(k["name"].split("<")[0], {}).setdefault(k["arch"], []).append(k["registers"])
+    lines = ["| kernel | instances | " + " | ".join(archs) + " |", "|---" * (len(archs) + 2) + "|"]
+    for name, found in sorted(ranges.items()):
+        cells = [f"{min(r)}-{max(r)}" if min(r) < max(r) else str(min(r)) for r in (found[a] for a in archs)]
+        lines.append(f"| `{name}` | {len(found[archs[0]])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -149,6 +173,7 @@ def main() -> int:
     parser.add_argument("--only", help="only sources whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write the table as JSON too")
+    parser.add_argument("--summary", action="store_true", help="one line for all instances of a kernel, in Markdown")
     args = parser.parse_args()
     args.archs = [arch for word in args.archs for arch in re.split("[,;]", word) if arch]
     try:
@@ -162,14 +187,11 @@ def main() -> int:
         k["hot"] = not GENERAL.search(k["name"])
         # Spilled registers live on the stack or in local memory, and so does an array that is indexed at run time.
         k["clean"] = k["stack"] == 0 and k["local"] == 0
-    width = max((len(k["name"]) for k in kernels), default=6)
-    print(f"{'arch':8} {'kernel':{width}} {'regs':>5} {'stack':>6} {'local':>6} {'shared':>7}")
-    for k in sorted(kernels, key=lambda k: (k["arch"], k["name"])):
-        mark = "" if k["clean"] else ("  SPILLS" if k["hot"] else "  (general kernel)")
-        print(
-            f"{k['arch']:8} {k['name']:{width}} {k['registers']:5} {k['stack']:6} {k['local']:6} {k['shared']:7}{mark}"
-        )
     bad = [k for k in kernels if k["hot"] and not k["clean"]]
+    if args.summary:
+        print(summary(kernels) + "\n")
+    if bad or not args.summary:
+        print_table(bad if args.summary else kernels)
     hot = [k for k in kernels if k["hot"]]
     print(f"{len(kernels)} kernels, {len(hot)} hot, {len(bad)} of them with spills or local memory")
     if args.json:
