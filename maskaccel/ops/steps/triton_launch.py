@@ -39,11 +39,11 @@ def gram(history: Tensor, per_sample: bool) -> Tensor:
 
     size = history[0, 0].numel()
     rows = host.power_of_two(steps)
-    block = 1024 // rows  # 1024 fp64 sums a program, 8 a thread
+    block = 1024 // rows  # 1024 fp64 sums a program, 4 a thread
     blocks, chunks = host.runs(math.ceil(size / block) * batch, math.ceil(size / block), least=8)
     partials = history.new_empty(batch, chunks, steps * steps, dtype=torch.float64)
     host.launch(gram_partials, (steps, chunks, batch), history, history, partials, history.stride(0),
-                history.stride(1), size, blocks * block, K=steps, ROWS=rows, BLOCK=block, num_warps=4)  # fmt: skip
+                history.stride(1), size, blocks * block, K=steps, ROWS=rows, BLOCK=block, num_warps=8)  # fmt: skip
     return host.reduce_partials(partials, batch if per_sample else 1, 1).view(shape)
 
 
