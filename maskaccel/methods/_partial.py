@@ -137,10 +137,16 @@ class Rows:
     choice: Choice
     scores: AttentionScores | None = None
 
+    def chosen(self, held: Held, x: Tensor) -> Choices | None:
+        """The tokens that a module of no other argument than x computes; None leaves the call to `__call__`."""
+        if self.scores is not None or not _fits(held, x):
+            return None
+        # A sum with values of another dtype may be of another dtype than x.
+        return self.choice(x, held) if held.groups[0][0].of_kind(x) else None  # type: ignore[union-attr]  # _fits
+
     def __call__(self, site: Site, held: Held, inner: Callable[..., Any], x: Tensor, args: tuple, kwargs: dict) -> Any:
         """The output of the module, or None if it has to be computed whole."""
-        values = held.groups[0]
-        if x.dim() != 3 or len(values) != 1 or values[0] is None or not by_rows(x, args, kwargs):
+        if not _fits(held, x) or not by_rows(x, args, kwargs):
             return None
         chosen = self.choice(x, held)
         if chosen is None:
@@ -158,6 +164,12 @@ class Rows:
         (fresh,) = pytree.tree_leaves(fresh)
         out = site.feature.refresh(held, fresh, chosen.index, chosen.labels, chosen.gamma)
         return pytree.tree_unflatten(out, held.form)
+
+
+def _fits(held: Held, x: Tensor) -> bool:
+    """Whether what is held is one value for each token of x."""
+    values = held.groups[0]
+    return x.dim() == 3 and len(values) == 1 and values[0] is not None
 
 
 def by_rows(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import gate_residual, gate_residual_norm_modulate, norm_modulate, norm_modulate_difference
-from ..state import recall
+from ..state import part_of, recall
 from ..state.feature import Pending
+from ..state.select import gathered
+from ..state.site import Part
 from ._attention import hooked
 
 
@@ -71,6 +73,14 @@ def add_gated_then_norm(
         a = a.value()
     x, a = one_dtype(x, a)
     return gate_residual_norm_modulate(x, a, gate, scale, shift, **options)
+
+
+def add_some(
+    part: Part, x: Tensor, mlp: nn.Module, gate: Tensor, scale: Tensor, shift: Tensor, **options: Any
+) -> Tensor:
+    """`x + gate * mlp(...)` at a step in part: norm, modulation and MLP of the chosen tokens, others from memory."""
+    y = norm_modulate(gathered(x, part.index), scale, shift, **options)
+    return part.added(mlp, y, x, gate)
 
 
 # Norm classes with a fused form: kind, and the law under which the fused op rounds where the class does, or less often.
@@ -166,24 +176,31 @@ def add_gated_then_mlp(
         rows: Row of `gate` and `mods` that each token reads.
     """
     shift, scale, mlp_gate = mods
+    clip = clip and x.dtype == torch.float16
     out = recall(mlp, x, late=True)
+    part = None if out is not None or clip or rows is not None else part_of(mlp, x)
+    if part is not None:
+        x = add_gated(x, a, gate, law="narrow")
+        return add_some(part, x, mlp, mlp_gate, scale, shift, law="narrow", **norm_options(norm))
     if out is None:
         x, y = add_gated_then_norm(x, a, gate, scale, shift, law="narrow", rows=rows, **norm_options(norm))
         out = mlp(y)
     else:
         x = add_gated(x, a, gate, law="narrow", rows=rows)
-    return add_gated(x, out, mlp_gate, law="narrow", clip=clip and x.dtype == torch.float16, rows=rows)
+    return add_gated(x, out, mlp_gate, law="narrow", clip=clip, rows=rows)
 
 
 __all__ = [
     "add_gated",
     "add_gated_then_mlp",
     "add_gated_then_norm",
+    "add_some",
     "exact_norm_options",
     "modulated_norm",
     "modulated_norm_pair",
     "norm_options",
     "one_dtype",
     "over_tokens",
+    "part_of",
     "recall",
 ]

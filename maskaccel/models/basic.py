@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import norm_modulate
 from ._adapter import Adapter, table
-from ._parts import add_gated, add_gated_then_norm, norm_options, recall
+from ._parts import add_gated, add_gated_then_norm, add_some, norm_options, part_of, recall
 
 
 def _unsupported(block: Any) -> str | None:
@@ -62,6 +62,10 @@ def _zero(self: Any, x: Tensor, attention_mask, encoder_hidden_states, timestep,
         attn = self.attn1(y, encoder_hidden_states=context, attention_mask=attention_mask, **extra)
 
     mlp = recall(self.ff, x, late=True)
+    part = part_of(self.ff, x) if mlp is None else None
+    if part is not None:
+        x = add_gated(x, attn, gate_msa, law="narrow")
+        return add_some(part, x, self.ff, gate_mlp, scale_mlp, shift_mlp, law="narrow", **norm_options(self.norm3))
     if mlp is None:
         x, y = add_gated_then_norm(x, attn, gate_msa, scale_mlp, shift_mlp, law="narrow", **norm_options(self.norm3))
         mlp = self.ff(y)
@@ -102,10 +106,14 @@ def _single(
         cross = None
 
     mlp = recall(self.ff, x, late=True)
+    options = dict(scale_table=tables[4], shift_table=tables[3], law="narrow", **norm_options(self.norm2))
+    part = part_of(self.ff, x) if mlp is None else None
+    if part is not None:
+        x = x if cross is None else add_gated(x, cross, law="narrow")
+        return add_some(part, x, self.ff, gate_mlp + tables[5], scale_mlp, shift_mlp, **options)
     if mlp is not None:
         x = x if cross is None else add_gated(x, cross, law="narrow")
     else:
-        options = dict(scale_table=tables[4], shift_table=tables[3], law="narrow", **norm_options(self.norm2))
         if cross is None:
             y = norm_modulate(x, scale_mlp, shift_mlp, **options)
         else:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..ops import norm_modulate
 from ._adapter import Adapter
-from ._parts import add_gated, add_gated_then_norm, norm_options, recall
+from ._parts import add_gated, add_gated_then_norm, add_some, norm_options, part_of, recall
 
 
 def form_of(function: Callable[..., Any]) -> str:
@@ -126,8 +126,12 @@ def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
         attn = self.attn(norm_modulate(x, scale_msa, shift_msa, law="narrow", **norm_options(self.norm1)))
 
     mlp = recall(self.mlp, x, late=True)
+    part = part_of(self.mlp, x) if mlp is None else None
+    options = norm_options(self.norm2)
+    if part is not None:
+        x = add_gated(x, attn, gate_msa, law="narrow")
+        return add_some(part, x, self.mlp, gate_mlp, scale_mlp, shift_mlp, law="narrow", **options)
     if mlp is None:
-        options = norm_options(self.norm2)
         x, y = add_gated_then_norm(x, attn, gate_msa, scale_mlp, shift_mlp, law="narrow", **options)
         mlp = self.mlp(y)
     else:

@@ -8,7 +8,7 @@ from .forecast_foca import PredictCorrect
 from .generation import Generation
 from .history import History, Storage
 from .ladder import Ladder, Series
-from .site import Site, recall
+from .site import Site, part_of, recall
 
 __all__ = [
     "BDF",
@@ -28,5 +28,6 @@ __all__ = [
     "Site",
     "Storage",
     "Taylor",
+    "part_of",
     "recall",
 ]

@@ -246,7 +246,15 @@ class Feature:
         return out
 
     def refresh(
-        self, held: Held, fresh: Tensor, index: Tensor, labels: Tensor | None = None, gamma: float = 0.0
+        self,
+        held: Held,
+        fresh: Tensor,
+        index: Tensor,
+        labels: Tensor | None = None,
+        gamma: float = 0.0,
+        *,
+        x: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Write tokens that were computed at this step into the newest value; then the forecast, the caller's to keep.
 
@@ -256,12 +264,14 @@ class Feature:
             index: Which tokens, int64 `(B, M)`; equal ones have equal values.
             labels: Cluster of every token, `(B, N)`; with `gamma`, tokens take part in what is fresh of their cluster.
             gamma: Share that they take.
+            x: Residual stream to add to, or None.
+            gate: Gate of the values.
         """
         held.used = self.generation.index
         (history,) = held.groups[0]
         assert history is not None
         weights = self.forecaster.weights(history.stamps, self.generation.index, history)
-        return [history.refresh(weights, fresh, index, labels, gamma)]
+        return [history.refresh(weights, fresh, index, labels, gamma, x=x, gate=gate)]
 
     def _forecast(self, history: History, x: Tensor | None, own: bool, late: bool) -> Tensor | Pending:
         weights = self.forecaster.weights(history.stamps, self.generation.index, history)

@@ -164,8 +164,11 @@ class History:
         index: Tensor,
         labels: Tensor | None = None,
         gamma: float = 0.0,
+        *,
+        x: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        """Write rows of the newest value, `(B, N, D)`, then `combine(weights)`; the result is the caller's to keep.
+        """Write rows of the newest value, `(B, N, D)`, then `combine(weights, x, gate)`; the result is the caller's.
 
         Args:
             weights: As in `combine`.
@@ -174,6 +177,8 @@ class History:
             labels: Cluster of every row, `(B, N)`, or None. With it every row that is not fresh, of a cluster with
                 fresh ones, becomes `gamma * their mean + (1 - gamma) * row`.
             gamma: See `labels`.
+            x: As in `combine`.
+            gate: As in `combine`.
         """
         held = len(self._stamps)
         if self._ring is None or self._kind is None or len(self._kind[0]) != 3 or len(weights) != held:
@@ -185,12 +190,13 @@ class History:
             value = self.newest().unsqueeze(0)
             one = on_device((1.0,), value.device)
             self._write(self._head, scatter_combine(value, one, fresh, index, labels, gamma=gamma))
-            return self.combine(weights)
+            return self.combine(weights, x=x, gate=gate)
         # The slots that are filled lie side by side, and those that are not hold garbage.
         slots = range(self.capacity) if held == self.capacity else range(self._head - held + 1, self._head + 1)
         values, newest = ring[slots.start : slots.stop], self._head - slots.start
         w = self._weights([weights[(self._head - slot) % self.capacity] for slot in slots])
-        return scatter_combine(values, w, fresh, index, labels, gamma=gamma, newest=newest).to(self._kind[1])
+        out = scatter_combine(values, w, fresh, index, labels, gamma=gamma, x=x, gate=gate, newest=newest)
+        return out.to(self._kind[1] if x is None else x.dtype)
 
     def gram(self) -> Tensor:
         """Inner products of all values held, newest first: fp64 `(held, held)` on the host.

@@ -21,6 +21,9 @@ SITE = "_maskaccel_site"
 class Refresh(Protocol):
     """What a module does at a step that is computed in part: some tokens anew, the others from memory."""
 
+    def chosen(self, held: Held, x: Tensor) -> Any | None:
+        """The tokens that a module of no other argument than x computes; None leaves the call to `__call__`."""
+
     def __call__(self, site: Site, held: Held, inner: Callable[..., Any], x: Tensor, args: tuple, kwargs: dict) -> Any:
         """The output of the module, or None if this call has to be computed whole."""
 
@@ -45,6 +48,7 @@ class Site:
         self.generation, self.rule, self.refresh = generation, rule, refresh
         self.feature = Feature(generation, forecaster, storage)
         self.computed = self.reused = self.refreshed = 0
+        self._passes = False  # a fused block calls the module with some tokens
 
     def key(self, x: Tensor) -> tuple:
         """What has to stay the same for remembered outputs to fit."""
@@ -69,6 +73,14 @@ class Site:
         self.reused += 1
         return pytree.tree_unflatten(self.feature.forecast(held, own=own, late=late), held.form)
 
+    def part(self, x: Tensor) -> Part | None:
+        """What a fused block needs to compute some tokens of x `(B, N, D)` itself, if this step does so."""
+        if self.refresh is None or not self.feature.usable() or self.rule.action(self.generation) != "partial":
+            return None
+        held = self.feature.find(self.key(x))
+        chosen = None if held is None else self.refresh.chosen(held, x)
+        return None if held is None or chosen is None else Part(self, held, chosen)
+
     def store(self, x: Tensor, output: Any) -> None:
         """Remember the output of a computed call."""
         self.computed += 1
@@ -78,6 +90,8 @@ class Site:
 
     def call(self, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's call: from memory, in part, or computed and remembered."""
+        if self._passes:
+            return inner(*args, **kwargs)
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None:
             return inner(*args, **kwargs)
@@ -93,6 +107,46 @@ class Site:
         output = inner(*args, **kwargs)
         self.store(x, output)
         return output
+
+
+class Part:
+    """A step in part of a module that treats tokens by themselves, in the hands of a fused block."""
+
+    def __init__(self, site: Site, held: Held, chosen: Any) -> None:
+        self._site, self._held, self._chosen = site, held, chosen
+
+    @property
+    def index(self) -> Tensor:
+        """The tokens that are computed, int64 `(B, M)`."""
+        return self._chosen.index
+
+    def added(self, module: nn.Module, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        """`x + gate * output`, with the module's output for these tokens in it.
+
+        Args:
+            module: The module.
+            y: Its input for the tokens of `index`, `(B, M, D)`.
+            x: Residual stream `(B, N, D)`.
+            gate: As in `maskaccel.ops.combine_history`.
+        """
+        site, chosen = self._site, self._chosen
+        site._passes = True
+        try:
+            fresh = module(y)
+        finally:
+            site._passes = False
+        site.refreshed += 1
+        (out,) = site.feature.refresh(
+            self._held, fresh, chosen.index, chosen.labels, chosen.gamma, x=x, gate=gate
+        )  # fmt: skip
+        assert out is not None
+        return out
+
+
+def part_of(module: nn.Module, x: Tensor) -> Part | None:
+    """`Site.part` of a module, if it has a site."""
+    site = module.__dict__.get(SITE)
+    return None if site is None else site.part(x)
 
 
 def remember(module: nn.Module, site: Site, transaction: Transaction, claimant: str) -> None:
