@@ -44,7 +44,7 @@ target_sources(maskaccel PRIVATE
   csrc/common/cuda_device.cu
   csrc/adaln/cuda_norm.cu csrc/adaln/cuda_norm_backward.cu csrc/adaln/cuda_qk.cu csrc/adaln/cuda_activation.cu
   csrc/steps/cuda_steps.cu csrc/steps/cuda_gram.cu csrc/steps/cuda_sites.cu
-  csrc/steps/cuda_normed.cu)
+  csrc/steps/cuda_normed.cu csrc/steps/cuda_scatter.cu csrc/steps/cuda_kmeans.cu)
 target_include_directories(maskaccel SYSTEM PRIVATE "${cutlass_include}")
 target_compile_definitions(maskaccel PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:USE_CUDA>)
 target_compile_options(maskaccel PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")

@@ -7,6 +7,7 @@ checks as on a GPU, at the speed of an emulation.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import importlib.util
 import os
@@ -81,8 +82,9 @@ def build(folder: Path) -> Path:
     return library
 
 
+@functools.cache
 def load(folder: Path) -> None:
-    """Build, define the ops and load the library."""
+    """Build, define the ops and load the library, once a process."""
     library = build(folder)
     for name, schema in {**ADALN, **BARE, **STEPS}.items():
         _LIBRARY.define(name + schema)

@@ -33,7 +33,7 @@ def _check(emulated, op: str, seed: int, dtype: torch.dtype, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("scatter_combine", "kmeans")])
+@pytest.mark.parametrize("op", OPS)
 def test_matches_reference(emulated, op, dtype):
     """Random calls over the whole contract: strides, groups, rows, tables, laws, gates, post norms, pairs, needs."""
     for seed in range(SEEDS):

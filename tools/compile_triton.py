@@ -222,6 +222,20 @@ def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             lambda p=past, w=weights, e=end: steps["combine_history_norm_modulate"](p, w, x, frame, *e),
         )
         yield f"{prefix} norm+difference {name}", lambda e=end: steps["norm_modulate_difference"](x, x, *e)
+    past, one = empty(2, BATCH, TOKENS, WIDTH), torch.ones(1, dtype=torch.float32, device="meta")
+    fresh, index = empty(BATCH, 16, WIDTH), empty(BATCH, 16, dtype=torch.int32)
+    for name, h, gate, labels, gamma in (
+        ("rows", past[:1], None, None, 0.0), ("clusters", past, frame, rows, 0.25), ("channels", past, None, rows, 0.25)
+    ):  # fmt: skip
+        w = one if name == "rows" else empty(*((2, WIDTH) if name == "channels" else (2,)), dtype=torch.float32)
+        yield (
+            f"{prefix} scatter {name}",
+            lambda h=h, w=w, at=labels, g=gate, share=gamma: steps["scatter_combine"](
+                h, w, fresh, index, at, x, g, 0, share
+            ),
+        )
+    for name, metric in (("l2", 0), ("l1", 1), ("cosine", 2)):
+        yield f"{prefix} kmeans {name}", lambda m=metric: steps["kmeans"](x, None, 16, 1, m)
     per_channel = empty(4, WIDTH, dtype=torch.float32)
     yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
 

@@ -156,6 +156,33 @@ __device__ __forceinline__ T shuffle_xor(T v, int mask) {
 #endif
 }
 
+/// One bit for each lane of the warp; every lane takes part.
+__device__ __forceinline__ unsigned warp_ballot(bool bit) {
+#ifdef MASKACCEL_EMULATE
+  unsigned bits = 0;
+  for (int lane = 0; lane < kWarp; ++lane) bits |= emulation::shuffle(bit ? 1.f : 0.f, lane) > 0.f ? 1u << lane : 0u;
+  return bits;
+#else
+  return __ballot_sync(0xffffffffu, bit);
+#endif
+}
+
+__device__ __forceinline__ int lowest_bit(unsigned bits) {
+#ifdef MASKACCEL_EMULATE
+  return __builtin_ctz(bits);
+#else
+  return __ffs(static_cast<int>(bits)) - 1;
+#endif
+}
+
+__device__ __forceinline__ int count_bits(unsigned bits) {
+#ifdef MASKACCEL_EMULATE
+  return __builtin_popcount(bits);
+#else
+  return __popc(bits);
+#endif
+}
+
 /// Sum over groups of `width` lanes (a power of two); every lane of the warp takes part.
 template <typename T>  // float or double
 __device__ __forceinline__ T warp_sum(T v, int width = kWarp) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton as host
-from . import triton_launch, triton_launch_normed
+from . import triton_launch, triton_launch_normed, triton_launch_tokens
 
 MAX_HISTORY = 16
 _BLOCK = 1024
@@ -71,6 +71,7 @@ KERNELS: dict[str, Callable] = {
     "combine_history": combine_history,
     **triton_launch.KERNELS,
     **triton_launch_normed.KERNELS,
+    **triton_launch_tokens.KERNELS,
 }
 
 
