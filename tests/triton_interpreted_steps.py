@@ -112,8 +112,15 @@ def _opcheck_arguments() -> dict[str, tuple]:
         "combine_history_norm_modulate": (case.normal(2, 2, 2, 24), torch.ones(2), x, g, g, g, *end),
         "norm_modulate_difference": (x, x, g, g, *end),
         "scatter_combine": (
-            case.normal(2, 2, 2, 24), torch.ones(2), case.normal(2, 1, 24), torch.ones(2, 1, dtype=torch.int32),
-            torch.zeros(2, 2, dtype=torch.int32), x, g, 1, 0.5,
+            case.normal(2, 2, 2, 24),
+            torch.ones(2),
+            case.normal(2, 1, 24),
+            torch.ones(2, 1, dtype=torch.int32),
+            torch.zeros(2, 2, dtype=torch.int32),
+            x,
+            g,
+            1,
+            0.5,
         ),
         "kmeans": (x, None, 2, 1, 1),
     }

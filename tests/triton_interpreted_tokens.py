@@ -35,7 +35,9 @@ def test_random_calls(name: str, dtype: torch.dtype) -> None:
     for seed in range(6):
         args = draw(name, seed, dtype, widths=(24, 40))
         got = run(name, steps.KERNELS[name], args)
-        assert_all_close_to_truth(got, run_plain(name, args), run_plain(name, widened(args)), f"{seed} {describe(args)}")
+        assert_all_close_to_truth(
+            got, run_plain(name, args), run_plain(name, widened(args)), f"{seed} {describe(args)}"
+        )
 
 
 def test_indices_outside_are_left_out() -> None:
@@ -51,7 +53,11 @@ def test_empty() -> None:
     none = torch.zeros(0, 2, dtype=torch.int32)
     args = (torch.zeros(2, 0, 4, 8), torch.ones(2), torch.zeros(0, 2, 8), none, None, None, None, 0, 0.0)
     assert steps.KERNELS["scatter_combine"](*args).shape == (0, 4, 8)
-    assert [t.shape for t in steps.KERNELS["kmeans"](torch.zeros(0, 4, 8), None, 3, 2, 1)] == [(0, 4), (0, 3, 8), (0, 3)]
+    assert [t.shape for t in steps.KERNELS["kmeans"](torch.zeros(0, 4, 8), None, 3, 2, 1)] == [
+        (0, 4),
+        (0, 3, 8),
+        (0, 3),
+    ]
 
 
 H, W, F, AT = torch.zeros(3, 2, 4, 8), torch.ones(3), torch.zeros(2, 2, 8), torch.zeros(2, 2, dtype=torch.int32)

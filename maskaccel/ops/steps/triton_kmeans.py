@@ -69,7 +69,9 @@ def center_rows(x, x_scale, labels, centroids, x_batch, x_row, N, D, K, ROWS: tl
     for start in range(0, N, ROWS):
         n = start + tl.arange(0, ROWS)
         member = tl.load(labels + b * N + n, mask=n < N, other=-1) == c
-        v = load(x + b * x_batch + n.to(tl.int64)[:, None] * x_row, cols[None, :], member[:, None] & (cols < D)[None, :])
+        v = load(
+            x + b * x_batch + n.to(tl.int64)[:, None] * x_row, cols[None, :], member[:, None] & (cols < D)[None, :]
+        )
         if x_scale is not None:
             v *= tl.load(x_scale + b * N + n, mask=member, other=0.0)[:, None]
         total += v
@@ -102,11 +104,11 @@ def nearest_members(labels, distance, chosen, N, K, BLOCK: tl.constexpr):
 def nearest_free(distance, chosen, taken, N, K, BLOCK: tl.constexpr):
     """For one empty cluster after the other the nearest token that represents none yet. `taken` starts as zeros."""
     b = tl.program_id(0).to(tl.int64)
-    for c in range(0, K):
+    for c in range(K):
         at = tl.load(chosen + b * K + c)
         tl.store(taken + b * N + at, 1, mask=at >= 0)
     tl.debug_barrier()
-    for c in range(0, K):
+    for c in range(K):
         if tl.load(chosen + b * K + c) < 0:
             best = tl.full([BLOCK], float("inf"), tl.float32)
             at = tl.full([BLOCK], 0, tl.int32) + N

@@ -68,7 +68,9 @@ def kmeans(x: Tensor, init: Tensor | None, k: int, iters: int, metric: int) -> t
     host.check_activation("x", x)
     batch, n, width = x.shape
     if not 1 <= k <= min(n, MAX_CLUSTERS) or not 0 <= iters <= 1000 or metric not in METRICS.values():
-        raise RuntimeError(f"k={k} must be 1 to {min(n, MAX_CLUSTERS)}, iters={iters} 0 to 1000, metric={metric} 0 to 2")
+        raise RuntimeError(
+            f"k={k} must be 1 to {min(n, MAX_CLUSTERS)}, iters={iters} 0 to 1000, metric={metric} 0 to 2"
+        )
     if init is None:
         steps = torch.arange(k, device=x.device)
         centroids = x.index_select(1, (2 * steps + 1) * n // (2 * k)).to(torch.float32, copy=True).contiguous()
@@ -103,7 +105,7 @@ def _cluster(x: Tensor, centroids: Tensor, labels: Tensor, distance: Tensor, ite
                         num_warps=4)  # fmt: skip
         host.launch(assign_rows, (math.ceil(n / 16), batch), x, x, centroids, x_scale, scale, labels,
                     distance if i == iters else None, *strides, n, width, k, METRIC=metric, ROWS=16, COLS=16, BLOCK=32,
-                    num_warps=4)  # fmt: skip
+                    num_warps=8)  # fmt: skip
         if i < iters:
             host.launch(center_rows, (k, math.ceil(width / 128), batch), x, x, x_scale, labels, centroids, *strides, n,
                         width, k, ROWS=16, BLOCK=128, num_warps=4)  # fmt: skip

@@ -44,7 +44,7 @@ def cluster_means(fresh, index, first, mean, N, M, D, BLOCK: tl.constexpr):
     if tl.load(first + b * N + token, mask=inside, other=-1) == m:
         total = tl.zeros([BLOCK], tl.float32)
         count = 0
-        for r in range(0, M):
+        for r in range(M):
             other = tl.load(index + b * M + r)
             within = (other >= 0) & (other < N)
             lead = tl.load(first + b * N + other, mask=within, other=-1)
