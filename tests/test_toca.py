@@ -15,7 +15,7 @@ from zoo.pipelines import PIPELINES, dit, sample
 import maskaccel
 from maskaccel.masks import Cycle
 from maskaccel.methods import FusedAdaLN, ToCa
-from maskaccel.models import _parts
+from maskaccel.state import site
 
 STEPS = 7
 FIXED = {"drift": 0, "dense": None, "step_weight": 0, "layer_weight": 0}
@@ -314,19 +314,19 @@ def test_only_chosen_tokens_are_computed_and_every_token_gets_its_turn():
     assert (counts == 2).all(), "ages that outweigh the scores are a rotation"
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "flux", "sd3", "qwen"])
+@pytest.mark.parametrize("name", ["dit", "pixart", "flux", "sd3", "qwen", "wan", "ltx"])
 def test_fused_blocks_prepare_chosen_tokens_alone(name, monkeypatch):
     pipeline, kwargs, _ = built(name)
-    seen, inner = [], _parts.norm_modulate
-    monkeypatch.setattr(_parts, "norm_modulate", lambda x, *a, **k: seen.append(x.shape[1]) or inner(x, *a, **k))
+    seen, inner = [], site.Part.added
+    monkeypatch.setattr(site.Part, "added", lambda part, *a: seen.append(part.index.shape[1]) or inner(part, *a))
     with maskaccel.patch(pipeline, [ToCa(ratio=0.5, mlp=1, score="random", **FIXED), FusedAdaLN()]) as patch:
         sample(pipeline, kwargs, steps=3)
         activity = patch.report().activity["ToCa"]
-    tokens = {"dit": [8], "pixart": [8], "flux": [8, 3], "sd3": [8, 3], "qwen": [2, 3]}[name]
-    chosen = [n for n in seen if n in tokens]  # others are norms at the end of the model
-    assert set(tokens) == set(chosen)
-    others = {"pixart": 4, "flux": 4, "dit": 0, "sd3": 0, "qwen": 0}[name]  # cross-attention, single-stream blocks
-    assert len(chosen) + others == activity["in part"]
+    expected = {"flux": {8, 3, 17}, "sd3": {8, 3}, "qwen": {2, 3}, "wan": {4}, "ltx": {96}}.get(name, {8})
+    assert set(seen) == expected
+    cross = sum(path.endswith("attn2") for path, _ in pipeline.transformer.named_modules())
+    calls = 2 * (2 if name == "wan" else 1)  # steps in part, guidance branches
+    assert len(seen) == activity["in part"] - calls * cross
 
 
 def test_what_a_module_returns_is_the_callers():

@@ -141,8 +141,9 @@ class Rows:
         """The tokens that a module of no other argument than x computes; None leaves the call to `__call__`."""
         if self.scores is not None or not _fits(held, x):
             return None
-        # A sum with values of another dtype may be of another dtype than x.
-        return self.choice(x, held) if held.groups[0][0].of_kind(x) else None  # type: ignore[union-attr]  # _fits
+        # A sum with values of another dtype may be of another dtype than x; a projection changes the width alone.
+        history = held.groups[0][0]
+        return self.choice(x, held) if history is not None and history.of_kind(x, any_width=True) else None
 
     def __call__(self, site: Site, held: Held, inner: Callable[..., Any], x: Tensor, args: tuple, kwargs: dict) -> Any:
         """The output of the module, or None if it has to be computed whole."""

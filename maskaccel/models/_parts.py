@@ -196,6 +196,7 @@ __all__ = [
     "add_gated_then_norm",
     "add_some",
     "exact_norm_options",
+    "gathered",
     "modulated_norm",
     "modulated_norm_pair",
     "norm_options",

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops import gated_activation, norm_modulate
 from ._adapter import Adapter, table
 from ._attention import FusedProcessor, norm_and_rotate
-from ._parts import add_gated, add_gated_then_mlp, norm_options, recall
+from ._parts import add_gated, add_gated_then_mlp, gathered, norm_options, part_of, recall
 
 _TRANSFORMERS = "diffusers.models.transformers.transformer_"
 
@@ -113,12 +113,19 @@ def _single(
 ) -> Tensor:
     shift, scale, gate = mods
     # Only the shape of the projection's input is known before it is computed.
-    out = recall(self.proj_out, x[..., :1].expand(-1, -1, x.shape[-1] + self.mlp_hidden_dim))
+    joined = x[..., :1].expand(-1, -1, x.shape[-1] + self.mlp_hidden_dim)
+    out, clip = recall(self.proj_out, joined), x.dtype == torch.float16
+    part = None if out is not None or clip else part_of(self.proj_out, joined)
+    attn = None if part is None else recall(self.attn, x)
+    if part is not None and attn is not None:
+        some = gathered(x, part.index)
+        y = norm_modulate(some, scale, shift, law="narrow", **norm_options(self.norm.norm))
+        return part.added(self.proj_out, torch.cat([gathered(attn, part.index), mlp(self, y)], dim=2), x, gate)
     if out is None:
         y = norm_modulate(x, scale, shift, law="narrow", **norm_options(self.norm.norm))
         hidden = mlp(self, y)
         out = self.proj_out(torch.cat([self.attn(hidden_states=y, **kwargs), hidden], dim=2))
-    return add_gated(x, out, gate, law="narrow", clip=x.dtype == torch.float16)
+    return add_gated(x, out, gate, law="narrow", clip=clip)
 
 
 def _joined(self: Any, x: Tensor, c: Tensor, temb: Tensor, kwargs: dict[str, Any], mlp: Any) -> tuple[Tensor, Tensor]:

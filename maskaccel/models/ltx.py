@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import norm_modulate
 from ._adapter import Adapter, table
 from ._attention import FusedProcessor, norm_and_rotate, readable
-from ._parts import add_gated, add_gated_then_norm, norm_options, recall
+from ._parts import add_gated, add_gated_then_norm, add_some, norm_options, part_of, recall
 
 
 def forward(
@@ -51,8 +51,12 @@ def forward(
         )
 
     mlp = recall(self.ff, x, late=True)
+    options = dict(scale_table=tables[4], shift_table=tables[3], law="narrow", **norm_options(self.norm2))
+    part = part_of(self.ff, x) if mlp is None and scale2.shape[1] == 1 else None
+    if part is not None:
+        x = add_gated(x, cross, law="narrow")
+        return add_some(part, x, self.ff, gate2 + tables[5], scale2, shift2, **options)
     if mlp is None:
-        options = dict(scale_table=tables[4], shift_table=tables[3], law="narrow", **norm_options(self.norm2))
         x, y = add_gated_then_norm(x, cross, None, scale2, shift2, **options)
         mlp = self.ff(y)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops import norm_modulate
 from ._adapter import Adapter, table
 from ._attention import FusedProcessor, derived, hooked, norm_and_rotate
-from ._parts import add_gated, add_gated_then_norm, norm_options, recall
+from ._parts import add_gated, add_gated_then_norm, add_some, norm_options, part_of, recall
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -64,8 +64,12 @@ def _run(
         x, cross = _add_and_cross(self, x, attn, gate1, tables[2], cross_attend)
 
     mlp = recall(self.ffn, x)
+    options = dict(scale_table=tables[4], shift_table=tables[3], **norm_options(self.norm3))
+    part = part_of(self.ffn, x) if mlp is None and scale2.ndim == 2 else None
+    if part is not None:
+        x = x if cross is None else add_gated(x, cross)
+        return add_some(part, x, self.ffn, gate2 + tables[5], scale2, shift2, **options)
     if mlp is None:
-        options = dict(scale_table=tables[4], shift_table=tables[3], **norm_options(self.norm3))
         if cross is None:
             y = norm_modulate(x, scale2, shift2, **options)
         else:

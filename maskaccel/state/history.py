@@ -253,9 +253,12 @@ class History:
         ring, w = self._terms(weights)
         return combine_history_norm_modulate(ring, w, scale, shift, x=x, gate=gate, **norm)
 
-    def of_kind(self, x: Tensor) -> bool:
-        """Whether the values have the shape, dtype and device of x, `(B, N, D)`."""
-        return x.dim() == 3 and self._kind == (x.shape, x.dtype, x.device)
+    def of_kind(self, x: Tensor, any_width: bool = False) -> bool:
+        """Whether the values have the shape (`any_width`: but for the last dim), dtype and device of x, `(B, N, D)`."""
+        if x.dim() != 3 or self._kind is None or len(self._kind[0]) != 3:
+            return False
+        shape = (*x.shape[:2], self._kind[0][2] if any_width else x.shape[2])
+        return self._kind == (shape, x.dtype, x.device)
 
     def _terms(self, weights: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
         """The values that count, `(K, B, N, D)`, and their weights, as the combining kernels take them."""
