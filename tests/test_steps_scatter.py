@@ -193,6 +193,7 @@ BAD = [
     ((H, W, F, AT[0]), {}, ValueError, r"index has shape \(2,\); it must be \(2, M\)"),
     ((H, W, F, AT + 1), {}, ValueError, r"index holds values in \[1, 4\]; allowed are 0 to 3"),
     ((H, W, F, AT - 1), {}, ValueError, r"index holds values in \[-1, 2\]; allowed are 0 to 3"),
+    ((H, W, F, AT + 2**40), {}, ValueError, r"index holds values in \[1099511627776, 1099511627779\]"),
     ((H, W, F, (AT + 1).int()), {}, ValueError, r"index holds values in \[1, 4\]; allowed are 0 to 3"),
     ((H, W, F, AT, L[:, :3]), {}, ValueError, r"labels has shape \(2, 3\); it must be \(2, 4\)"),
     ((H, W, F, AT, L.bool()), {}, TypeError, "labels has dtype torch.bool"),

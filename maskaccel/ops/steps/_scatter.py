@@ -66,7 +66,8 @@ def scatter_combine(
     """
     if backend is None and not _call.tracing():
         try:
-            args = (history, weights, fresh, index, labels, x, gate, newest, gamma)
+            at, of = _narrow(index, history.shape[2]), None if labels is None else _narrow(labels)
+            args = (history, weights, fresh, at, of, x, gate, newest, gamma)
             return _written(history, _call.fast("scatter_combine", history, args))
         except _call.FAULTS:
             pass  # the checks below say what is wrong, or make the operands dense
@@ -90,7 +91,7 @@ def scatter_combine(
         history,
         weights.float().contiguous(),
         fresh.to(history.dtype).contiguous(),
-        _check.as_rows(index, batch),
+        _check.as_rows(_narrow(index, n), batch),
         None if labels is None or gamma == 0 else _check.as_rows(labels, batch),
         None if x is None else x.contiguous(),
         gate_k,
@@ -100,6 +101,13 @@ def scatter_combine(
     whole = (history, weights, *args[2:5], x, gate, newest, gamma)
     out = _call.checked("scatter_combine", history, args, backend, partial(plain.scatter_combine, *whole))
     return _written(history, out)
+
+
+def _narrow(t: Tensor, limit: int | None = None) -> Tensor:
+    """int64, which top-k and sorting give, as int32; what is outside 0 to `limit` stays outside."""
+    if t.dtype is not torch.int64:
+        return t
+    return (t if limit is None else t.clamp(-1, limit)).int()
 
 
 def _written(history: Tensor, out: Tensor) -> Tensor:
