@@ -1,15 +1,16 @@
-"""Command line: `python -m benchmarks.caching {calibrate,quality,timing,report} [--only REGEX] ...`."""
+"""Command line: `python -m benchmarks.caching {calibrate,quality,timing,report,hits} [--only REGEX] ...`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
 from classifier import load_classifier
 from data import DEFAULT_ROOT, load_split, to_float
 
-from . import ROOT, calibrate, quality, report, timing
+from . import ROOT, calibrate, hits, quality, report, timing
 from . import __doc__ as description
 from .model import Setting
 from .plan import RUNS
@@ -24,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("calibrate", "quality", "timing", "report"))
+    parser.add_argument("what", choices=("calibrate", "quality", "timing", "report", "hits"))
     parser.add_argument("--only", metavar="REGEX", help="runs whose text holds a match; the baseline is always made")
     parser.add_argument("--run", action="append", metavar="TEXT", help="a run of yours instead of the planned ones")
     parser.add_argument("--list", action="store_true", help="say what is done, missing or absent; run nothing")
@@ -50,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     setting = Setting(**{name: getattr(args, name) for name in fields})
     if args.what == "calibrate":
         calibrate.make(setting, again=True)
+        return
+    if args.what == "hits":
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "hits.json").write_text(json.dumps(hits.report(setting, args.rounds), indent=1) + "\n")
         return
     texts = [text for text in args.run or RUNS if args.only is None or re.search(args.only, text)]
     texts = [BASELINE, *(text for text in dict.fromkeys(texts) if text != BASELINE)]
