@@ -10,7 +10,7 @@ from .model import Setting, load, sample
 
 FOLDER = Path(__file__).parent / "calibrations"
 # What the planned runs need.
-KINDS = ("distances", "magnitudes", "products", "teacache")
+KINDS = ("distances", "hyca", "magnitudes", "products", "teacache")
 SEED = 1_000_000
 
 
