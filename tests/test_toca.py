@@ -373,7 +373,8 @@ def test_narrow_storage(dtype):
 @pytest.mark.parametrize(
     "name",
     [
-        "AuraFlowTransformer2DModel", "HunyuanImageTransformer2DModel", "LuminaNextDiT2DModel",
+        "AuraFlowTransformer2DModel", "HunyuanImageTransformer2DModel", "Kandinsky5Transformer3DModel",
+        "LuminaNextDiT2DModel",
         "MotifVideoTransformer3DModel", "NucleusMoEImageTransformer2DModel", "SanaWMTransformer3DModel",
     ],
 )  # fmt: skip

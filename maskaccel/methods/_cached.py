@@ -132,7 +132,8 @@ def block_lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def _looks_like_block(module: nn.Module) -> bool:
-    return block_adapter(module) is not None or bool(children_of(module, USUAL_SITES))
+    names = (*USUAL_SITES, *SELF_ATTENTION, *CROSS_ATTENTION, *MLPS)
+    return block_adapter(module) is not None or bool(children_of(module, names))
 
 
 # -------------------------------------------------------------------------------------------------- stacks
