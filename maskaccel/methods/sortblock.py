@@ -58,7 +58,8 @@ class Sortblock:
             first; `"flux"`, `"hunyuan-video"` or `"wan"`. None takes the one of the model's class, and 1 (so that
             `beta` is the ratio) for classes without.
         low: Smallest timestep at which anything is predicted.
-        high: Largest one.
+        high: Largest one. Lines need some computed steps before them: lower it for runs of few steps, so that three of
+            them lie above.
         storage: How the changes are kept.
     """
 
