@@ -374,12 +374,12 @@ def test_narrow_storage(dtype):
     "name",
     [
         "AuraFlowTransformer2DModel", "HunyuanImageTransformer2DModel", "Kandinsky5Transformer3DModel",
-        "LuminaNextDiT2DModel",
-        "MotifVideoTransformer3DModel", "NucleusMoEImageTransformer2DModel", "SanaWMTransformer3DModel",
+        "LuminaNextDiT2DModel", "MochiTransformer3DModel", "MotifVideoTransformer3DModel",
+        "NucleusMoEImageTransformer2DModel", "SanaWMTransformer3DModel",
     ],
 )  # fmt: skip
 def test_modules_in_which_tokens_meet_are_not_called_with_some(name):
-    """Rotary embeddings, convolutions and experts that choose: on a constant input every step gives the same."""
+    """Rotary embeddings, convolutions, experts that choose: on a constant input every step gives the same."""
     model, kwargs = MODELS[name]()
     score = "random" if "Sana" in name or "Lumina" in name else "attention"
     with torch.no_grad():

@@ -58,16 +58,24 @@ def _maps(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Any
 
 
 class _Intercept(TorchFunctionMode):
-    """Measures the attention that is computed inside; of several the last."""
+    """Measures the attention that is computed inside."""
 
     def __init__(self, measure: Measure) -> None:
         super().__init__()
-        self.measure, self.found = measure, None
+        self.measure = measure
+        self.found: list[Tensor | None] = []
+
+    def scores(self, batch: int) -> Tensor | None:
+        """Of calls for single samples, one for each, all of them; else of the last call."""
+        shapes = {None if f is None else tuple(f.shape) for f in self.found}
+        if batch > 1 and len(self.found) == batch and len(shapes) == 1 and (shapes.pop() or (0,))[0] == 1:
+            return torch.cat([f for f in self.found if f is not None])
+        return self.found[-1] if self.found else None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            self.found = self._measured(*args, **kwargs)  # type: ignore[assignment]
+            self.found.append(self._measured(*args, **kwargs))
         return func(*args, **kwargs)
 
     def _measured(
@@ -120,7 +128,8 @@ class AttentionScores:
             return inner(*args, **kwargs)
         with _Intercept(self.measure) as seen:
             output = inner(*args, **kwargs)
-        branch, found = self.generation.branch_key, seen.found
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        branch, found = self.generation.branch_key, seen.scores(x.shape[0])
         if found is not None and self.rows is not None:
             found = self._held[branch].scatter(1, self.rows, found)
         if found is None:

@@ -189,13 +189,13 @@ class History:
         if self._scales is not None or ring.device != self._kind[2]:
             value = self.newest().unsqueeze(0)
             one = on_device((1.0,), value.device)
-            self._write(self._head, scatter_combine(value, one, fresh, index, labels, gamma=gamma))
+            self._write(self._head, scatter_combine(value, one, fresh, index.int(), labels, gamma=gamma))
             return self.combine(weights, x=x, gate=gate)
         # The slots that are filled lie side by side, and those that are not hold garbage.
         slots = range(self.capacity) if held == self.capacity else range(self._head - held + 1, self._head + 1)
         values, newest = ring[slots.start : slots.stop], self._head - slots.start
         w = self._weights([weights[(self._head - slot) % self.capacity] for slot in slots])
-        out = scatter_combine(values, w, fresh, index, labels, gamma=gamma, x=x, gate=gate, newest=newest)
+        out = scatter_combine(values, w, fresh, index.int(), labels, gamma=gamma, x=x, gate=gate, newest=newest)
         return out.to(self._kind[1] if x is None else x.dtype)
 
     def gram(self) -> Tensor:
