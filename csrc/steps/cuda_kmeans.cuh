@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kAssignThreads) assign_kernel(const __grid_con
         next2 = load_pack(c0, d + kTileDepth + column, p.width, p.centroids_vec);
       }
       float part[2][2] = {};  // short sums first: less rounding
-#pragma unroll 4
+#pragma unroll 2
       for (int e = 0; e < kTileDepth; e += 4) {
         Four a[2], c[2];
 #pragma unroll
