@@ -12,7 +12,19 @@ import torch
 from zoo.pipelines import MORE_PIPELINES, PIPELINES, sample
 
 import maskaccel
-from maskaccel.methods import DDT, FORA, ClusCa, DuCa, FasterCache, FBCache, FusedAdaLN, Sortblock, TaylorSeer, ToCa
+from maskaccel.methods import (
+    DDT,
+    FORA,
+    ClusCa,
+    DuCa,
+    FasterCache,
+    FBCache,
+    FusedAdaLN,
+    Sortblock,
+    SpeCa,
+    TaylorSeer,
+    ToCa,
+)
 from maskaccel.state import History, Storage
 
 ALWAYS = {"attention_window": (0, 1000), "uncond_window": (0, 1000), "low_window": (0, 1000), "high_window": (0, 1000)}
@@ -186,7 +198,7 @@ def test_skipped_blocks_are_not_loaded_under_offload(method):
     assert hooks[-1].loads == activity["computed"] < 6
 
 
-def _decide_on_rank(rank, port, queue):
+def _decide_on_rank(rank, port, queue, method):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     try:
@@ -203,25 +215,31 @@ def _decide_on_rank(rank, port, queue):
         for parallel in (False, True):
             config = type("Config", (), {"context_parallel_config": shared if parallel else None})
             model._parallel_config = config
-            with torch.no_grad(), maskaccel.patch(model, FBCache(threshold=0.06)) as patch, patch.generation(8) as run:
+            with torch.no_grad(), maskaccel.patch(model, method) as patch, patch.generation(8) as run:
                 for i in range(8):
                     # Each rank sees another part of the sequence, which moves at its own pace.
                     x = torch.ones(1, 4, 8, 8) * (1 + i * (0.02 + 0.3 * rank)) + torch.arange(8.0)
                     model(x, torch.tensor([900 - i]), torch.tensor([1]))
                     run.step()
-                letters.append(patch.report().activity["FBCache"]["steps"])
+                found = patch.report().activity[method.name]
+                letters.append([found.get(name) for name in ("steps", "computed", "reused", "verified", "failed")])
         queue.put((rank, letters))
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_ranks_that_share_a_sequence_decide_alike():
+@pytest.mark.parametrize(
+    "method",
+    [FBCache(threshold=0.06), SpeCa(threshold=0.03, decay=1.0, floor=0.0, min_drafts=0, first=2)],
+    ids=lambda m: m.name,
+)
+def test_ranks_that_share_a_sequence_decide_alike(method):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    ranks = [context.Process(target=_decide_on_rank, args=(rank, port, queue)) for rank in range(2)]
+    ranks = [context.Process(target=_decide_on_rank, args=(rank, port, queue, method)) for rank in range(2)]
     for process in ranks:
         process.start()
     found = dict(queue.get(timeout=120) for _ in ranks)

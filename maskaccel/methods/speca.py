@@ -113,7 +113,10 @@ class SpeCa:
         generation = context.track_generation(self.name)
         generation.memories.append(rule)
         block, streams = blocks[-1]
-        verifier = Verifier(generation, [([block], [streams])], rule, self.forecaster, self.storage)
+        verifier = Verifier(
+            generation, [([block], [streams])], rule, self.forecaster, self.storage,
+            group=_cached.context_parallel_group(context.model),
+        )  # fmt: skip
         verifier.attach(context.transaction, self.name)
         context.done(self.name, block, "verifies")
 
@@ -218,30 +221,34 @@ class Verifier(Stack):
             for draft, after, base in zip(drafts, role.streams.read(output), before, strict=True)
             if draft is not None and after is not None and base is not None
         ]
-        rule.record(self.generation, relative_error(pairs, rule.policy.metric))
+        rule.record(self.generation, relative_error(pairs, rule.policy.metric, self.group))
         self._count()
         return output
 
 
-def relative_error(pairs: Sequence[tuple[Tensor, Tensor]], metric: str) -> float:
+def relative_error(pairs: Sequence[tuple[Tensor, Tensor]], metric: str, group: Any = None) -> float:
     """How far forecasts are from what they forecast; one read of the device.
 
     Args:
         pairs: Forecast and truth of each stream, `(B, ...)`.
         metric: `"l1"`, `"l2"` or `"cosine"`.
+        group: Process group whose ranks share one sequence: their sums are added, so that all find the same.
 
     Returns:
         The largest error of any sample, over all its streams.
     """
+    tiny = torch.finfo(torch.float64).tiny
     if metric == "l1":
         sums = torch.stack([relative_difference(draft, truth) for draft, truth in pairs]).double().sum(0)
-        off, size = sums[:, 0], sums[:, 1]
     else:
         wide = [(draft.flatten(1).double(), truth.flatten(1).double()) for draft, truth in pairs]
         draft, truth = (torch.cat(parts, 1) for parts in zip(*wide, strict=True))
-        size = truth.norm(dim=1)
-        off = (draft - truth).norm(dim=1)
-        if metric == "cosine":
-            size = size * draft.norm(dim=1)
-            off = size - (draft * truth).sum(1)
-    return float((off / size.clamp_min(torch.finfo(torch.float64).tiny)).max())
+        first = (draft - truth).square() if metric == "l2" else draft * truth
+        sums = torch.stack([first.sum(1), truth.square().sum(1), draft.square().sum(1)], 1)
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+    if metric == "cosine":
+        errors = 1 - sums[:, 0] / (sums[:, 1] * sums[:, 2]).sqrt().clamp_min(tiny)
+    else:
+        errors = sums[:, 0] / sums[:, 1].clamp_min(tiny)
+    return float((errors.sqrt() if metric == "l2" else errors).max())
