@@ -240,3 +240,19 @@ def test_the_residual_flag_is_for_inference():
     args[0] = args[0].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="NO_RESIDUAL"):
         op("maskaccel", "gate_residual_norm_modulate")(*args)
+
+
+@pytest.mark.parametrize("op", ["combine_history", "combine_sites", "scatter_combine", "combine_history_norm_modulate"])
+def test_a_wide_stream_over_a_narrow_history_is_summed_by_the_reference(op):
+    """No kernel serves fp64, whichever operand has it."""
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randn(2, 1, 4, 8, generator=generator)
+    x = torch.randn(1, 4, 8, generator=generator, dtype=torch.float64)
+    weights, more = torch.tensor([1.5, -0.5]), ()
+    held = history[None] if op == "combine_sites" else history.clone()
+    if op == "scatter_combine":
+        more = (history[0, :, :1], torch.zeros(1, 1, dtype=torch.int64))
+    out = getattr(ops, op)(held, weights, *more, x=x)
+    out = out[0] if isinstance(out, tuple) else out
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, x + 1.5 * history[0].double() - 0.5 * history[1].double())

@@ -46,6 +46,11 @@ def residual(x: Tensor | None, history: Tensor) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be {need}, as a step of history")
 
 
+def judged(history: Tensor, x: Tensor | None) -> Tensor:
+    """Whichever of the two no kernel serves, for the choice of the backend: `history` unless `x` is fp64."""
+    return x if x is not None and x.dtype == torch.float64 else history
+
+
 def gates(value: Tensor | None, history: Tensor) -> None:
     """None, or one gate for each site of `(S, K, B, N, D)`."""
     if value is None:

@@ -53,7 +53,11 @@ def combine_history(
     (gate_k,) = _checks.one_dtype(like, gate if gate is None or gate.dim() == 3 else gate[:, None])
     args = (_check.dense_steps(history), weights.float().contiguous(), None if x is None else x.contiguous(), gate_k)
     return _call.checked(
-        "combine_history", history, args, backend, partial(plain.combine_history, history, weights, x, gate)
+        "combine_history",
+        _check.judged(history, x),
+        args,
+        backend,
+        partial(plain.combine_history, history, weights, x, gate),
     )
 
 
@@ -102,5 +106,9 @@ def combine_sites(
     (gates_k,) = _checks.one_dtype(history[0, 0] if x is None else x, gates)
     args = (_check.dense_steps(history), weights.float().contiguous(), None if x is None else x.contiguous(), gates_k)
     return _call.checked(
-        "combine_sites", history, args, backend, partial(plain.combine_sites, history, weights, x, gates)
+        "combine_sites",
+        _check.judged(history, x),
+        args,
+        backend,
+        partial(plain.combine_sites, history, weights, x, gates),
     )

@@ -99,7 +99,9 @@ def scatter_combine(
         gamma,
     )
     whole = (history, weights, *args[2:5], x, gate, newest, gamma)
-    out = _call.checked("scatter_combine", history, args, backend, partial(plain.scatter_combine, *whole))
+    out = _call.checked(
+        "scatter_combine", _check.judged(history, x), args, backend, partial(plain.scatter_combine, *whole)
+    )
     return _written(history, out)
 
 
