@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from _numerics import assert_close_to_truth
+from zoo.all_models import MODELS
 from zoo.common import tensors_of
 from zoo.pipelines import MORE_PIPELINES, PIPELINES, dit, sample
 
@@ -349,3 +350,32 @@ def test_the_report_of_two_transformers_is_of_their_sum():
 def test_bad_fields(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))}=.* must be an integer"):
         FORA(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "children"),
+    {
+        "BriaFibo2Transformer2DModel": {"attention", "feed_forward", "cross_attention", "self_attention", "ffn"},
+        "Ideogram4Transformer2DModel": {"attention", "feed_forward"},
+        "Kandinsky5Transformer3DModel": {"self_attention", "cross_attention", "feed_forward"},
+        "Kandinsky6SRTransformer3DModel": {"self_attention", "feed_forward"},
+        "LongCatAudioDiTTransformer": {"self_attn", "cross_attn", "ffn"},
+        "LuminaNextDiT2DModel": {"attn1", "attn2", "feed_forward"},
+        "PRXTransformer2DModel": {"attention"},
+        "StableAudio3DiTModel": {"self_attn", "cross_attn", "ff"},
+        "WanAnimate2Transformer3DModel": {"self_attn", "cross_attn", "ffn"},
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_blocks_without_an_adapter_by_the_names_of_their_children(name, children):
+    model, kwargs = MODELS[name]()
+    with torch.no_grad():
+        plain = tensors_of(model(**kwargs))
+        with maskaccel.patch(model, FORA(interval=2)) as patch, patch.generation(2) as run:
+            sites = [path.rsplit(".", 1)[1] for path, module in model.named_modules() if SITE in module.__dict__]
+            for _ in range(2):
+                torch.testing.assert_close(tensors_of(model(**kwargs)), plain, rtol=0, atol=0)
+                run.step()
+            activity = patch.report().activity["FORA"]
+    assert set(sites) == children
+    assert activity["computed"] == activity["reused"] == len(sites)

@@ -23,11 +23,11 @@ from ..state.stack import ROLE, Stack, Tap
 Level = Literal["output", "stack", "block", "module"]
 LEVELS: tuple[str, ...] = get_args(Level)
 
-# Children of blocks that no adapter describes, by the names that diffusers and the original DiT use.
+# Children of blocks, by the names that diffusers and the original DiT use.
 SELF_ATTENTION = ("attn", "attn1", "attention", "self_attn", "self_attention")
 CROSS_ATTENTION = ("attn2", "cross_attn", "cross_attention", "crossattn")
 MLPS = ("ff", "ff_context", "ffn", "mlp", "img_mlp", "txt_mlp", "feed_forward")
-USUAL_SITES = ("attn", "attn1", "attn2", "ff", "ff_context", "mlp")
+USUAL_SITES = (*SELF_ATTENTION, *CROSS_ATTENTION, *MLPS)
 
 # Which models a method serves, for `maskaccel methods`.
 STACKS = "any model whose loop over its blocks can be read (72 of the 76 transformers of diffusers)"
@@ -132,8 +132,7 @@ def block_lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def _looks_like_block(module: nn.Module) -> bool:
-    names = (*USUAL_SITES, *SELF_ATTENTION, *CROSS_ATTENTION, *MLPS)
-    return block_adapter(module) is not None or bool(children_of(module, names))
+    return block_adapter(module) is not None or bool(children_of(module, USUAL_SITES))
 
 
 # -------------------------------------------------------------------------------------------------- stacks
