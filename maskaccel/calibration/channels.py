@@ -189,7 +189,7 @@ def choose(moments: Tensor, errors: Tensor, clusters: int) -> Tensor:
     # In the order of one descriptor, the evenly spaced rows that k-means starts from are far apart.
     order = points[:, 3].argsort(stable=True)
     labels = torch.empty(len(points), dtype=torch.int64)
-    found, _, _ = kmeans(points[order].float()[None], min(clusters, len(points)), iters=100, backend="reference")
+    found, _, _ = kmeans(points[order].float()[None], min(clusters, len(points)), iters=100)
     labels[order] = found[0].long()
     total = torch.zeros(len(errors), clusters, dtype=torch.float64).index_add_(1, labels, errors)
     return total.argmin(0)[labels]
