@@ -14,8 +14,8 @@ _GREY_MARKS = "osD^vP*X<>"
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the rows of `report.collect` into a PNG file.
 
-    A line joins the settings of one method. The x axis is the measured speed-up, or 1 / compute as long as a row has no
-    timing. A hollow mark is a run together with an exact method.
+    A line joins the settings of one method. The x axis is the measured speed-up, or 1 / compute as long as no row has a
+    timing; a row without one is then left out. A hollow mark is a run together with an exact method.
 
     Raises:
         ImportError: matplotlib is not installed (`requirements/bench.txt`).
@@ -25,7 +25,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    timed = all("timing" in row for row in rows)
+    timed = any("timing" in row for row in rows)
+    rows = [row for row in rows if "timing" in row or not timed]
     figure, axes = plt.subplots(figsize=(11, 7), dpi=110)
     grouped: dict[tuple[bool, str, bool], list[Row]] = {}
     for row in rows:

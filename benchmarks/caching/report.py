@@ -40,8 +40,7 @@ def collect(texts: Sequence[str], store: Store) -> dict[str, Any]:
             commits.update(str(mark["commit"]) for mark in (quality["environment"], (timed or quality)["environment"]))
         if text != BASELINE:
             rows.append(_row(text, quality, base, timing.summary(timed) if timed is not None else None))
-    timed_all = all("timing" in row for row in rows)
-    rows.sort(key=lambda row: speed(row, timed=timed_all), reverse=True)
+    rows.sort(key=lambda row: speed(row, timed="timing" in row), reverse=True)
     return {
         "setting": store.setting.as_dict(),
         "environment": {
