@@ -145,3 +145,28 @@ def test_table_of_cosines_that_requires_grad_is_refused():
         ops.qk_norm_rope(Q, Q, None, None, table, C)
     with torch.no_grad():
         ops.qk_norm_rope(Q, Q, None, None, table, C)
+
+
+META = {
+    "norm_modulate": lambda: ops.norm_modulate(X, M.to("meta")),
+    "norm_modulate, grad": lambda: ops.norm_modulate(X.clone().requires_grad_(), M.to("meta")),
+    "norm_modulate, weight": lambda: ops.norm_modulate(X, M, weight=V.to("meta")),
+    "fused": lambda: ops.gate_residual_norm_modulate(X, A.to("meta"), M, M, M),
+    "gate_residual": lambda: ops.gate_residual(X, A, M.to("meta")),
+    "qk_norm_rope": lambda: ops.qk_norm_rope(Q, Q.to("meta")),
+    "relative_difference": lambda: ops.relative_difference(X, A.to("meta")),
+    "combine_history": lambda: ops.combine_history(X[None], torch.ones(1, device="meta")),
+    "combine_sites": lambda: ops.combine_sites(X[None, None], torch.ones(1), x=X.to("meta")),
+    "norm_modulate_difference": lambda: ops.norm_modulate_difference(X, A.to("meta")),
+    "kmeans": lambda: ops.kmeans(X, 2, iters=1, init=X[:, :2].to("meta")),
+    "scatter_combine": lambda: ops.scatter_combine(
+        X[None].clone(), torch.ones(1), X[:, :2].to("meta"), torch.zeros(2, 2, dtype=torch.int32)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", META.values(), ids=META)
+def test_one_meta_tensor_among_others_is_an_error(call):
+    """torch would run the shape function in place of the kernel, and return memory that nobody wrote."""
+    with pytest.raises(ValueError, match=r"is on (cpu|meta), .* on (cpu|meta); they must be on one device"):
+        call()

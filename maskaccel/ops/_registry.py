@@ -53,7 +53,7 @@ def define(spec: OpSpec) -> None:
     SPECS[spec.name] = spec
     for ns, library in _LIBRARIES.items():
         library.define(spec.name + spec.schema)
-        torch.library.register_fake(f"{ns}::{spec.name}", spec.fake, lib=library)
+        torch.library.register_fake(f"{ns}::{spec.name}", _on_one_device(spec.fake), lib=library)
     if spec.backward is not None:
         function = _autograd_parts(spec, "maskaccel")
         torch.library.register_autograd(
@@ -70,7 +70,24 @@ def define_raw(name: str, schema: str, fake: Callable[..., Any]) -> None:
     """Define an op in `maskaccel_raw` alone: another way to call a kernel, with fewer arguments."""
     library = _LIBRARIES["maskaccel_raw"]
     library.define(name + schema)
-    torch.library.register_fake(f"maskaccel_raw::{name}", fake, lib=library)
+    torch.library.register_fake(f"maskaccel_raw::{name}", _on_one_device(fake), lib=library)
+
+
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A shape function that refuses tensors of several devices.
+
+    One meta tensor among others is enough for torch to call it instead of the kernel: the result would be memory that
+    nobody wrote.
+    """
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        devices = {value.device for value in args if isinstance(value, torch.Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"tensors on {', '.join(sorted(map(str, devices)))}; they must be on one device")
+        return fake(*args)
+
+    return checked
 
 
 def _refuse(name: str) -> Callable[..., tuple]:
