@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 from zoo import pipelines as zoo
-from zoo.pipelines import sample
+from zoo.pipelines import dit, sample
 
 import maskaccel
-from maskaccel.methods import FORA, FusedAdaLN
+from maskaccel.methods import FORA, PAB, SCM, FusedAdaLN, SpeCa
 from maskaccel.state.generation import Generation, Run
 
 
@@ -181,14 +181,7 @@ def test_a_run_that_can_reuse_nothing_warns(model):
         assert patch.report().activity["FORA"]["warning"] == "never reused anything"
 
 
-def test_bad_runs(model):
-    with maskaccel.patch(model, FORA(interval=2, last=1)) as patch:
-        with pytest.raises(ValueError, match="num_steps=0 must be 1 or more"), patch.generation(0):
-            pass
-        with patch.generation() as run, pytest.raises(ValueError, match="last=1 needs the number of steps"):
-            for i in range(2):
-                model(_x(i))
-                run.step()
+def test_a_model_without_blocks():
     with pytest.raises(maskaccel.PatchError, match="no list of blocks"):
         maskaccel.patch(nn.Sequential(nn.Linear(2, 2)), FORA())
 
@@ -375,3 +368,31 @@ def test_pipelines_that_share_a_scheduler(pipe):
             assert two.report().activity["FORA"]["reused"] == one.report().activity["FORA"]["reused"] / 2
         assert torch.equal(sample(pipeline, kwargs), alone)
     assert "step" not in pipeline.scheduler.__dict__
+
+
+@pytest.mark.parametrize(
+    ("method", "needs"),
+    [
+        (PAB(), "PAB needs the timesteps of the run; pass them to generation"),
+        (SCM(), "SCM: .* needs the number of steps; pass it to generation"),
+        (FORA(last=1), "FORA: last=1 needs the number of steps; pass it to generation"),
+        (SpeCa(), "SpeCa: SpeCa needs the number of steps; pass it to generation"),
+    ],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_a_run_that_does_not_tell_what_a_method_needs_does_not_begin(method, needs):
+    model = dit()[0].transformer
+    inputs = {"timestep": torch.tensor([5]), "class_labels": torch.tensor([1])}
+    with torch.no_grad(), maskaccel.patch(model, method) as patch:
+        with pytest.raises(ValueError, match=needs), patch.generation():
+            raise AssertionError("the run began")
+        model(torch.ones(1, 4, 8, 8), **inputs)  # outside a run, as ever
+        assert patch.report().activity[method.name]["bytes held"] == 0
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 2.5, "8", True])
+def test_a_run_of_no_number_of_steps_does_not_begin(model, num_steps):
+    with maskaccel.patch(model, FORA(interval=2)) as patch:
+        with pytest.raises(ValueError, match=f"num_steps={num_steps!r} must be an integer, 1 or more"):
+            patch.generation(num_steps).__enter__()
+        assert torch.equal(model(_x(1)), Model()(_x(1)))

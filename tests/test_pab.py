@@ -179,3 +179,12 @@ def test_a_run_without_timesteps_says_what_is_missing():
         patch.generation(4),
     ):
         pass
+
+
+def test_a_window_of_all_timesteps_needs_none():
+    model = dit()[0].transformer
+    with torch.no_grad(), maskaccel.patch(model, PAB(**ALL)) as patch, patch.generation() as run:
+        for _ in range(4):
+            model(torch.ones(1, 4, 8, 8), timestep=torch.tensor([5]), class_labels=torch.tensor([1]))
+            run.step()
+        assert patch.report().activity["PAB"]["reused"] > 0

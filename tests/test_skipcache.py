@@ -184,7 +184,7 @@ def test_pipelines(name):
     [
         (lambda: SkipCache(interval=0), "interval=0"),
         (lambda: SkipCache(outer=0), "outer=0"),
-        (lambda: SkipCache(start=10, close=20), "low=20, high=10"),
+        (lambda: SkipCache(start=10, close=20), "close=20 and start=10"),
         (lambda: SkipBranches(0, 4), "width=0"),
         (lambda: SkipBranches(8, 1), "depth=1"),
     ],

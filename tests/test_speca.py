@@ -162,13 +162,3 @@ def test_errors_by_each_metric():
 def test_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         SpeCa(**fields)
-
-
-def test_a_run_of_unknown_length_says_what_is_missing():
-    model, labels = _deep(), torch.tensor([3, 5])
-    with torch.no_grad(), maskaccel.patch(model, SpeCa(min_drafts=0)) as patch, patch.generation() as run:
-        for x, t in _calls(4):
-            model(x, timestep=t, class_labels=labels)
-            run.step()
-        with pytest.raises(ValueError, match="SpeCa needs the number of steps"):
-            model(x, timestep=t, class_labels=labels)

@@ -185,8 +185,14 @@ class Window:
     high: float = 1000.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= 1000:
-            raise ValueError(f"the window low={self.low}, high={self.high} must lie in 0 to 1000, low below high")
+        numbers = isinstance(self.low, int | float) and isinstance(self.high, int | float)
+        if not numbers or not 0 <= self.low < self.high <= 1000:
+            raise ValueError(f"the window low={self.low!r}, high={self.high!r} must lie in 0 to 1000, low below high")
+
+    @classmethod
+    def around(cls, rule: Schedule, low: float, high: float) -> Schedule | Window:
+        """The rule in a window; the rule itself where that is 0 to 1000, so that nobody has to tell timesteps."""
+        return rule if (low, high) == (0, 1000) else cls(rule, low, high)
 
     def action(self, at: Position) -> Action:
         """What happens at a step."""

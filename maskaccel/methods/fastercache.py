@@ -109,12 +109,12 @@ class FasterCache:
     @property
     def attention_rule(self) -> Rule:
         """The step mask of attention, apart from the steps that compute both branches."""
-        return _windowed(self.attention or 1, self.attention_window)
+        return Window.around(Schedule(interval=self.attention or 1), *self.attention_window)
 
     @property
     def uncond_rule(self) -> Rule:
         """The step mask of the unconditional branch."""
-        return _windowed(self.uncond or 1, self.uncond_window)
+        return Window.around(Schedule(interval=self.uncond or 1), *self.uncond_window)
 
     @property
     def rules(self) -> dict[str, Rule]:
@@ -194,12 +194,6 @@ class Extrapolation:
                 raise ValueError("FasterCache needs the number of steps; pass it to generation(num_steps=...)")
             w += (self.end - self.start) * (run.index + run.offset) / max(run.num_steps + run.offset - 1, 1)
         return [1.0 + w, -w]
-
-
-def _windowed(interval: int, window: tuple[float, float]) -> Rule:
-    """Every so many steps; without a window if that is everything, which then needs no timesteps."""
-    schedule = Schedule(interval=interval)
-    return schedule if window == (0, 1000) else Window(schedule, *window)
 
 
 def _inside(window: tuple[float, float], at: Position) -> bool:

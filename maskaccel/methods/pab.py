@@ -36,7 +36,8 @@ class PAB:
         cross: Range of cross-attention.
         mlp: Range of the MLPs; None, as in the paper's main results, leaves them alone.
         low: Smallest timestep of the window (450 to 930 is the paper's for Open-Sora; its authors' code has 100 to 800
-            for Latte, with ranges 2, 3 and 6, and 100 to 850 for CogVideoX).
+            for Latte, with ranges 2, 3 and 6, and 100 to 850 for CogVideoX). With 0, and `high=1000`, the timesteps of
+            the run are not needed.
         high: Largest timestep of the window.
         storage: How outputs are kept.
     """
@@ -63,13 +64,13 @@ class PAB:
             raise ValueError(f"nothing to hold: all of {', '.join(KINDS)} are None")
         Window(Schedule(), self.low, self.high)
 
-    def rule(self, kind: str) -> Window | None:
+    def rule(self, kind: str) -> Schedule | Window | None:
         """The step mask of one kind of module (`"spatial"`, `"temporal"`, `"cross"`, `"mlp"`); None leaves it alone."""
         value = getattr(self, kind)
-        return None if value is None else Window(Schedule(interval=value), self.low, self.high)
+        return None if value is None else Window.around(Schedule(interval=value), self.low, self.high)
 
     @property
-    def rules(self) -> dict[str, Window]:
+    def rules(self) -> dict[str, Schedule | Window]:
         """The step mask of each kind that has a range."""
         found = {kind: self.rule(kind) for kind in KINDS}
         return {kind: rule for kind, rule in found.items() if rule is not None}

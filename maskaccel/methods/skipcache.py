@@ -49,15 +49,17 @@ class SkipCache:
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
-        self.rule  # noqa: B018  (validates the fields when the method is made)
+        close, start = self.close, self.start
+        if not (isinstance(close, int | float) and isinstance(start, int | float) and 0 <= close < start <= 1000):
+            raise ValueError(f"close={close!r} and start={start!r} must lie in 0 to 1000, close below start")
+        self.rule  # noqa: B018  (validates the interval when the method is made)
         if not isinstance(self.outer, int) or isinstance(self.outer, bool) or self.outer < 1:
             raise ValueError(f"outer={self.outer!r} must be an integer, 1 or more")
 
     @property
     def rule(self) -> Schedule | Window:
         """The step mask."""
-        schedule = Schedule(interval=self.interval)
-        return schedule if (self.close, self.start) == (0, 1000) else Window(schedule, self.close, self.start)
+        return Window.around(Schedule(interval=self.interval), self.close, self.start)
 
     def attach(self, context: Context) -> None:
         """Plan a memory of the hidden states between the outer blocks.

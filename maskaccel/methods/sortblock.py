@@ -89,8 +89,7 @@ class Sortblock:
     @property
     def schedule(self) -> Window | Schedule:
         """The steps that compute all blocks. A window of all timesteps is none, and needs no timesteps."""
-        schedule = Schedule(interval=self.interval)
-        return schedule if (self.low, self.high) == (0, 1000) else Window(schedule, self.low, self.high)
+        return Window.around(Schedule(interval=self.interval), self.low, self.high)
 
     @property
     def rules(self) -> dict[str, Rule]:

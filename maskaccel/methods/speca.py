@@ -174,6 +174,7 @@ class Speculation:
         if at.index < self.policy.first or not self.policy.max_drafts:
             return "compute"
         if not isinstance(at, Generation):
+            self.policy.limit(at)  # says what a run has to tell
             return "reuse"
         state = self._decided(at)
         return "reuse" if state.drafts else "compute"

@@ -131,11 +131,12 @@ class Patch:
             timesteps: The scheduler's timesteps (1000 to 0) of every step; some methods are bound to a window of them.
 
         Raises:
-            ValueError: `num_steps` is below 1, or another number than that of `timesteps`.
+            ValueError: `num_steps` is below 1, or another number than that of `timesteps`; or a method needs what is
+                not told.
         """
-        for one in self._generations:
-            one.begin(num_steps, timesteps)
         try:
+            for one in self._generations:
+                one.begin(num_steps, timesteps)
             yield Run(self._generations)
         finally:
             for one in self._generations:

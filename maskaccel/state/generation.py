@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from ..masks.schedule import Rule, Window, reuses
+from ..masks.schedule import At, Rule, Window, reuses
 
 if TYPE_CHECKING:
     from ..patching.transaction import Transaction
 
 STATE = "_maskaccel_generation"
+
+_LATE = 1 << 20  # a step after all that are special at the start of a run
 
 
 class Memory(Protocol):
@@ -96,10 +98,12 @@ class Generation:
             timesteps: Timesteps of the run, a tensor or sequence, if known; they tell `num_steps`.
 
         Raises:
-            ValueError: `num_steps` is below 1, or another number than that of the timesteps.
+            ValueError: `num_steps` is below 1, or another number than that of the timesteps; or a method needs what is
+                not told. No run begins then.
         """
-        if num_steps is not None and num_steps < 1:
-            raise ValueError(f"num_steps={num_steps} must be 1 or more")
+        whole = hasattr(num_steps, "__index__") and not isinstance(num_steps, bool)
+        if num_steps is not None and not (whole and num_steps >= 1):
+            raise ValueError(f"num_steps={num_steps!r} must be an integer, 1 or more, or None")
         if timesteps is not None:
             if num_steps is not None and num_steps != len(timesteps):
                 raise ValueError(f"num_steps={num_steps}, but timesteps has {len(timesteps)} entries")
@@ -107,16 +111,28 @@ class Generation:
         self.end()
         self.index, self.num_steps, self.offset, self.active, self.run = 0, num_steps, 0, True, self.run + 1
         self._timesteps, self._adapter_scale = timesteps, None
-        for name, rules in self.rules.items():
-            self._warn_if_idle(name, rules)
+        try:
+            for name, rules in self.rules.items():
+                self._check(name, rules)
+        except BaseException:  # a warning may be an error too
+            self.active = False
+            raise
 
-    def _warn_if_idle(self, name: str, rules: list[Rule]) -> None:
-        if self.num_steps is None or not rules:
+    def _check(self, name: str, rules: list[Rule]) -> None:
+        """ValueError if a method needs what is not told; a warning if it can never reuse anything."""
+        if not rules:
             return
         # Timesteps are read only where a rule needs them: that may wait for the device.
         timed = any(isinstance(rule, Window) for rule in rules)
         if timed and self.timesteps is None:
             raise ValueError(f"{name} needs the timesteps of the run; pass them to generation(timesteps=...)")
+        if self.num_steps is None:
+            for rule in rules:
+                try:
+                    rule.action(At(_LATE))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+            return
         times = self.timesteps if timed else None
         if not any(reuses(rule, self.num_steps, times) for rule in rules):
             shown = ", ".join(sorted({str(rule) for rule in rules}))
