@@ -255,6 +255,8 @@ def test_a_written_row_counts_once():
         ({"order": -1}, "order=-1"),
         ({"clusters": 0}, "clusters=0 must be an integer from 1 to 1024"),
         ({"iters": -1}, "iters=-1"),
+        ({"first": "3"}, "first='3' must be an integer, 1 or more"),
+        ({"seed": None}, "seed=None must be an integer"),
         ({"gamma": 2}, "gamma=2"),
         ({"metric": "l3"}, "metric='l3'; allowed are 'l2', 'l1', 'cosine'"),
     ],

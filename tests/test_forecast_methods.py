@@ -201,6 +201,8 @@ def test_inner_products_of_a_history(storage):
     ("make", "message"),
     [
         (lambda: FoCa(interval=0), "interval=0"),
+        (lambda: FoCa(first=None), "first=None must be an integer, 1 or more"),
+        (lambda: DMD(first=2.5), "first=2.5 must be an integer, 1 or more"),
         (lambda: FoCa(values=1), "values=1"),
         (lambda: FoCa(values=17), "values=17"),
         (lambda: FoCa(level="layer"), "level='layer'"),

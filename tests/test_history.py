@@ -107,6 +107,12 @@ def test_clear_and_errors():
             History(capacity)
 
 
+@pytest.mark.parametrize("limit", [0, 2.5, float("nan"), "5", True])
+def test_a_bound_is_a_whole_number_of_bytes(limit):
+    with pytest.raises(ValueError, match=f"max_bytes={limit!r} must be an integer, 1 or more, or None"):
+        Storage(max_bytes=limit)
+
+
 def test_a_deepcopy_is_independent():
     history = History(2)
     history.push(_value(0), 0)

@@ -150,6 +150,7 @@ def test_errors_by_each_metric():
     [
         ({"threshold": -1}, "threshold=-1"),
         ({"threshold": float("nan")}, "threshold=nan"),
+        ({"threshold": "0.1"}, "threshold='0.1' must be a number, 0 or more"),
         ({"decay": 0}, "decay=0"),
         ({"min_drafts": -1}, "min_drafts=-1"),
         ({"max_drafts": 1.5}, "max_drafts=1.5"),

@@ -285,3 +285,21 @@ def test_bad_fields(make, message):
 def test_a_model_without_blocks():
     with pytest.raises(maskaccel.PatchError, match="cannot be skipped"):
         maskaccel.patch(torch.nn.Linear(4, 4), FBCache())
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (FORA(storage="fp8"), "storage='fp8' must be a maskaccel.state.Storage"),
+        (TaylorSeer(storage=Storage), "must be a maskaccel.state.Storage"),
+        (FBCache(forecaster=Taylor), r"must be one of maskaccel.state, such as Hold\(\)"),
+        (DBCache(forecaster="taylor", lead=1), "forecaster='taylor' must be one of maskaccel.state"),
+    ],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_a_storage_or_forecaster_of_another_kind_leaves_the_model_alone(method, message):
+    model = dit()[0].transformer
+    before = [dict(module.__dict__) for module in model.modules()]
+    with pytest.raises(TypeError, match=message):
+        maskaccel.patch(model, method)
+    assert [module.__dict__ for module in model.modules()] == before

@@ -416,6 +416,13 @@ def test_cycles():
         ({"grid": (4,)}, r"grid=\(4,\)"),
         ({"drift": 1}, "drift=1"),
         ({"dense": (0.5, 0.2)}, r"dense=\(0.5, 0.2\)"),
+        ({"ratio": "0.1"}, "ratio='0.1' must be a number from 0 to 1"),
+        ({"age_weight": float("inf")}, "age_weight=inf must be a finite number, 0 or more"),
+        ({"step_weight": float("nan")}, "step_weight=nan must be a finite number"),
+        ({"layer_weight": "1"}, "layer_weight='1' must be a finite number"),
+        ({"seed": 0.5}, "seed=0.5 must be an integer"),
+        ({"grid": 4}, "grid=4 must be two integers"),
+        ({"grid": ()}, r"grid=\(\) must be integers"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -32,7 +32,7 @@ class Cycle(Planned):
 
     def __post_init__(self) -> None:
         Schedule(interval=self.interval, first=self.first, between=self.between)  # checks the fields
-        if not 0 <= self.drift < 1:
+        if not isinstance(self.drift, int | float) or not 0 <= self.drift < 1:
             raise ValueError(f"drift={self.drift!r} must be a number from 0 to below 1")
         if self.dense is not None and not (len(self.dense) == 2 and 0 <= self.dense[0] < self.dense[1] <= 1):
             raise ValueError(f"dense={self.dense!r} must be (from, to) with 0 <= from < to <= 1")

@@ -40,6 +40,8 @@ class Paths(Planned):
 
     def __post_init__(self) -> None:
         check_refresh(self.refresh)
+        if not isinstance(getattr(self.forecaster, "capacity", None), int):
+            raise ValueError(f"forecaster={self.forecaster!r} must be one of one or two values, such as Newton()")
         if not 1 <= self.forecaster.capacity <= 2:
             raise ValueError(
                 f"forecaster={self.forecaster} uses {self.forecaster.capacity} values; paths are planned for 1 or 2"

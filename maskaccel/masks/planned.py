@@ -111,6 +111,10 @@ class Magnitudes(Planned):
         if not isinstance(self.retention, int | float) or not 0 <= self.retention <= 1:
             raise ValueError(f"retention={self.retention!r} must be a number from 0 to 1")
 
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)}" for name in ("threshold", "max_consecutive", "retention"))
+        return f"Magnitudes(ratios of {len(self.ratios)} steps, {fields})"
+
     def mask(self, num_steps: int) -> tuple[bool, ...]:
         """The rule, run over the table."""
         ratios = nearest(self.ratios, num_steps)

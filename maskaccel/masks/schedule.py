@@ -115,6 +115,14 @@ class Schedule:
                 raise ValueError("computed[0] is False; the first step has nothing to reuse and must be computed")
 
     @classmethod
+    def after_first(
+        cls, interval: int, first: int, last: int = 0, between: tuple[Action, ...] = ("reuse",)
+    ) -> Schedule:
+        """A schedule whose interval counts from the last of the first steps."""
+        cls(interval, first, last, between=between)  # checks `first` before it is counted with
+        return cls(interval, first, last, between=between, origin=first - 1)
+
+    @classmethod
     def from_mask(cls, computed: Iterable[int | bool], *, last: int = 0) -> Schedule:
         """A schedule from an explicit mask (1 = compute)."""
         return cls(computed=tuple(bool(c) for c in computed), last=last)

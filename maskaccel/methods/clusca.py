@@ -84,15 +84,17 @@ class ClusCa:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma={self.gamma!r} must be 0 to 1")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r} must be an integer")
+        if not isinstance(self.gamma, int | float) or not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma!r} must be a number from 0 to 1")
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r}; allowed are {', '.join(map(repr, METRICS))}")
 
     @property
     def schedule(self) -> Schedule:
         """The step mask; the interval counts from the last of the first steps."""
-        return Schedule(self.interval, self.first, self.last, between=("partial",), origin=self.first - 1)
+        return Schedule.after_first(self.interval, self.first, self.last, between=("partial",))
 
     def attach(self, context: Context) -> None:
         """Plan the memories of all blocks, and the clusters.

@@ -97,8 +97,9 @@ class FasterCache:
             if not 0 <= low < high <= 1000:
                 raise ValueError(f"{name}=({low}, {high}) must lie in 0 to 1000, low first")
         for name in ("low_growth", "high_growth"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number, 0 or more")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value!r} must be a finite number, 0 or more")
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r}; allowed are {', '.join(map(repr, ORDERS))}")
         if self.grid is not None:
@@ -147,6 +148,9 @@ class FasterCache:
         modules = [module for kind, module in modules_by_kind(model) if kind in ("spatial", "temporal")]
         if not modules and guidance is None:
             raise PatchError(f"{self.name}: {type(model).__name__} has no self-attention in its blocks")
+        if not modules:
+            context.skip(self.name, model, "no self-attention in its blocks, so only guidance is remembered")
+            return
         rule, forecaster = self.attention_rule, Extrapolation(generation, *self.weight)
         _cached.watch(self, context, rule)
         for module in modules:

@@ -63,7 +63,7 @@ class HyCa:
     @property
     def schedule(self) -> Schedule:
         """The step mask; the interval counts from the last of the first steps."""
-        return Schedule(interval=self.interval, first=self.first, last=self.last, origin=max(self.first - 1, 0))
+        return Schedule.after_first(self.interval, self.first, self.last)
 
     def attach(self, context: Context) -> None:
         """Plan a memory with the solvers of the calibration."""

@@ -77,7 +77,7 @@ class Sortblock:
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (validates the interval and the window)
-        if not 0 <= self.beta < float("inf"):
+        if not isinstance(self.beta, int | float) or not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta={self.beta!r} must be a finite number, 0 or more")
         p = self.polynomial
         if isinstance(p, str) and p not in POLYNOMIALS:

@@ -75,10 +75,11 @@ class SpeCa:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r} must be an integer, {low} or more")
         for name in ("threshold", "floor"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay={self.decay!r} must be above 0, 1 at most")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"{name}={value!r} must be a number, 0 or more")
+        if not isinstance(self.decay, int | float) or not 0 < self.decay <= 1:
+            raise ValueError(f"decay={self.decay!r} must be a number above 0, 1 at most")
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r}; allowed are {', '.join(map(repr, METRICS))}")
         _cached.check_level(self.level, ("stack", "block"))

@@ -56,7 +56,7 @@ class TaylorSeer:
     @property
     def schedule(self) -> Schedule:
         """The step mask; the interval counts from the last of the first steps."""
-        return Schedule(interval=self.interval, first=self.first, last=self.last, origin=self.first - 1)
+        return Schedule.after_first(self.interval, self.first, self.last)
 
     @property
     def forecaster(self) -> Taylor | Newton:

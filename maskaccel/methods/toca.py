@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -105,13 +106,24 @@ class ToCa:
         self.schedule  # noqa: B018  (validates the fields when the method is made)
         if self.score not in SCORES:
             raise ValueError(f"score={self.score!r}; allowed are {', '.join(map(repr, SCORES))}")
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio!r} must be 0 to 1")
+        if not isinstance(self.ratio, int | float) or not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio!r} must be a number from 0 to 1")
         for name in ("age_weight", "bonus", "mlp", "cross", "single"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r} must be a finite number, 0 or more")
+        for name in ("step_weight", "layer_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} must be a finite number")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r} must be an integer")
+        if self.grid is not None and not isinstance(self.grid, tuple):
+            raise ValueError(f"grid={self.grid!r} must be two integers, 1 or more, or None")
         sizes = (self.cell, *(self.grid or ()))
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes) or len(sizes) not in (1, 3):
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes) or len(sizes) != (
+            1 if self.grid is None else 3
+        ):
             raise ValueError(f"cell={self.cell!r} and both entries of grid={self.grid!r} must be integers, 1 or more")
 
     @property

@@ -84,6 +84,12 @@ class Feature:
         *,
         per_sample: bool = False,
     ) -> None:
+        if storage is not None and not isinstance(storage, Storage):
+            raise TypeError(f"storage={storage!r} must be a maskaccel.state.Storage")
+        if forecaster is not None and (isinstance(forecaster, type) or not hasattr(forecaster, "weights")):
+            raise TypeError(
+                f"forecaster={forecaster!r} must be one of maskaccel.state, such as Hold() or Taylor(order=1)"
+            )
         self.generation, self.forecaster = generation, forecaster or Hold()
         self.storage, self.per_sample = storage or Storage(), per_sample
         self.resets = self.refused = 0

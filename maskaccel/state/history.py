@@ -37,8 +37,9 @@ class Storage:
             raise ValueError(f"dtype={self.dtype!r}; allowed are None, 'bf16', 'fp16' and 'fp8'")
         if self.device not in (None, "cpu"):
             raise ValueError(f"device={self.device!r}; allowed are None (where the feature is) and 'cpu'")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ValueError(f"max_bytes={self.max_bytes} must be 1 or more")
+        limit = self.max_bytes
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ValueError(f"max_bytes={limit!r} must be an integer, 1 or more, or None")
 
 
 class History:
