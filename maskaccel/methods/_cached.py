@@ -42,6 +42,19 @@ class Named(Protocol):
         """How reports and errors call it."""
 
 
+class CachedFeatures:
+    """Base of the methods that remember features: all are lossy, and report alike.
+
+    The base is no dataclass and has no fields; a method is a frozen dataclass of its own.
+    """
+
+    kind = "lossy"
+
+    def activity(self, model: nn.Module) -> dict[str, Any]:
+        """Calls computed and reused on a patched model, and bytes held now and at most."""
+        return activity(model)
+
+
 def check_level(level: str, allowed: Sequence[str] = LEVELS) -> None:
     """ValueError unless `level` is one of the allowed ones."""
     if level not in allowed:
@@ -276,6 +289,7 @@ def activity(model: nn.Module) -> dict[str, Any]:
 
 __all__ = [
     "LEVELS",
+    "CachedFeatures",
     "Level",
     "activity",
     "attach",

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,7 +44,7 @@ from ._partial import Choices, attach_parts, parts_of
 
 
 @dataclass(frozen=True)
-class ClusCa:
+class ClusCa(_cached.CachedFeatures):
     """Forecast features, and compute one token of each cluster.
 
     Attributes:
@@ -74,7 +73,6 @@ class ClusCa:
 
     name = "ClusCa"
     paper = "Compute Only 16 Tokens in One Timestep: Cluster-Driven Feature Caching (arXiv 2509.10312)"
-    kind = "lossy"
     models = "lists of blocks with MLPs by token, whose streams are known"
 
     def __post_init__(self) -> None:
@@ -123,10 +121,6 @@ class ClusCa:
             attach_parts(self, context, parts, self.schedule, choose, Series(self.order), self.storage)
         clusters.attach(last[-1], context.transaction, self.name)
         context.done(self.name, last[-1], "clustered at computed steps")
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed, computed in part and reused, and bytes held now and at most."""
-        return _cached.activity(model)
 
 
 @dataclass(eq=False)

@@ -8,9 +8,6 @@ The first `lead` blocks always run. If their residual moved little since the las
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from ..masks.signal import Signal
 from ..patching.patch import Context
@@ -20,7 +17,7 @@ from . import _cached
 
 
 @dataclass(frozen=True)
-class DBCache:
+class DBCache(_cached.CachedFeatures):
     """Reuse the middle blocks while the residual of the leading ones moves little.
 
     Attributes:
@@ -50,7 +47,6 @@ class DBCache:
 
     name = "DBCache"
     paper = "DBCache: Dual Block Caching for Diffusion Transformers (cache-dit)"
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -73,10 +69,6 @@ class DBCache:
         _cached.attach_stack(
             self, context, self.signal, self.forecaster, self.storage, lead=self.lead, tail=self.tail
         )  # fmt: skip
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)
 
 
 @dataclass(frozen=True)

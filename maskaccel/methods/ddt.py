@@ -31,7 +31,7 @@ from . import _cached
 
 
 @dataclass(frozen=True)
-class DDT:
+class DDT(_cached.CachedFeatures):
     """Share the encoder's output between steps.
 
     Attributes:
@@ -54,7 +54,6 @@ class DDT:
 
     name = "DDT"
     paper = "DDT: Decoupled Diffusion Transformer (arXiv 2504.05741)"
-    kind = "lossy"
     models = f"the authors' model, two modules of your own, or {_cached.STACKS}"
 
     def __post_init__(self) -> None:
@@ -129,10 +128,6 @@ class DDT:
         for module in decoder_modulations(model) if self.modulation else ():
             remember(module, Site(generation, AsState(site), storage=self.storage), context.transaction, self.name)
             context.done(self.name, module, "remembered with the state")
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)
 
 
 class StateSite(Site):

@@ -7,9 +7,6 @@ Features are computed every N-th step; in between they follow the exponentials t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from ..masks import Schedule
 from ..patching.patch import Context
@@ -19,7 +16,7 @@ from . import _cached
 
 
 @dataclass(frozen=True)
-class DMD:
+class DMD(_cached.CachedFeatures):
     """Follow the modes of features between every `interval`-th step.
 
     Attributes:
@@ -45,7 +42,6 @@ class DMD:
 
     name = "DMD"
     paper = "Dynamic mode decomposition of numerical and experimental data (Schmid 2010), as cache-dit applies it"
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -66,7 +62,3 @@ class DMD:
     def attach(self, context: Context) -> None:
         """Plan a history at the chosen level."""
         _cached.attach(self, context, self.level, self.schedule, self.forecaster, self.storage)
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -24,7 +23,7 @@ from . import _cached
 
 
 @dataclass(frozen=True)
-class DPCache:
+class DPCache(_cached.CachedFeatures):
     """Forecast what all blocks add between the steps that lose least.
 
     Attributes:
@@ -41,7 +40,6 @@ class DPCache:
 
     name = "DPCache"
     paper = "Denoising as Path Planning: Training-Free Acceleration with DPCache (arXiv 2602.22654)"
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -68,7 +66,3 @@ class DPCache:
         except ValueError as error:
             raise PatchError(f"{self.name}: {error}") from None
         _cached.attach_stack(self, context, rule, self.forecaster, self.storage)
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)

@@ -38,7 +38,6 @@ class DuCa(ToCa):
 
     name = "DuCa"
     paper = "Accelerating Diffusion Transformers with Dual Feature Caching (arXiv 2412.18911)"
-    kind = "lossy"
     between: ClassVar[tuple[Action, ...]] = ("partial", "reuse")
 
     def attach(self, context: Context) -> None:

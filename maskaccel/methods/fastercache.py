@@ -38,7 +38,7 @@ _WINDOWS = ("attention_window", "uncond_window", "low_window", "high_window")
 
 
 @dataclass(frozen=True)
-class FasterCache:
+class FasterCache(_cached.CachedFeatures):
     """Extrapolate attention on every other step, and compute the unconditional branch on every fifth.
 
     A batch counts as both branches of guidance if the model's first input is the same in its two halves (looked at once
@@ -77,7 +77,6 @@ class FasterCache:
 
     name = "FasterCache"
     paper = "FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality (arXiv 2410.19355)"
-    kind = "lossy"
     models = "models with guidance in a batch or in named calls; attention: lists of blocks with attention children"
 
     def __post_init__(self) -> None:
@@ -163,7 +162,7 @@ class FasterCache:
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Calls computed and reused, of attention and of the unconditional branch; bytes held now and at most."""
-        found = _cached.activity(model)
+        found = super().activity(model)
         guidance: Guidance | None = model.__dict__.get(GUIDANCE)
         if guidance is not None:
             found |= {"unconditional computed": guidance.computed, "unconditional reused": guidance.reused}

@@ -7,9 +7,6 @@ ODE. What was taken from the paper and what from cache-dit is said at `maskaccel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from ..masks import Schedule
 from ..patching.patch import Context
@@ -19,7 +16,7 @@ from . import _cached
 
 
 @dataclass(frozen=True)
-class FoCa:
+class FoCa(_cached.CachedFeatures):
     """Integrate features between every `interval`-th step.
 
     Attributes:
@@ -40,7 +37,6 @@ class FoCa:
 
     name = "FoCa"
     paper = "Forecast then Calibrate: Feature Caching as ODE for Efficient Diffusion Transformers (arXiv 2508.16211)"
-    kind = "lossy"
     models = _cached.LEVELED
 
     def __post_init__(self) -> None:
@@ -61,7 +57,3 @@ class FoCa:
     def attach(self, context: Context) -> None:
         """Plan a history at the chosen level."""
         _cached.attach(self, context, self.level, self.schedule, self.forecaster, self.storage)
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)

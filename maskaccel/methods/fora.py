@@ -7,9 +7,6 @@ always those of the current step: `x += gate_msa(t) * attn_cached`, `x += gate_m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from ..masks import Schedule
 from ..patching.patch import Context
@@ -18,7 +15,7 @@ from . import _cached
 
 
 @dataclass(frozen=True)
-class FORA:
+class FORA(_cached.CachedFeatures):
     """Hold attention and MLP outputs between every `interval`-th step.
 
     Attributes:
@@ -38,7 +35,6 @@ class FORA:
 
     name = "FORA"
     paper = "FORA: Fast-Forward Caching in Diffusion Transformer Acceleration (arXiv 2407.01425)"
-    kind = "lossy"
     models = _cached.LEVELED
 
     def __post_init__(self) -> None:
@@ -53,7 +49,3 @@ class FORA:
     def attach(self, context: Context) -> None:
         """Plan a memory for the attention and MLP of every block."""
         _cached.attach(self, context, self.level, self.schedule, storage=self.storage)
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)

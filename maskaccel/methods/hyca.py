@@ -27,7 +27,7 @@ from . import _cached
 
 
 @dataclass(frozen=True)
-class HyCa:
+class HyCa(_cached.CachedFeatures):
     """Forecast each channel with the solver that suits it, between every `interval`-th step.
 
     Attributes:
@@ -50,7 +50,6 @@ class HyCa:
     paper = (
         "Let Features Decide Their Own Solvers: Hybrid Feature Caching for Diffusion Transformers (arXiv 2510.04188)"
     )
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -84,7 +83,7 @@ class HyCa:
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Calls computed and reused, channels of each solver, and bytes held now and at most."""
-        found = _cached.activity(model)
+        found = super().activity(model)
         counts: dict[str, int] = {}
         for stack in _cached.stacks_of(model):
             for one in (segment.feature.forecaster for segment in stack.segments):

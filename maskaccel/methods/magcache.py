@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -38,7 +37,7 @@ _OF_CLASS = {"FluxTransformer2DModel": "flux"}
 
 
 @dataclass(frozen=True)
-class MagCache:
+class MagCache(_cached.CachedFeatures):
     """Reuse what all blocks add for as many steps as the model's magnitude ratios allow.
 
     Attributes:
@@ -60,7 +59,6 @@ class MagCache:
 
     name = "MagCache"
     paper = "MagCache: Fast Video Generation with Magnitude-Aware Cache (arXiv 2506.09045)"
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -99,7 +97,3 @@ class MagCache:
         except ValueError as error:
             raise PatchError(f"{self.name}: {error}") from None
         _cached.attach_stack(self, context, rule, self.forecaster, self.storage)
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -24,7 +23,7 @@ KINDS = ("spatial", "temporal", "cross", "mlp")
 
 
 @dataclass(frozen=True)
-class PAB:
+class PAB(_cached.CachedFeatures):
     """Hold the outputs of attention inside a window of timesteps, for a range of steps of each kind.
 
     Within the window a module is computed at the steps whose number is a multiple of its range; outside it always is.
@@ -52,7 +51,6 @@ class PAB:
 
     name = "PAB"
     paper = "Real-Time Video Generation with Pyramid Attention Broadcast (arXiv 2408.12588)"
-    kind = "lossy"
     models = "lists of blocks with attention (or MLP) children"
 
     def __post_init__(self) -> None:
@@ -89,10 +87,6 @@ class PAB:
                 _cached.remember_modules(
                     self, context, kinds[kind], rule, storage=self.storage, action=f"held ({kind})"
                 )  # fmt: skip
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)
 
 
 def modules_by_kind(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,9 +6,6 @@ The presets are runs of computed and reused steps for 28 steps; other numbers of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from ..masks import Schedule
 from ..masks.planned import Bins, Planned
@@ -26,7 +23,7 @@ POLICIES = {
 
 
 @dataclass(frozen=True)
-class SCM:
+class SCM(_cached.CachedFeatures):
     """Reuse what all blocks add at the steps that a mask leaves out.
 
     Attributes:
@@ -42,7 +39,6 @@ class SCM:
 
     name = "SCM"
     paper = "Steps Computation Mask (cache-dit)"
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -64,7 +60,3 @@ class SCM:
     def attach(self, context: Context) -> None:
         """Plan a memory of what all blocks add."""
         _cached.attach_stack(self, context, self.schedule, self.forecaster, self.storage)
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)

@@ -19,7 +19,7 @@ from .skip_branches import BRANCH
 
 
 @dataclass(frozen=True)
-class SkipCache:
+class SkipCache(_cached.CachedFeatures):
     """Run the outer blocks alone, between every `interval`-th step.
 
     A cached step replaces the stream that runs through the outer first blocks: without trained `SkipBranches` what they
@@ -45,7 +45,6 @@ class SkipCache:
 
     name = "SkipCache"
     paper = "Skip-DiT: Accelerating Vision Diffusion Transformers with Skip Branches (arXiv 2411.17616)"
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -72,7 +71,7 @@ class SkipCache:
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Calls computed and reused, bytes held now and at most, and whether there are skip branches."""
-        found = _cached.activity(model)
+        found = super().activity(model)
         if not any(BRANCH in module.__dict__ for module in model.modules()):
             found["skip branches"] = "none, so what the first blocks compute on cached steps is lost"
         return found

@@ -48,7 +48,7 @@ _OF_CLASS = {
 
 
 @dataclass(frozen=True)
-class Sortblock:
+class Sortblock(_cached.CachedFeatures):
     """Compute all blocks every `interval`-th step, and the most changeable ones in between.
 
     Attributes:
@@ -72,7 +72,6 @@ class Sortblock:
 
     name = "Sortblock"
     paper = "Sortblock: Similarity-Aware Feature Reuse for Diffusion Model (arXiv 2508.00412)"
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -116,7 +115,7 @@ class Sortblock:
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Blocks computed and predicted, how many were computed by their rank, and bytes held now and at most."""
-        found = _cached.activity(model)
+        found = super().activity(model)
         rankings = [s.rule.ranking for s in _cached.stacks_of(model) if isinstance(s.rule, BlockRule)]
         for ranking in {id(r): r for r in rankings}.values():
             found |= {"rankings": ranking.rankings, "computed by rank": ranking.chosen}

@@ -36,7 +36,7 @@ METRICS = ("l1", "l2", "cosine")
 
 
 @dataclass(frozen=True)
-class SpeCa:
+class SpeCa(_cached.CachedFeatures):
     """Forecast steps while the last block agrees with its forecast.
 
     Attributes:
@@ -66,7 +66,6 @@ class SpeCa:
 
     name = "SpeCa"
     paper = "SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching (arXiv 2509.11628)"
-    kind = "lossy"
     models = _cached.STACKS
 
     def __post_init__(self) -> None:
@@ -123,7 +122,7 @@ class SpeCa:
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Calls computed and reused, drafts that were verified and failed, and bytes held now and at most."""
-        found = _cached.activity(model)
+        found = super().activity(model)
         rules = {id(s.rule): s.rule for s in _cached.stacks_of(model) if isinstance(s.rule, Speculation)}
         for rule in rules.values():
             found |= {"verified": rule.verified, "failed": rule.failed}

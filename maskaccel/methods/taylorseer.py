@@ -7,9 +7,6 @@ differences of the computed steps (eqs. 3 to 5).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from ..masks import Schedule
 from ..patching.patch import Context
@@ -19,7 +16,7 @@ from . import _cached
 
 
 @dataclass(frozen=True)
-class TaylorSeer:
+class TaylorSeer(_cached.CachedFeatures):
     """Extrapolate features between every `interval`-th step.
 
     Attributes:
@@ -45,7 +42,6 @@ class TaylorSeer:
 
     name = "TaylorSeer"
     paper = "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers (arXiv 2503.06923)"
-    kind = "lossy"
     models = _cached.LEVELED
 
     def __post_init__(self) -> None:
@@ -66,7 +62,3 @@ class TaylorSeer:
     def attach(self, context: Context) -> None:
         """Plan a history at the chosen level."""
         _cached.attach(self, context, self.level, self.schedule, self.forecaster, self.storage)
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)

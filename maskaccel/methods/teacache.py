@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -44,7 +43,7 @@ _OF_CLASS = {
 
 
 @dataclass(frozen=True)
-class TeaCache:
+class TeaCache(_cached.CachedFeatures):
     """Reuse what all blocks add until the modulated input has moved enough.
 
     Attributes:
@@ -76,7 +75,6 @@ class TeaCache:
 
     name = "TeaCache"
     paper = "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model (arXiv 2411.19108)"
-    kind = "lossy"
     models = "stacks whose first block is of a known kind: Flux, SD3, Wan, Qwen-Image, LTX, HunyuanVideo, DiT, ..."
 
     def __post_init__(self) -> None:
@@ -130,7 +128,3 @@ class TeaCache:
                 "`maskaccel calibrate teacache` fits one"
             )
         _cached.attach_stack(self, context, signal, self.forecaster, self.storage, tap=tap)
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed and reused, and bytes held now and at most."""
-        return _cached.activity(model)

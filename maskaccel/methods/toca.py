@@ -33,7 +33,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -53,7 +53,7 @@ SCORES = ("random", *MEASURES)
 
 
 @dataclass(frozen=True)
-class ToCa:
+class ToCa(_cached.CachedFeatures):
     """Compute the most important tokens between computed steps.
 
     Attributes:
@@ -98,7 +98,6 @@ class ToCa:
 
     name = "ToCa"
     paper = "Accelerating Diffusion Transformers with Token-wise Feature Caching (arXiv 2410.05317)"
-    kind = "lossy"
     models = "lists of blocks with MLPs by token; scores: attention through scaled_dot_product_attention"
     between: ClassVar[tuple[Action, ...]] = ("partial",)
 
@@ -182,10 +181,6 @@ class ToCa:
                 "needs; try 'random'"
             )
         return source
-
-    def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls computed, computed in part and reused, and bytes held now and at most."""
-        return _cached.activity(model)
 
 
 __all__ = ["ToCa"]
