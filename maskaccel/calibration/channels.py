@@ -26,7 +26,7 @@ from ..models._decoupled import encoder_of
 from ..ops import kmeans
 from ..patching.patch import Context
 from ..state.forecast_channels import SOLVERS
-from .probe import FeatureProbe, as_tokens
+from .probe import FeatureProbe, as_tokens, check_tokens, thinned
 
 LEVELS = ("stack", "block")
 _DIGITS = "0123456789"
@@ -53,8 +53,7 @@ class Channels(FeatureProbe):
             raise ValueError(f"level={level!r}; allowed are {' and '.join(map(repr, LEVELS))}")
         if not isinstance(clusters, int) or isinstance(clusters, bool) or not 1 <= clusters <= 16:
             raise ValueError(f"clusters={clusters!r} must be an integer from 1 to 16")
-        if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
-            raise ValueError(f"tokens={tokens!r} must be an integer, 1 or more, or None")
+        check_tokens(tokens)
         self.schedule = Schedule(interval=interval, first=first, origin=max(first - 1, 0))
         self.level, self.clusters, self.tokens = level, clusters, tokens
         self._features: dict[tuple[int, str], list[list[Tensor]]] = {}
@@ -94,12 +93,8 @@ class Channels(FeatureProbe):
         at = self.generation
         for key in [key for key in self._features if key[0] != at.run]:
             self._add(self._features.pop(key))
-        thinned = [part[:, self._picked(part)].flatten(0, 1).cpu() for part in parts]
-        self._features.setdefault((at.run, at.branch_key), []).append(thinned)
-
-    def _picked(self, part: Tensor) -> Tensor:
-        count = part.shape[1] if self.tokens is None else min(self.tokens, part.shape[1])
-        return torch.arange(count, device=part.device) * part.shape[1] // count
+        kept = [thinned(part, self.tokens).flatten(0, 1).cpu() for part in parts]
+        self._features.setdefault((at.run, at.branch_key), []).append(kept)
 
     def _add(self, steps: list[list[Tensor]]) -> None:
         if len(steps) != self.steps:  # a branch that did not run at every step

@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 
 from ..models._decoupled import Encoder, encoder_of
 from ..patching.patch import Context
-from .probe import FeatureProbe
+from .file import check_square
+from .probe import FeatureProbe, check_tokens, thinned
 
 _CHUNK = 1 << 22  # doubles that are compared at a time
 
@@ -35,8 +36,7 @@ class Distances(FeatureProbe):
             raise ValueError(
                 f"encoder={encoder!r} must be a number of blocks, 1 or more, 'all' or the name of a module"
             )
-        if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
-            raise ValueError(f"tokens={tokens!r} must be an integer, 1 or more, or None")
+        check_tokens(tokens)
         self.encoder, self.tokens = encoder, tokens
         self._site: Encoder | None = None
         self._features: dict[str, dict[int, list[Tensor]]] = {}
@@ -54,12 +54,7 @@ class Distances(FeatureProbe):
         if at.run != self._run:
             self._compare()
             self._run = at.run
-        self._features.setdefault(at.branch_key, {})[at.index] = [self._thinned(part).cpu() for part in parts]
-
-    def _thinned(self, part: Tensor) -> Tensor:
-        if self.tokens is None or part.shape[1] <= self.tokens:
-            return part
-        return part[:, torch.arange(self.tokens, device=part.device) * part.shape[1] // self.tokens]
+        self._features.setdefault(at.branch_key, {})[at.index] = [thinned(part, self.tokens).cpu() for part in parts]
 
     def _compare(self) -> None:
         """The table of the run that is over, where it was whole."""
@@ -100,12 +95,6 @@ def _similarities(features: tuple[Tensor, ...]) -> tuple[Tensor, int]:
 
 def check(values: Mapping[str, Any], steps: int) -> None:
     """ValueError unless the distances are a square matrix, one row a step."""
-    rows = values.get("distances")
-    if not isinstance(rows, tuple) or len(rows) != steps:
-        raise ValueError(f"distances must have {steps} rows, one a step")
-    if any(not isinstance(row, tuple) or len(row) != steps for row in rows):
-        raise ValueError(f"distances must be a square matrix of {steps} rows")
-    if any(isinstance(d, bool) or not isinstance(d, int | float) for row in rows for d in row):
-        raise ValueError("distances must hold numbers")
+    check_square(values, "distances", steps)
     if isinstance(values.get("encoder"), bool) or not isinstance(values.get("encoder"), int | str):
         raise ValueError(f"encoder={values.get('encoder')!r} must be a number of blocks or a name")

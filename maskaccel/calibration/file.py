@@ -145,6 +145,17 @@ def calibration_of(given: Calibration | str | Path, kind: str, model: nn.Module 
     return found
 
 
+def check_square(values: Mapping[str, Any], name: str, steps: int) -> None:
+    """ValueError unless the value of this name is a square matrix of numbers, one row a step."""
+    rows = values.get(name)
+    if not isinstance(rows, tuple) or len(rows) != steps:
+        raise ValueError(f"{name} must have {steps} rows, one a step")
+    if any(not isinstance(row, tuple) or len(row) != steps for row in rows):
+        raise ValueError(f"{name} must be a square matrix of {steps} rows")
+    if any(isinstance(one, bool) or not isinstance(one, int | float) for row in rows for one in row):
+        raise ValueError(f"{name} must hold numbers")
+
+
 def _frozen(name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_frozen(name, one) for one in value)

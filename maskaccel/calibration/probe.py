@@ -172,6 +172,20 @@ def as_tokens(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
+def check_tokens(tokens: int | None) -> None:
+    """ValueError unless it is a number of tokens, or None."""
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
+        raise ValueError(f"tokens={tokens!r} must be an integer, 1 or more, or None")
+
+
+def thinned(part: Tensor, tokens: int | None) -> Tensor:
+    """So many tokens of `(B, tokens, D)`, evenly spread; None takes all."""
+    count = part.shape[1]
+    if tokens is None or count <= tokens:
+        return part
+    return part[:, torch.arange(tokens, device=part.device) * count // tokens]
+
+
 def blocks_of(model: nn.Module) -> int:
     """Blocks of a model's stack, or of its longest list of modules."""
     try:

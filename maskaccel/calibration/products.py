@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models._decoupled import encoder_of
 from ..patching.patch import Context
+from .file import check_square
 from .probe import FeatureProbe
 
 
@@ -62,10 +63,4 @@ class Products(FeatureProbe):
 
 def check(values: Mapping[str, Any], steps: int) -> None:
     """ValueError unless the products are a square matrix, one row a step."""
-    rows = values.get("products")
-    if not isinstance(rows, tuple) or len(rows) != steps:
-        raise ValueError(f"products must have {steps} rows, one a step")
-    if any(not isinstance(row, tuple) or len(row) != steps for row in rows):
-        raise ValueError(f"products must be a square matrix of {steps} rows")
-    if any(isinstance(p, bool) or not isinstance(p, int | float) for row in rows for p in row):
-        raise ValueError("products must hold numbers")
+    check_square(values, "products", steps)
