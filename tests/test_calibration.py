@@ -321,3 +321,20 @@ def test_files_that_do_not_fit(tmp_path, change, message):
 def test_values_that_do_not_fit(kind, values, message):
     with pytest.raises(ValueError, match=message):
         Calibration.make(kind, "Dit", 2, 2, values).checked(kind)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MagCache(ratios="fluxx"), ValueError, "ratios='fluxx' is no file; allowed names are 'flux'"),
+        (lambda: TeaCache(polynomial="wan"), ValueError, "polynomial='wan' is no file; allowed names are 'flux'"),
+        (lambda: DDT("even"), ValueError, "schedule='even' is no file; allowed names are 'uniform'"),
+        (lambda: MagCache(ratios=1.0), TypeError, "ratios=1.0 must be a Calibration of kind 'magnitudes' or the path"),
+        (lambda: DDT(3), TypeError, "schedule=3 must be a Calibration of kind 'distances' or the path"),
+        (lambda: DPCache(None), TypeError, "calibration=None must be a Calibration or the path"),
+        (lambda: maskaccel.patch(dit()[0].transformer, DPCache("no.json")), maskaccel.PatchError, "no.json is no file"),
+    ],
+)
+def test_what_is_no_calibration(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

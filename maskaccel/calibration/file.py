@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,18 +121,32 @@ def class_name(model: nn.Module | str | None) -> str | None:
     return type(model).__name__ if isinstance(model, nn.Module) else model
 
 
-def calibration_of(given: Calibration | str | Path, kind: str, model: nn.Module | str | None = None) -> Calibration:
+def calibration_of(
+    given: Calibration | str | Path,
+    kind: str,
+    model: nn.Module | str | None = None,
+    *,
+    field: str = "calibration",
+    names: Iterable[str] = (),
+) -> Calibration:
     """What a method was given, a calibration or the path of one, of this kind.
 
     Args:
         given: The calibration or its path.
         kind: The kind wanted.
         model: The model that it is for, or the name of its class; None takes any.
+        field: How the method calls it.
+        names: What it may be besides, for the error: a word that is neither is most likely one of them misspelt.
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: It is neither a calibration nor a path.
         ValueError: It is of another kind or version, or of a model of another class or number of blocks.
     """
+    if not isinstance(given, Calibration | str | Path):
+        raise TypeError(f"{field}={given!r} must be a Calibration of kind {kind!r} or the path of one")
+    if names and isinstance(given, str) and not Path(given).suffix and not Path(given).exists():
+        raise ValueError(f"{field}={given!r} is no file; allowed names are {', '.join(map(repr, names))}")
     name = class_name(model)
     found = given.checked(kind, name) if isinstance(given, Calibration) else Calibration.load(given, kind, name)
     if isinstance(model, nn.Module):

@@ -86,7 +86,7 @@ class DDT(_cached.CachedFeatures):
             if any(c not in (0, 1) for c in given):
                 raise ValueError(f"schedule={given!r} must be a tuple of 0 and 1, one a step")
             return Schedule.from_mask(given)
-        found = calibration_of(given, "distances", model)
+        found = calibration_of(given, "distances", model, field="schedule", names=("uniform",))
         if model is not None:
             label = encoder_of(model, self.encoder).label
             if found["encoder"] != label:

@@ -44,6 +44,8 @@ class DPCache(_cached.CachedFeatures):
 
     def __post_init__(self) -> None:
         Paths(((1.0,),), self.refresh, self.forecaster)  # validates the fields
+        if not isinstance(self.calibration, Calibration | str | Path):
+            raise TypeError(f"calibration={self.calibration!r} must be a Calibration or the path of one")
 
     @property
     def schedule(self) -> Paths:
@@ -63,6 +65,6 @@ class DPCache(_cached.CachedFeatures):
         """Plan a memory of what all blocks add."""
         try:
             rule = self.schedule_for(context.model)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise PatchError(f"{self.name}: {error}") from None
         _cached.attach_stack(self, context, rule, self.forecaster, self.storage)

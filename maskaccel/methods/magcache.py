@@ -87,7 +87,7 @@ class MagCache(_cached.CachedFeatures):
         if isinstance(ratios, str) and ratios in RATIOS:
             ratios = RATIOS[ratios]
         if not isinstance(ratios, tuple):
-            ratios = calibration_of(ratios, "magnitudes", model)["ratios"]
+            ratios = calibration_of(ratios, "magnitudes", model, field="ratios", names=RATIOS)["ratios"]
         return Magnitudes(ratios, self.threshold, self.max_consecutive, self.retention)
 
     def attach(self, context: Context) -> None:

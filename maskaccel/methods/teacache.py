@@ -103,7 +103,7 @@ class TeaCache(_cached.CachedFeatures):
             return POLYNOMIALS[given]
         if isinstance(given, tuple):
             return given
-        found = calibration_of(given, "teacache", model)
+        found = calibration_of(given, "teacache", model, field="polynomial", names=POLYNOMIALS)
         if found["tap"] != self.tap:
             raise ValueError(f"the calibration is of tap={found['tap']!r}, the method watches tap={self.tap!r}")
         return found["polynomial"]
