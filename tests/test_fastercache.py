@@ -333,3 +333,8 @@ def test_a_model_without_blocks_is_left_alone():
     with pytest.raises(maskaccel.PatchError, match="no self-attention"):
         maskaccel.patch(model, FasterCache(uncond=None))
     assert "forward" not in model.__dict__
+
+
+def test_a_model_without_attention_that_it_knows_remembers_guidance_alone_and_says_so():
+    with maskaccel.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), FasterCache()) as patch:
+        assert "no self-attention in its blocks, so only guidance is remembered" in str(patch.report())
