@@ -10,6 +10,7 @@ OURS = (
     "DPCache:calibration=@products,refresh=2.5",
     "DPCache:calibration=@products,refresh=3.5",
     "DPCache:calibration=@products,refresh=3.5+FusedAdaLN",
+    "DPCache:calibration=@products,refresh=4",
     "DPCache:calibration=@products,refresh=4.2",
     "DPCache:calibration=@products,refresh=5",
     "TaylorSeer:interval=4",
