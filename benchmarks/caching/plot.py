@@ -49,7 +49,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlabel("speed-up" if timed else "1 / compute (no timings yet)")
     axes.set_ylabel("PSNR to the unaccelerated image, dB (mean)")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
