@@ -13,10 +13,10 @@ pytest.importorskip("diffusers", reason="the example is built on diffusers")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "examples" / "fashion")) if path not in sys.path]
 
-from benchmarks.caching import calibrate  # noqa: E402
 from pipeline import FashionPipeline  # noqa: E402
 
 import maskaccel  # noqa: E402
+from benchmarks.caching import calibrate  # noqa: E402
 from maskaccel import methods as m  # noqa: E402
 from maskaccel.state import Taylor  # noqa: E402
 
