@@ -39,7 +39,7 @@ def test_computing_always_is_the_unpatched_pipeline(name, method):
     assert torch.equal(sample(pipeline, kwargs, steps=STEPS), plain), "remove() did not restore the pipeline"
 
 
-@pytest.mark.parametrize("level", ["output", "stack", "block", "module"])
+@pytest.mark.parametrize("level", ["output", "stack", "block", "module", "kv"])
 def test_every_level_reuses_by_the_schedule_and_repeats(name, level):
     pipeline, kwargs, plain = built(name)
     method = FORA(interval=3, level=level)
@@ -51,6 +51,40 @@ def test_every_level_reuses_by_the_schedule_and_repeats(name, level):
         assert activity["reused"] > 0 and activity["bytes held"] == 0 < activity["peak bytes"]
         assert not torch.equal(one, plain)
     assert torch.equal(sample(pipeline, kwargs, steps=STEPS), plain)
+
+
+def test_queries_of_every_step_attend_to_remembered_keys_and_values():
+    """Against attention in plain torch whose keys and values are those of the first step."""
+    model, labels = PIPELINES["dit"]()[0].transformer, torch.tensor([3, 5])
+    attention = model.transformer_blocks[0].attn1
+    inputs = [
+        torch.randn(2, 16, attention.to_q.in_features, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
+
+    def heads(x):
+        return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+    with torch.no_grad():
+        k, v = heads(attention.to_k(inputs[0])), heads(attention.to_v(inputs[0]))
+        mixed = torch.nn.functional.scaled_dot_product_attention(heads(attention.to_q(inputs[1])), k, v)
+        want = attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+        with maskaccel.patch(model, FORA(interval=2, level="kv")) as patch, patch.generation(2) as run:
+            model(torch.ones(2, 4, 8, 8), torch.full((2,), 900), labels)
+            attention.to_k.__dict__["_maskaccel_site"].feature.clear()
+            attention.to_v.__dict__["_maskaccel_site"].feature.clear()
+            attention(inputs[0])
+            run.step()
+            got = attention(inputs[1])
+            held = patch.report().activity["FORA"]["bytes held"]
+    torch.testing.assert_close(got, want)
+    assert held == 2 * 2 * inputs[0].nbytes  # keys and values of both blocks
+
+
+def test_keys_and_values_that_come_with_the_queries_are_refused():
+    from zoo.dit_original import dit
+
+    with pytest.raises(maskaccel.PatchError, match="no block of .* has projections named to_k or to_v"):
+        maskaccel.patch(dit()[0], FORA(level="kv"))
 
 
 def test_a_signal_that_always_fires_holds_the_first_step(name):

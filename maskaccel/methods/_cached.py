@@ -20,7 +20,7 @@ from ..state.history import Storage
 from ..state.site import SITE, Refresh, Site, remember
 from ..state.stack import ROLE, Stack, Tap
 
-Level = Literal["output", "stack", "block", "module"]
+Level = Literal["output", "stack", "block", "module", "kv"]
 LEVELS: tuple[str, ...] = get_args(Level)
 
 # Children of blocks, by the names that diffusers and the original DiT use.
@@ -32,6 +32,9 @@ USUAL_SITES = (*SELF_ATTENTION, *CROSS_ATTENTION, *MLPS)
 # Which models a method serves, for `maskaccel methods`.
 STACKS = "any model whose loop over its blocks can be read (72 of the 76 transformers of diffusers)"
 LEVELED = f"{STACKS}; level='module': lists of blocks with attention and MLP children"
+
+# Projections of attention modules to keys and values, by diffusers' names.
+KEYS_AND_VALUES = ("to_k", "to_v", "add_k_proj", "add_v_proj")
 
 
 class Named(Protocol):
@@ -75,7 +78,8 @@ def attach(
         method: On whose behalf.
         context: The model.
         level: `"output"`: what the model returns; `"stack"`: what all blocks together add to the residual stream;
-            `"block"`: what each block adds; `"module"`: what attention and MLP return, with gates of the current step.
+            `"block"`: what each block adds; `"module"`: what attention and MLP return, with gates of the current step;
+            `"kv"`: the keys and values of every attention, which the queries of the current step attend to.
         rule: The step mask.
         forecaster: Of what is remembered; None holds the last value.
         storage: How it is kept.
@@ -85,6 +89,9 @@ def attach(
     elif level == "module":
         modules = modules_of(method, context)
         remember_modules(method, context, modules, rule, forecaster, storage, "remembered")
+    elif level == "kv":
+        modules = projections_of(method, context)
+        remember_modules(method, context, modules, rule, forecaster, storage, "remembered keys and values")
     else:
         attach_stack(method, context, rule, forecaster, storage, each=level == "block")
 
@@ -130,6 +137,23 @@ def modules_of(method: Named, context: Context, wanted: Sequence[str] | None = N
         if not children:
             context.skip(method.name, block, f"it has no child named {', '.join(wanted or USUAL_SITES)}")
         found += children
+    return found
+
+
+def projections_of(method: Named, context: Context) -> list[nn.Module]:
+    """The projections to keys and values, of image and text, in every block.
+
+    Raises:
+        PatchError: There are none: queries, keys and values come from one projection.
+    """
+    blocks = [block for children in block_lists(context.model) for block in children]
+    modules = {id(m): m for block in blocks for m in block.modules()}
+    found = [module for one in modules.values() for module in children_of(one, KEYS_AND_VALUES)]
+    if not found:
+        raise PatchError(
+            f"{method.name}: no block of {type(context.model).__name__} has projections named "
+            f"{' or '.join(KEYS_AND_VALUES)}"
+        )
     return found
 
 
