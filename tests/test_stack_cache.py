@@ -83,7 +83,7 @@ def test_queries_of_every_step_attend_to_remembered_keys_and_values():
 def test_keys_and_values_that_come_with_the_queries_are_refused():
     from zoo.dit_original import dit
 
-    with pytest.raises(maskaccel.PatchError, match="no block of .* has projections named to_k or to_v"):
+    with pytest.raises(maskaccel.PatchError, match=r"no block of .* has projections named to_k or to_v"):
         maskaccel.patch(dit()[0], FORA(level="kv"))
 
 

@@ -23,8 +23,8 @@ class FORA(_cached.CachedFeatures):
         first: Steps at the start that are computed (the paper computes the first).
         last: Steps at the end that are computed (the paper: none).
         level: `"module"` as in the paper; `"block"`, `"stack"` or `"output"` hold what a block, all blocks or the model
-            give, at a fraction of the memory and with the gates of the computed step; `"kv"` holds keys and values, which
-            the queries of every step attend to.
+            give, at a fraction of the memory and with the gates of the computed step; `"kv"` holds keys and values,
+            which the queries of every step attend to.
         storage: How features are kept.
     """
 
