@@ -31,6 +31,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     Returns:
         For each level the medians of the seconds of a step, computed and remembered, and of their ratio in a round.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     pipes = {name: load(setting) for name in LEVELS}
     x = torch.randn(2 * setting.batch, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     x = x.to(getattr(torch, setting.dtype))
@@ -48,10 +49,9 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
                 ):
                     for step in range(STEPS):
                         t = torch.full((len(x),), 900 - step)
-                        start = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+                        start = clock()
                         model(x, timestep=t, class_labels=labels)
-                        end = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-                        seconds.append(end - start)
+                        seconds.append(clock() - start)
                         run.step()
                     activity = patch.report().activity["TaylorSeer"]
                 if activity["reused"] != (STEPS - 1) * (activity["computed"]):

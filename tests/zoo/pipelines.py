@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import maskaccel
+from maskaccel.methods import FusedAdaLN
+
 from .common import made, randn
 
 Built = tuple[Any, dict[str, Any]]
@@ -269,3 +272,25 @@ def sample(pipeline: Any, kwargs: dict[str, Any], *, seed: int = 0, steps: int =
     generator = torch.Generator().manual_seed(seed)
     out = pipeline(**{**kwargs, **more}, num_inference_steps=steps, generator=generator)[0]
     return torch.from_numpy(out.copy()) if isinstance(out, np.ndarray) else out
+
+
+def check_runs(pipeline: Any, kwargs: dict[str, Any], plain: Tensor, method: Any, steps: int) -> list[dict[str, Any]]:
+    """What holds for a method that remembers, alone and with fused blocks.
+
+    Runs of one seed repeat, fused blocks agree, nothing is held after a run or warned about, and undo is exact.
+
+    Returns:
+        What the method says it did, alone and with fused blocks.
+    """
+    outs, found = [], []
+    for methods in ([method], [method, FusedAdaLN()]):
+        with maskaccel.patch(pipeline, methods) as patch:
+            outs.append(sample(pipeline, kwargs, steps=steps))
+            activity = patch.report().activity[method.name]
+            assert activity["bytes held"] == 0 < activity["peak bytes"] and "warning" not in activity
+            assert torch.equal(outs[-1], sample(pipeline, kwargs, steps=steps)), "two runs of one seed differ"
+            found.append(activity)
+    assert not torch.equal(outs[0], plain)
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+    assert torch.equal(sample(pipeline, kwargs, steps=steps), plain), "remove() did not restore the pipeline"
+    return found
