@@ -1,0 +1,1 @@
+"""Tile-skipping attention: which tiles of the score matrix are computed is data."""
