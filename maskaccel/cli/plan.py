@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import methods, state
-from ..masks.schedule import Rule, Window, render
+from ..masks.schedule import StepRule, Window, render
 from ..masks.signal import Signal
 from ._settings import settings
 
@@ -36,7 +36,7 @@ def make_method(name: str, texts: Sequence[str]) -> Any:
         raise ValueError(f"{found}: {error}") from None
 
 
-def rules_of(method: Any) -> dict[str, Rule]:
+def rules_of(method: Any) -> dict[str, StepRule]:
     """The step masks of a method, by the name of what they are for; empty if it computes always.
 
     Raises:

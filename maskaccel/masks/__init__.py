@@ -1,6 +1,6 @@
 """What to compute: plain data and its algebra."""
 
 from .cycle import Cycle, Whole
-from .schedule import Action, Position, Rule, Schedule, Window
+from .schedule import Action, Position, Schedule, StepRule, Window
 
-__all__ = ["Action", "Cycle", "Position", "Rule", "Schedule", "Whole", "Window"]
+__all__ = ["Action", "Cycle", "Position", "Schedule", "StepRule", "Whole", "Window"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .planned import Planned
-from .schedule import Action, Position, Rule, Schedule, plan_of
+from .schedule import Action, Position, Schedule, StepRule, plan_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Whole:
         rule: The rule.
     """
 
-    rule: Rule
+    rule: StepRule
 
     def action(self, at: Position) -> Action:
         """What happens at a step."""

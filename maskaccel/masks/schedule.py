@@ -31,7 +31,7 @@ class Position(Protocol):
         """The scheduler's timestep, 1000 (noise) to 0; ValueError where it is not known."""
 
 
-class Rule(Protocol):
+class StepRule(Protocol):
     """A step mask. Hashable."""
 
     def __hash__(self) -> int:
@@ -61,7 +61,7 @@ class At:
         return self.timesteps[self.index]
 
 
-def plan_of(rule: Rule, num_steps: int, timesteps: Sequence[float] | None = None) -> list[Action]:
+def plan_of(rule: StepRule, num_steps: int, timesteps: Sequence[float] | None = None) -> list[Action]:
     """The actions of a rule at every step of a run.
 
     Raises:
@@ -217,7 +217,7 @@ def even_timesteps(num_steps: int) -> tuple[float, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def reuses(rule: Rule, num_steps: int, timesteps: tuple[float, ...] | None = None) -> bool:
+def reuses(rule: StepRule, num_steps: int, timesteps: tuple[float, ...] | None = None) -> bool:
     """Whether any step of a run takes anything from memory."""
     return any(action != "compute" for action in rule.plan(num_steps, timesteps))
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from torch import nn
 
-from ..masks import Rule
+from ..masks import StepRule
 from ..masks.signal import Signal
 from ..models import Streams, block_adapter, stack_of, streams_of
 from ..models._adapter import children_of
@@ -68,7 +68,7 @@ def attach(
     method: Named,
     context: Context,
     level: str,
-    rule: Rule,
+    rule: StepRule,
     forecaster: Forecaster | None = None,
     storage: Storage | None = None,
 ) -> None:
@@ -101,7 +101,7 @@ def remember_modules(
     method: Named,
     context: Context,
     modules: Iterable[nn.Module],
-    rule: Rule,
+    rule: StepRule,
     forecaster: Forecaster | None = None,
     storage: Storage | None = None,
     action: str = "remembered",
@@ -192,7 +192,7 @@ def segments_of(method: Named, model: nn.Module) -> list[list[tuple[nn.Module, S
 def attach_stack(
     method: Named,
     context: Context,
-    rule: Rule,
+    rule: StepRule,
     forecaster: Forecaster | None = None,
     storage: Storage | None = None,
     *,
@@ -269,7 +269,7 @@ def context_parallel_group(model: nn.Module) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------- report
-def watch(method: Named, context: Context, rule: Rule) -> Generation:
+def watch(method: Named, context: Context, rule: StepRule) -> Generation:
     """The model's generation; a run in which the rule can never reuse anything is warned about."""
     generation = context.track_generation(method.name)
     rules = generation.rules.setdefault(method.name, [])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..masks import Rule
+from ..masks import StepRule
 from ..models._adapter import children_of
 from ..patching.patch import Context
 from ..patching.transaction import PatchError, Transaction
@@ -230,7 +230,7 @@ def attach_parts(
     method: _cached.Named,
     context: Context,
     parts: Parts,
-    rule: Rule,
+    rule: StepRule,
     choose: Callable[[nn.Module, str], Choice | None],
     forecaster: Forecaster | None = None,
     storage: Storage | None = None,

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..calibration.file import Calibration, calibration_of
-from ..masks import Rule, Schedule
+from ..masks import Schedule, StepRule
 from ..masks.dynamic import Dynamic, Uniform
 from ..masks.schedule import Action, Position
 from ..models._decoupled import Encoder, decoder_modulations, encoder_of, given_state, with_state
@@ -69,11 +69,11 @@ class DDT(_cached.CachedFeatures):
         self.rule  # noqa: B018
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> StepRule:
         """The step mask."""
         return self.rule_for(None)
 
-    def rule_for(self, model: nn.Module | None) -> Rule:
+    def rule_for(self, model: nn.Module | None) -> StepRule:
         """The step mask for a model, whose calibration it has to be.
 
         Raises:
@@ -112,14 +112,14 @@ class DDT(_cached.CachedFeatures):
         else:
             self._attach_blocks(context, rule, encoder)
 
-    def _attach_blocks(self, context: Context, rule: Rule, encoder: Encoder) -> None:
+    def _attach_blocks(self, context: Context, rule: StepRule, encoder: Encoder) -> None:
         count = sum(map(len, _cached.segments_of(self, context.model)))
         tail = count - int(encoder.label)
         if tail == 0:
             raise PatchError(f"{self.name}: encoder={encoder.label} leaves no block of {count} to decode")
         _cached.attach_stack(self, context, rule, storage=self.storage, tail=tail)
 
-    def _attach_state(self, context: Context, rule: Rule) -> None:
+    def _attach_state(self, context: Context, rule: StepRule) -> None:
         model, generation = context.model, _cached.watch(self, context, rule)
         site = StateSite(generation, rule, storage=self.storage)
         context.transaction.set(model, SITE, site, self.name)

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ..masks import Rule, Schedule, Window
+from ..masks import Schedule, StepRule, Window
 from ..masks.schedule import Position
 from ..patching.patch import Context
 from ..patching.transaction import PatchError
@@ -107,17 +107,17 @@ class FasterCache(_cached.CachedFeatures):
                 raise ValueError(f"grid={self.grid!r} must be two positive integers (rows, columns), or None")
 
     @property
-    def attention_rule(self) -> Rule:
+    def attention_rule(self) -> StepRule:
         """The step mask of attention, apart from the steps that compute both branches."""
         return Window.around(Schedule(interval=self.attention or 1), *self.attention_window)
 
     @property
-    def uncond_rule(self) -> Rule:
+    def uncond_rule(self) -> StepRule:
         """The step mask of the unconditional branch."""
         return Window.around(Schedule(interval=self.uncond or 1), *self.uncond_window)
 
     @property
-    def rules(self) -> dict[str, Rule]:
+    def rules(self) -> dict[str, StepRule]:
         """The step masks of both."""
         found = {}
         if self.attention is not None:

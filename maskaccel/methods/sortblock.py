@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..masks import Schedule, Window
-from ..masks.schedule import Action, Position, Rule, plan_of
+from ..masks.schedule import Action, Position, StepRule, plan_of
 from ..patching.patch import Context
 from ..state.forecast import Newton
 from ..state.generation import Generation
@@ -91,7 +91,7 @@ class Sortblock(_cached.CachedFeatures):
         return Window.around(Schedule(interval=self.interval), self.low, self.high)
 
     @property
-    def rules(self) -> dict[str, Rule]:
+    def rules(self) -> dict[str, StepRule]:
         """The step mask of a block, for plans."""
         return {"": BlockRule(Ranking(self, ""), None)}
 

@@ -37,7 +37,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..masks import Action, Cycle, Rule, Schedule
+from ..masks import Action, Cycle, Schedule, StepRule
 from ..models._joint import text_first
 from ..patching.patch import Context
 from ..patching.transaction import PatchError
@@ -126,7 +126,7 @@ class ToCa(_cached.CachedFeatures):
             raise ValueError(f"cell={self.cell!r} and both entries of grid={self.grid!r} must be integers, 1 or more")
 
     @property
-    def schedule(self) -> Rule:
+    def schedule(self) -> StepRule:
         """The step mask."""
         if not self.drift and self.dense is None:
             origin = self.first - 1 if self.first == int(self.first) else 0

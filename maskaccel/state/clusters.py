@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks import Rule
+from ..masks import StepRule
 from ..models import Streams
 from ..ops import kmeans
 from ..patching.transaction import Transaction
@@ -41,7 +41,7 @@ class Clusters:
     """
 
     def __init__(
-        self, generation: Generation, rule: Rule, streams: Streams, count: int, iters: int, metric: str
+        self, generation: Generation, rule: StepRule, streams: Streams, count: int, iters: int, metric: str
     ) -> None:
         self.generation, self.rule, self.streams = generation, rule, streams
         self.count, self.iters, self.metric = count, iters, metric

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from ..masks.schedule import At, Rule, Window, reuses
+from ..masks.schedule import At, StepRule, Window, reuses
 
 if TYPE_CHECKING:
     from ..patching.transaction import Transaction
@@ -59,7 +59,7 @@ class Generation:
         self.run = 0
         self.branch_key = ""
         self.memories: list[Memory] = []
-        self.rules: dict[str, list[Rule]] = {}
+        self.rules: dict[str, list[StepRule]] = {}
         self.notes: list[str] = []
         self.peak_bytes = 0
         self._timesteps: Any = None
@@ -118,7 +118,7 @@ class Generation:
             self.active = False
             raise
 
-    def _check(self, name: str, rules: list[Rule]) -> None:
+    def _check(self, name: str, rules: list[StepRule]) -> None:
         """ValueError if a method needs what is not told; a warning if it can never reuse anything."""
         if not rules:
             return

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..masks import Rule
+from ..masks import StepRule
 from ..masks.schedule import Position
 from ..patching.transaction import Transaction
 from ._rows import as_named, cut_batch
@@ -67,7 +67,7 @@ class Guidance:
     def __init__(
         self,
         generation: Generation,
-        rule: Rule,
+        rule: StepRule,
         growth: Callable[[Position], tuple[float, float]],
         *,
         cond_first: bool = False,
@@ -345,7 +345,7 @@ class GuidedSite(Site):
     def __init__(
         self,
         guidance: Guidance,
-        rule: Rule,
+        rule: StepRule,
         forecaster: Forecaster | None = None,
         storage: Storage | None = None,
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..masks import Rule
+from ..masks import StepRule
 from ..patching.transaction import Transaction
 from .feature import Feature, Held, key_of
 from .forecast import Forecaster
@@ -40,7 +40,7 @@ class Site:
     def __init__(
         self,
         generation: Generation,
-        rule: Rule,
+        rule: StepRule,
         forecaster: Forecaster | None = None,
         storage: Storage | None = None,
         refresh: Refresh | None = None,

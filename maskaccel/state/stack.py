@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks.schedule import Action, Rule
+from ..masks.schedule import Action, StepRule
 from ..masks.signal import Signal, SignalState
 from ..models import Streams
 from ..ops import relative_difference
@@ -86,7 +86,7 @@ class Stack:
         self,
         generation: Generation,
         segments: Sequence[tuple[Sequence[nn.Module], Sequence[Streams]]],
-        rule: Rule,
+        rule: StepRule,
         forecaster: Forecaster | None = None,
         storage: Storage | None = None,
         *,
