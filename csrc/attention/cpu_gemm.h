@@ -1,0 +1,141 @@
+// Small matrix products of attention tiles: a block of the result stays in the registers while one dim is summed.
+#pragma once
+
+#include "cpu_pack.h"
+
+namespace maskaccel {
+namespace MASKACCEL_ISA {
+
+// What the sums of a product start from: zero, the result's own values, or those times a factor for each row.
+enum class Start { zero, own, scaled };
+
+template <class O, int ROWS, int VECTORS>
+MASKACCEL_INLINE void product_block(int64_t steps, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                    int64_t ldb, float* c, int64_t ldc, Start start, const float* factor) {
+  V sum[ROWS][VECTORS];
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j)
+      sum[i][j] = start == Start::zero ? set1(0.0f) : load(c + i * ldc + j * W, Full{});
+  if (start == Start::scaled) {
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = mul(sum[i][j], set1(factor[i]));
+  }
+  for (int64_t k = 0; k < steps; ++k, a += a_step, b += ldb) {
+    V right[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + j * W, Full{});
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) {
+      const V left = O::spread(a + i * a_row);
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = O::madd(left, right[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) store(c + i * ldc + j * W, sum[i][j], Full{});
+}
+
+// Rows of a block VECTORS wide: sums, right operands and one left operand fit the registers.
+#if defined(__AVX512F__)
+constexpr int kBlockVectors = 4;
+template <int VECTORS>
+constexpr int kBlockRows = VECTORS == 4 ? 6 : 8;
+#elif defined(__AVX2__)
+constexpr int kBlockVectors = 3;
+template <int VECTORS>
+constexpr int kBlockRows = VECTORS == 3 ? 4 : VECTORS == 2 ? 6 : 8;
+#else
+constexpr int kBlockVectors = 2;
+template <int VECTORS>
+constexpr int kBlockRows = 2;
+#endif
+
+template <class O, int VECTORS>
+MASKACCEL_OUTLINE void product_columns(int64_t m, int64_t steps, const float* a, int64_t a_row, int64_t a_step,
+                                       const float* b, int64_t ldb, float* c, int64_t ldc, Start start,
+                                       const float* factor) {
+  constexpr int R = kBlockRows<VECTORS>;
+  const auto run = [&](auto rows) MASKACCEL_HOT {
+    constexpr int N = decltype(rows)::k;
+    product_block<O, N, VECTORS>(steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
+    a += N * a_row;
+    c += N * ldc;
+    if (factor != nullptr) factor += N;
+    m -= N;
+  };
+  while (m >= R) run(Chain<R>{});
+  if constexpr (R > 4) {
+    if (m >= 4) run(Chain<4>{});
+  }
+  if constexpr (R > 2) {
+    if (m >= 2) run(Chain<2>{});
+  }
+  if (m >= 1) run(Chain<1>{});
+}
+
+// c[i][j] = start + sum over k < steps of a[i][k] . b[k][j], for i < m and j < n, in words of O (see cpu_pack.h):
+// word (i, k) of the left operand is a[i * a_row + k * a_step], word (k, j) of the right one b[k * ldb + j], and
+// `steps` is the summed dim / O::kDepth, rounded up. n is a multiple of W (whole_vectors): b and c must have that many
+// columns. `factor`, for Start::scaled, holds m numbers. c must not overlap a or b.
+// The order of the sums over k depends on nothing but k: one element is the same whatever m, n and the strides are.
+template <class O>
+MASKACCEL_OUTLINE void product(int64_t m, int64_t n, int64_t steps, const float* a, int64_t a_row, int64_t a_step,
+                               const float* b, int64_t ldb, float* c, int64_t ldc, Start start = Start::zero,
+                               const float* factor = nullptr) {
+  int64_t vectors = n / W;
+  for (int64_t blocks = (vectors + kBlockVectors - 1) / kBlockVectors; blocks > 0; --blocks) {
+    const int64_t wide = (vectors + blocks - 1) / blocks;  // 5 vectors are 3 and 2, not 4 and 1
+    switch (wide) {
+#if defined(__AVX512F__)
+      case 4:
+        product_columns<O, 4>(m, steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
+        break;
+#endif
+#if defined(__AVX2__)
+      case 3:
+        product_columns<O, 3>(m, steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
+        break;
+#endif
+      case 2:
+        product_columns<O, 2>(m, steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
+        break;
+      default:
+        product_columns<O, 1>(m, steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
+    }
+    vectors -= wide;
+    b += wide * W;
+    c += wide * W;
+  }
+}
+
+// 2^x: within 1.6e-7 of the exact value, and exactly 1 at 0. Below the normal numbers it is 0 or, on AVX-512,
+// subnormal; 0 at -inf; NaN stays.
+MASKACCEL_INLINE V vexp2(V x) {
+#if defined(__AVX512F__)
+  const V fraction = _mm512_reduce_ps(x, 0);  // 0 for -inf
+  const V whole = sub(x, fraction);
+#else
+  const V whole = vround(vmax(set1(-126.0f), x));
+  const V fraction = sub(x, whole);
+#endif
+  V p = set1(0x1.5bba14p-10f);
+  p = fma(p, fraction, set1(0x1.3cea88p-7f));
+  p = fma(p, fraction, set1(0x1.c6b752p-5f));
+  p = fma(p, fraction, set1(0x1.ebf9bcp-3f));
+  p = fma(p, fraction, set1(0x1.62e42ap-1f));
+  p = fma(p, fraction, set1(1.0f));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, whole);
+#else
+  return less(x, set1(-126.0f), set1(0.0f), mul(p, pow2_normal(whole)));
+#endif
+}
+
+}  // namespace MASKACCEL_ISA
+}  // namespace maskaccel
