@@ -255,6 +255,7 @@ __device__ __forceinline__ float* dynamic_shared() {
 struct DeviceInfo {
   int multiprocessors;
   int shared_bytes;  // the most dynamic shared memory one CTA may ask for
+  int capability;    // 90 for compute capability 9.0
 };
 
 DeviceInfo device_info(int device);

@@ -13,7 +13,7 @@ namespace maskaccel::cuda {
 // A tiny device, so that small tests walk several rows per CTA.
 DeviceInfo device_info(int) {
   const char* shared = std::getenv("MASKACCEL_EMULATE_SHARED");
-  return DeviceInfo{1, shared != nullptr ? std::atoi(shared) : 96 * 1024};
+  return DeviceInfo{1, shared != nullptr ? std::atoi(shared) : 96 * 1024, 80};
 }
 Stream current_stream(int) { return nullptr; }
 void check_launch(const char*) {}
@@ -38,6 +38,10 @@ DeviceInfo device_info(int device) {
     DeviceInfo info{};
     check(cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device), "device query");
     check(cudaDeviceGetAttribute(&info.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device query");
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device query");
+    info.capability = 10 * major + minor;
     known[device] = info;
   });
   return known[device];
