@@ -1,6 +1,27 @@
 """What to compute: plain data and its algebra."""
 
 from .cycle import Cycle, Whole
+from .order import TokenOrder
+from .rules import Causal, Dense, Lengths, Rule, Segments, varlen
 from .schedule import Action, Position, Schedule, StepRule, Window
+from .tiles import TileMask
+from .windows import GridWindow
 
-__all__ = ["Action", "Cycle", "Position", "Schedule", "StepRule", "Whole", "Window"]
+__all__ = [
+    "Action",
+    "Causal",
+    "Cycle",
+    "Dense",
+    "GridWindow",
+    "Lengths",
+    "Position",
+    "Rule",
+    "Schedule",
+    "Segments",
+    "StepRule",
+    "TileMask",
+    "TokenOrder",
+    "Whole",
+    "Window",
+    "varlen",
+]

@@ -4,6 +4,18 @@ from . import _backends
 from .adaln import autograd as _adaln_autograd
 from .adaln import fallback as _adaln_fallback
 from .adaln import gate_residual, gate_residual_norm_modulate, gated_activation, norm_modulate, qk_norm_rope
+from .attention import (
+    RelativePosition,
+    attention_column_sums,
+    linear_attention,
+    merge_attention,
+    tile_attention,
+    tile_pool,
+    tile_scores,
+    tile_select,
+)
+from .attention import autograd as _attention_autograd
+from .attention import reference as _attention_reference
 from .steps import api as _steps_api
 from .steps import (
     combine_history,
@@ -18,6 +30,8 @@ from .steps import (
 from .steps import reference as _steps_reference
 
 __all__ = [
+    "RelativePosition",
+    "attention_column_sums",
     "combine_history",
     "combine_history_norm_modulate",
     "combine_sites",
@@ -26,14 +40,21 @@ __all__ = [
     "gated_activation",
     "gram",
     "kmeans",
+    "linear_attention",
+    "merge_attention",
     "norm_modulate",
     "norm_modulate_difference",
     "qk_norm_rope",
     "relative_difference",
     "scatter_combine",
+    "tile_attention",
+    "tile_pool",
+    "tile_scores",
+    "tile_select",
 ]
 
 _adaln_autograd.register()
+_attention_autograd.register()
 _steps_api.register()
 _backends.native.load()  # after the schemas: its kernels attach to them
-_backends.implement_fallbacks({**_adaln_fallback.KERNELS, **_steps_reference.KERNELS})
+_backends.implement_fallbacks({**_adaln_fallback.KERNELS, **_attention_reference.KERNELS, **_steps_reference.KERNELS})

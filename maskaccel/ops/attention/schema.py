@@ -91,6 +91,6 @@ SCHEMAS = {
     "tile_lists": "(Tensor bits, Tensor? pattern_of, int tiles, bool transpose) -> (Tensor, Tensor, Tensor)",
     "linear_attention": "(Tensor q, Tensor k, Tensor v, int feature_map, int normalize, float eps) -> Tensor",
     # -> (dq, dk, dv)
-    "linear_attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, int feature_map, int normalize, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    "linear_attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, int feature_map, int normalize,"
+    " float eps) -> (Tensor, Tensor, Tensor)",
 }

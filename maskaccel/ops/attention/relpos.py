@@ -1,0 +1,82 @@
+"""Relative position tables: a learned number for each offset between two tokens of a grid (Swin, MDT)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+
+class RelativePosition:
+    """`table[h, q_at[i] - k_at[j]]` is added to the score of query i and key j.
+
+    Args:
+        table: fp32 `(H, R)` or `(1, R)`.
+        q_at: int32 `(Sq,)` or `(B, Sq)`.
+        k_at: int32 `(Sk,)` or `(B, Sk)`. Every difference must lie in [0, R).
+
+    Raises:
+        TypeError: Other dtypes.
+        ValueError: Other shapes, or differences outside the table.
+    """
+
+    def __init__(self, table: Tensor, q_at: Tensor, k_at: Tensor) -> None:
+        table = _checks.floating("table", table)
+        if table.dim() != 2:
+            raise ValueError(f"table has shape {tuple(table.shape)}; it must be (H, R) or (1, R)")
+        at = []
+        for name, t in (("q_at", q_at), ("k_at", k_at)):
+            if t.dtype != torch.int32:
+                raise TypeError(f"{name} has dtype {t.dtype}; it must be int32")
+            if t.dim() not in (1, 2):
+                raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be (S,) or (B, S)")
+            at.append(t.reshape(-1, t.shape[-1]).contiguous())
+        self.table, (self.q_at, self.k_at) = table, at
+        if at[0].numel() and at[1].numel():
+            low, high = int(at[0].min()) - int(at[1].max()), int(at[0].max()) - int(at[1].min())
+            if low < 0 or high >= table.shape[1]:
+                raise ValueError(
+                    f"q_at - k_at reaches from {low} to {high}; the table has entries 0 to {table.shape[1] - 1}"
+                )
+
+    @classmethod
+    def of_grid(
+        cls, table: Tensor, grid: Sequence[int], q_rows: Tensor | None = None, k_rows: Tensor | None = None
+    ) -> RelativePosition:
+        """For the tokens of a grid, or some of them (MDT's kept tokens).
+
+        Args:
+            table: `(H, R)` with `R = prod(2 n - 1)` over the grid's sizes: offsets query - key in raster order, from
+                `-(n - 1)` on.
+            grid: Sizes of the grid.
+            q_rows: int `(K,)` or `(B, K)`: which tokens the queries are; None: all.
+            k_rows: The same of the keys.
+        """
+        sizes = tuple(grid)
+        entries = math.prod(2 * n - 1 for n in sizes)
+        if table.dim() != 2 or table.shape[1] != entries:
+            raise ValueError(f"table has shape {tuple(table.shape)}; the grid {sizes} has {entries} offsets")
+        raster = torch.cartesian_prod(*(torch.arange(n, device=table.device) for n in sizes)).reshape(-1, len(sizes))
+        at = torch.zeros(len(raster), dtype=torch.int64, device=table.device)
+        centre = 0
+        for axis, n in enumerate(sizes):
+            at, centre = at * (2 * n - 1) + raster[:, axis], centre * (2 * n - 1) + n - 1
+        q = at if q_rows is None else at[q_rows.long()]
+        k = at if k_rows is None else at[k_rows.long()]
+        return cls(table, (q + centre).int(), k.int())
+
+    def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(table, q_at, k_at)` for a call, or ValueError if they do not fit it."""
+        if self.table.shape[0] not in (1, q.shape[2]):
+            raise ValueError(f"the relative position table has {self.table.shape[0]} heads; q has {q.shape[2]}")
+        for name, at, t in (("q_at", self.q_at, q), ("k_at", self.k_at, k)):
+            if at.shape[0] not in (1, t.shape[0]) or at.shape[1] != t.shape[1]:
+                raise ValueError(f"{name} is for {tuple(at.shape)} tokens; the call has {(t.shape[0], t.shape[1])}")
+            _checks.same_device(name, at, "q", q)
+        _checks.same_device("table", self.table, "q", q)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return self.table.to(wide).contiguous(), self.q_at, self.k_at

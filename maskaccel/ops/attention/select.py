@@ -1,0 +1,205 @@
+"""Block prediction: pool tokens, score pairs of blocks, select the tiles worth computing.
+
+`tile_pool` -> `tile_scores` -> `tile_select` covers the predictors of VSA (Zhang et al. 2025), SpargeAttn (Zhang et al.
+2025), XAttention (Xu et al. 2025), DraftAttention (Shen et al. 2025) and NABLA. Plain torch, no wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import check
+from .check import check_block
+from .reference import pack_words
+
+if TYPE_CHECKING:
+    from ...masks.tiles import TileMask
+
+_MODES = ("mean", "antidiagonal")
+
+
+def tile_pool(x: Tensor, block: int, *, mode: str = "mean", weight: Tensor | None = None) -> Tensor:
+    """One vector for each block of tokens.
+
+    Args:
+        x: `(B, S, H, D)`. The last block may be shorter.
+        block: Tokens of a block.
+        mode: `"mean"`, or `"sum"` of the weighted tokens.
+        weight: `(block,)`, a learned weight of each place in a block (CLEAR's pooled keys, summed); needs S to be a
+            multiple of block.
+
+    Returns:
+        `(B, ceil(S / block), H, D)` in x's dtype, formed in fp32. Differentiable.
+    """
+    x = _checks.activation("x", x, "B, S, H, D")
+    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
+        raise ValueError(f"block={block!r} must be an integer, 1 or more")
+    _checks.choice("mode", mode, ("mean", "sum"))
+    tokens = x.shape[1]
+    if weight is not None:
+        weight = _checks.floating("weight", weight)
+        if tuple(weight.shape) != (block,):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be ({block},)")
+        if tokens % block:
+            raise ValueError(f"weight needs whole blocks: {tokens} tokens are no multiple of {block}")
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = torch.nn.functional.pad(wide, (0, 0, 0, 0, 0, -tokens % block)).unflatten(1, (-1, block))
+    if weight is not None:
+        wide = wide * weight.to(wide.dtype)[:, None, None]
+    pooled = wide.sum(2)
+    if mode == "mean":
+        counts = torch.full((pooled.shape[1],), block, dtype=pooled.dtype, device=x.device)
+        if tokens % block:
+            counts[-1:] = tokens % block
+        pooled = pooled / counts[:, None, None]
+    return pooled.to(x.dtype)
+
+
+def tile_scores(
+    q: Tensor, k: Tensor, mode: str = "mean", *, block: tuple[int, int] | None = None, stride: int = 16,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax scores of pairs of blocks, fp32 `(B, H, Mq, Nk)`, each row a distribution.
+
+    Args:
+        q: `"mean"`: pooled queries `(B, Mq, H, D)`; `"antidiagonal"`: the queries themselves, `(B, Sq, H, D)`.
+        k: The same of the keys; grouped heads are repeated.
+        mode: `"mean"`: softmax of the pooled dot products. `"antidiagonal"` (XAttention): every stride-th antidiagonal
+            of each `stride x stride` square is summed, its softmax is summed over the block.
+        block: Tile size, for `"antidiagonal"`; multiples of stride.
+        stride: Distance of the antidiagonals (8 or 16 in the paper).
+        scale: Of the dot products; None is `D ** -0.5`.
+    """
+    _checks.choice("mode", mode, _MODES)
+    q = _checks.activation("q", q, "B, S, H, D")
+    k = _checks.activation("k", k, "B, S, Hk, D")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} heads; they must divide the {q.shape[2]} heads of q")
+    scale = q.shape[3] ** -0.5 if scale is None else check.number("scale", scale)
+    heads = q.shape[2]
+    wide = lambda t: t if t.dtype == torch.float64 else t.float()  # noqa: E731
+    q_wide, k_wide = wide(q).transpose(1, 2), wide(k).transpose(1, 2)
+    k_wide = k_wide.repeat_interleave(heads // k_wide.shape[1], dim=1)
+    if mode == "mean":
+        return (q_wide @ k_wide.mT * scale).softmax(-1)
+    if block is None:
+        raise ValueError("mode='antidiagonal' needs the block")
+    bm, bn = check_block(block)
+    if not isinstance(stride, int) or stride < 1 or bm % stride or bn % stride:
+        raise ValueError(f"stride={stride!r} must divide the block {(bm, bn)}")
+
+    def groups(t: Tensor, flip: bool) -> Tensor:
+        t = torch.nn.functional.pad(t, (0, 0, 0, -t.shape[2] % stride)).unflatten(2, (-1, stride))
+        return (t.flip(3) if flip else t).flatten(3)
+
+    # Queries in reversed order within a group: pairs of equal place are those of an antidiagonal.
+    s = groups(q_wide, True) @ groups(k_wide, False).mT * (scale / stride)
+    p = s.softmax(-1)
+    m, n = (math.ceil(t.shape[2] / b) for t, b in ((q_wide, bm), (k_wide, bn)))
+    rows, columns = bm // stride, bn // stride
+    p = torch.nn.functional.pad(p, (0, n * columns - p.shape[3], 0, m * rows - p.shape[2]))
+    p = p.unflatten(3, (n, columns)).sum(-1).unflatten(2, (m, rows)).sum(3)
+    return p / p.sum(-1, keepdim=True)
+
+
+def tile_select(
+    scores: Tensor,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    *,
+    top_k: int | float | None = None,
+    cdf: float | Tensor | None = None,
+    percentile: float | None = None,
+    force: TileMask | Tensor | None = None,
+    forbid: TileMask | None = None,
+    min_per_row: int = 1,
+) -> TileMask:
+    """The mask of the tiles that score highest.
+
+    Args:
+        scores: `(B, H, Mq, Nk)`; not negative for `cdf`.
+        shape: `(Sq, Sk)` of the mask.
+        block: Tile size of the mask.
+        top_k: So many tiles of each row; a fraction of the row below 1 (VSA, SLA).
+        cdf: The fewest tiles of each row whose scores sum to more than this fraction of the row's (SpargeAttn, NABLA,
+            XAttention); one number, or a tensor `(H,)`.
+        percentile: Tiles above this percentile, in 0 to 1, of all tiles of a head (DraftAttention); rows may be empty
+            but for `min_per_row`.
+        force: Tiles kept in any case: a mask of whole tiles, or bool broadcastable to the scores.
+        forbid: Tiles never kept.
+        min_per_row: The best tiles of each row that are kept in any case.
+
+    Returns:
+        A mask of whole tiles.
+
+    Raises:
+        ValueError: None or several of top_k, cdf and percentile are given, one is out of range, or shapes do not fit.
+    """
+    from ...masks.tiles import TileMask  # masks are made of ops; this op alone makes a mask
+
+    scores = _checks.activation("scores", scores, "B, H, Mq, Nk")
+    given = [name for name, value in (("top_k", top_k), ("cdf", cdf), ("percentile", percentile)) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give one of top_k, cdf, percentile; got {', '.join(given) or 'none'}")
+    block = check_block(block)
+    columns = scores.shape[3]
+    expected = tuple(math.ceil(n / b) for n, b in zip(shape, block, strict=True))
+    if tuple(scores.shape[2:]) != expected:
+        raise ValueError(
+            f"scores has {tuple(scores.shape[2:])} tiles; {tuple(shape)} in tiles of {block} has {expected}"
+        )
+    if not isinstance(min_per_row, int) or isinstance(min_per_row, bool) or min_per_row < 0:
+        raise ValueError(f"min_per_row={min_per_row!r} must be an integer, 0 or more")
+    allowed = None if forbid is None else ~forbid.tiles()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    places = torch.arange(columns, device=scores.device)
+    least = places < min_per_row
+    if top_k is not None:
+        count = _count(top_k, columns)
+        chosen = places < max(count, min_per_row)
+        chosen = chosen.expand(scores.shape)
+    elif cdf is not None:
+        limit = _fraction("cdf", cdf, scores)
+        mass = order.values.clamp(min=0)
+        before = mass.cumsum(-1) - mass  # a tile is needed while those above it do not reach the limit
+        chosen = (before <= limit * mass.sum(-1, keepdim=True)) | least
+    else:
+        assert percentile is not None
+        if not 0 <= check.number("percentile", percentile) <= 1:
+            raise ValueError(f"percentile={percentile!r} must be in [0, 1]")
+        ranks = scores.flatten(2).sort(dim=-1).values
+        at = min(int(percentile * ranks.shape[-1]), ranks.shape[-1] - 1)
+        chosen = (order.values >= ranks[..., at, None, None]) | least
+    tiles = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order.indices, chosen)
+    if isinstance(force, TileMask):
+        tiles = tiles | force.tiles()
+    elif force is not None:
+        tiles = tiles | force
+    if allowed is not None:
+        tiles = tiles & allowed
+    return TileMask(pack_words(tiles), block, shape)
+
+
+def _count(top_k: int | float, columns: int) -> int:
+    if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1:
+        return min(top_k, columns)
+    if isinstance(top_k, float) and 0 < top_k <= 1:
+        return max(1, round(top_k * columns))
+    raise ValueError(f"top_k={top_k!r} must be a number of tiles, 1 or more, or a fraction in (0, 1]")
+
+
+def _fraction(name: str, value: float | Tensor, scores: Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if tuple(value.shape) != (scores.shape[1],):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a number or ({scores.shape[1]},)")
+        return value.to(scores)[:, None, None]
+    if not 0 < check.number(name, value) <= 1:
+        raise ValueError(f"{name}={value!r} must be in (0, 1]")
+    return value
