@@ -217,6 +217,7 @@ inline AttentionProblem check_attention(const AttentionArgs& a) {
   s.Nk = tiles_of(s.Sk, s.bn);
   s.lists = tile_lists(a.lists, s.B, s.H, s.Mq, s.Nk);
   s.lists_t = tile_lists(a.lists_t, s.B, s.H, s.Nk, s.Mq);
+  STD_TORCH_CHECK(!a.pattern_of || a.lists.index || a.lists_t.index, "pattern_of needs the lists of a mask");
   s.elements = tile_elements(a, s);
   s.terms = score_terms(a, s);
   return s;

@@ -58,17 +58,19 @@ struct Pairs {
                                                             19 << 16, 18 << 16, 17 << 16, 16 << 16));
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low)));
   }
+  // Two vectors, one after the other, rounded: each word pairs neighbours.
+  MASKACCEL_INLINE V follow(V first, V second) { return (V)_mm512_cvtne2ps_pbh(second, first); }
   MASKACCEL_INLINE V words(const bf16* p, Full) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
   MASKACCEL_INLINE V words(const bf16* p, Tail t) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(mask(t), p));
   }
   MASKACCEL_INLINE V words(const float* p, Full) {
-    return (V)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + W), _mm512_loadu_ps(p));
+    return follow(_mm512_loadu_ps(p), _mm512_loadu_ps(p + W));
   }
   MASKACCEL_INLINE V words(const float* p, Tail t) {
     const uint32_t all = (1u << (2 * t.n)) - 1;
-    return (V)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(static_cast<__mmask16>(all >> 16), p + W),
-                                  _mm512_maskz_loadu_ps(static_cast<__mmask16>(all), p));
+    return follow(_mm512_maskz_loadu_ps(static_cast<__mmask16>(all), p),
+                  _mm512_maskz_loadu_ps(static_cast<__mmask16>(all >> 16), p + W));
   }
   template <class Part>
   MASKACCEL_INLINE V stacked(const bf16* low, const bf16* high, Part part) {
