@@ -20,7 +20,9 @@ def _slack(truth: Tensor, dtype: torch.dtype) -> float:
     return 2.0 * torch.finfo(dtype).eps * max(scale, torch.finfo(dtype).tiny)
 
 
-def assert_close_to_truth(got: Tensor, plain: Tensor, truth: Tensor, *, what: str = "result") -> None:
+def assert_close_to_truth(
+    got: Tensor, plain: Tensor, truth: Tensor, *, what: str = "result", magnitude: float = 0.0
+) -> None:
     """Assert the error rule for one tensor.
 
     Args:
@@ -28,6 +30,7 @@ def assert_close_to_truth(got: Tensor, plain: Tensor, truth: Tensor, *, what: st
         plain: Plain torch in the same dtype.
         truth: The same in fp64.
         what: Name for the message.
+        magnitude: Of the terms that the result is a sum of, where they may cancel.
     """
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     assert got.dtype == plain.dtype, f"{what}: dtype {got.dtype}, expected {plain.dtype}"
@@ -37,7 +40,7 @@ def assert_close_to_truth(got: Tensor, plain: Tensor, truth: Tensor, *, what: st
     assert torch.equal(torch.isfinite(got) | ~finite, torch.ones_like(finite)), f"{what}: not finite where the truth is"
     error = (got.double() - truth)[finite].abs()
     plain_error = (plain.double() - truth)[finite].abs()
-    slack = _slack(truth[finite], got.dtype)
+    slack = max(_slack(truth[finite], got.dtype), 0.5 * torch.finfo(got.dtype).eps * magnitude)
     for label, reduce in (("max", torch.amax), ("rms", lambda e: e.square().mean().sqrt())):
         mine, theirs = reduce(error).item(), reduce(plain_error).item()
         allowed = FACTOR * theirs + (slack if label == "max" else slack / 4)

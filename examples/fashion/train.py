@@ -3,6 +3,7 @@
     python examples/fashion/train.py --steps 1500                # writes examples/fashion/runs/dit/
     python examples/fashion/train.py --steps 3000 --resume       # goes on from the last checkpoint
     python examples/fashion/train.py --export                    # the EMA weights as a diffusers pipeline folder
+    python examples/fashion/train.py --size 64 --init examples/fashion/weights --run ... # 1,024 tokens, from the small one
 
 The objective is rectified flow: x_t = (1 - t) x + t e, the network predicts e - x, t = sigmoid(normal).
 Weight matrices of the blocks are trained with Muon, everything else with AdamW. The learning rate is warmed up, held,
@@ -36,9 +37,12 @@ CONFIG = {
 }
 
 
-def build_model() -> DiTTransformer2DModel:
-    """The untrained network: 4.6 M parameters, 256 tokens, adaLN and last projection zero-initialised."""
-    model = DiTTransformer2DModel(**CONFIG)
+def build_model(size: int = 32, init: Path | None = None) -> DiTTransformer2DModel:
+    """The network: 4.6 M parameters, (size / 2)^2 tokens; untrained, or with the weights of a pipeline folder.
+
+    Untrained, its adaLN and last projection are zero-initialised. Positions are no parameters, so weights fit any size.
+    """
+    model = DiTTransformer2DModel(**CONFIG | {"sample_size": size})
     for block in model.transformer_blocks:
         torch.nn.init.zeros_(block.norm1.linear.weight)
         torch.nn.init.zeros_(block.norm1.linear.bias)
@@ -48,6 +52,9 @@ def build_model() -> DiTTransformer2DModel:
     for layer in (model.proj_out_1, model.proj_out_2):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
+    if init is not None:
+        trained = DiTTransformer2DModel.from_pretrained(init / "transformer").state_dict()
+        model.load_state_dict(trained, strict=True)
     return model
 
 
@@ -86,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
     images, labels = load_split("train", args.data)
     images, labels = images.to(device), labels.to(device)
 
-    model = build_model().to(device)
+    model = build_model(args.size, args.init).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = build_optimizers(model, args.lr)
     base_lrs = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
@@ -109,6 +116,8 @@ def train(args: argparse.Namespace) -> None:
         generator.manual_seed(args.seed * 1_000_003 + step)
         pick = torch.randint(len(images), (args.batch,), generator=generator, device=device)
         x, y = to_float(images[pick]), labels[pick]
+        if args.size != x.shape[-1]:
+            x = torch.nn.functional.interpolate(x, size=(args.size, args.size), mode="bilinear")
         drop = torch.rand(args.batch, generator=generator, device=device) < 0.1
         y = torch.where(drop, NULL_CLASS, y)
         t = torch.randn(args.batch, generator=generator, device=device).sigmoid()
@@ -151,9 +160,9 @@ def train(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write the EMA weights as a folder that `FashionPipeline.from_pretrained` reads offline."""
     state = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    model = build_model()
+    model = build_model(args.size)
     model.load_state_dict(state["ema"])
-    model.save_pretrained(args.out / "transformer", safe_serialization=True)
+    model.to(getattr(torch, args.dtype)).save_pretrained(args.out / "transformer", safe_serialization=True)
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000).save_pretrained(args.out / "scheduler")
     index = {
         "_class_name": "FashionPipeline",
@@ -169,6 +178,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_ROOT)
     parser.add_argument("--run", type=Path, default=HERE / "runs" / "dit", help="checkpoint and log folder")
     parser.add_argument("--out", type=Path, default=HERE / "weights", help="folder of --export")
+    parser.add_argument("--size", type=int, default=32, help="pixels of a side; larger ones are upsampled images")
+    parser.add_argument("--init", type=Path, default=None, help="pipeline folder whose weights training starts from")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the exported weights")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.2e-3)

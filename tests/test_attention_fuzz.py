@@ -1,0 +1,42 @@
+"""2,000 random calls of `tile_attention`, forward and backward, by the error rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _attention_cases import magnitudes, random_case, results
+from _numerics import assert_close_to_truth
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from maskaccel.ops._backends import refusal
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+
+
+def check(seed: int, backend: str | None, **limits) -> None:
+    case = random_case(seed, **limits)
+    got, plain, truth = results(case, backend)
+    sizes = magnitudes(case)
+    for name, g, p, t in zip(NAMES, got, plain, truth, strict=False):
+        empty = torch.isneginf(t)
+        assert torch.equal(torch.isneginf(g), empty), f"{name} of {case}"
+        g, p, t = (x.masked_fill(empty, 0.0) for x in (g, p, t))
+        assert_close_to_truth(g, p, t, what=f"{name} of seed {seed}: {case}", magnitude=sizes.get(name, 0.0))
+
+
+@pytest.mark.skipif(
+    refusal("cpu", torch.device("cpu"), torch.float32, "tile_attention") is not None
+    or refusal("cpu", torch.device("cpu"), torch.float32, "tile_attention_backward") is not None,
+    reason="no native library",
+)
+@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 2**40))
+def test_native_kernels(seed) -> None:
+    check(seed, "cpu")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**40))
+def test_reference(seed) -> None:
+    check(seed, "reference")
