@@ -6,7 +6,7 @@
 namespace maskaccel {
 namespace MASKACCEL_ISA {
 
-// What the sums of a product start from: zero, the result's own values, or those times a factor for each row.
+// What a product is added to: zero, the result's own values, or those times a factor for each row.
 enum class Start { zero, own, scaled };
 
 template <class O, int ROWS, int VECTORS>
@@ -16,14 +16,7 @@ MASKACCEL_INLINE void product_block(int64_t steps, const float* a, int64_t a_row
 #pragma GCC unroll 12
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j)
-      sum[i][j] = start == Start::zero ? set1(0.0f) : load(c + i * ldc + j * W, Full{});
-  if (start == Start::scaled) {
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; ++j) sum[i][j] = mul(sum[i][j], set1(factor[i]));
-  }
+    for (int j = 0; j < VECTORS; ++j) sum[i][j] = set1(0.0f);
   for (int64_t k = 0; k < steps; ++k, a += a_step, b += ldb) {
     V right[VECTORS];
 #pragma GCC unroll 4
@@ -35,10 +28,22 @@ MASKACCEL_INLINE void product_block(int64_t steps, const float* a, int64_t a_row
       for (int j = 0; j < VECTORS; ++j) sum[i][j] = O::madd(left, right[j], sum[i][j]);
     }
   }
+  const auto put = [&](auto finish) MASKACCEL_HOT {
 #pragma GCC unroll 12
-  for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) store(c + i * ldc + j * W, sum[i][j], Full{});
+      for (int j = 0; j < VECTORS; ++j) {
+        float* const to = c + i * ldc + j * W;
+        store(to, finish(to, i, sum[i][j]), Full{});
+      }
+  };
+  if (start == Start::zero) {
+    put([](const float*, int, V s) MASKACCEL_HOT { return s; });
+  } else if (start == Start::own) {
+    put([](const float* to, int, V s) MASKACCEL_HOT { return add(load(to, Full{}), s); });
+  } else {
+    put([&](const float* to, int i, V s) MASKACCEL_HOT { return fma(load(to, Full{}), set1(factor[i]), s); });
+  }
 }
 
 // Rows of a block VECTORS wide: sums, right operands and one left operand fit the registers.
@@ -83,7 +88,8 @@ MASKACCEL_OUTLINE void product_columns(int64_t m, int64_t steps, const float* a,
 // word (i, k) of the left operand is a[i * a_row + k * a_step], word (k, j) of the right one b[k * ldb + j], and
 // `steps` is the summed dim / O::kDepth, rounded up. n is a multiple of W (whole_vectors): b and c must have that many
 // columns. `factor`, for Start::scaled, holds m numbers. c must not overlap a or b.
-// The order of the sums over k depends on nothing but k: one element is the same whatever m, n and the strides are.
+// The sum over k is taken on its own, in ascending order, and then added: rounding grows with the length of one
+// product, not of all that are added up, and one element is the same whatever m, n and the strides are.
 template <class O>
 MASKACCEL_OUTLINE void product(int64_t m, int64_t n, int64_t steps, const float* a, int64_t a_row, int64_t a_step,
                                const float* b, int64_t ldb, float* c, int64_t ldc, Start start = Start::zero,

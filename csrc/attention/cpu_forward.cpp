@@ -1,0 +1,149 @@
+// tile_attention on CPU tensors; the contract is in maskaccel/ops/attention/schema.py.
+#include "cpu_forward.h"
+
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "cpu_args.h"
+
+namespace maskaccel {
+namespace {
+
+constexpr int64_t kKeep = 1, kPrune = 2;
+
+// Packed keys and values of all heads up to this size are kept in the memory of the thread; beyond it heads are done
+// in groups.
+constexpr int64_t kPackedBytes = int64_t{64} << 20;
+
+// The largest of the kernels' tile sizes that divides a mask tile.
+int64_t kernel_tile(int64_t mask_tile) {
+  int64_t tile = 64;
+  while (mask_tile % tile != 0) tile /= 2;
+  return tile;
+}
+
+void read_epilogue(AttentionForward& s, const Arg& q, const Arg& out_scale, const Arg& out_add) {
+  if (out_scale) {
+    STD_TORCH_CHECK(out_scale.code == codes().f32, "out_scale must be float32");
+    STD_TORCH_CHECK(out_scale.dim == 3, "out_scale must be 3-D, got ", out_scale.dim, " dimensions");
+    const int64_t full[3] = {s.B, s.H, s.Sq};
+    int64_t* const step[3] = {&s.out_scale_b, &s.out_scale_h, &s.out_scale_s};
+    for (int i = 0; i < 3; ++i) {
+      check_full_or_one(out_scale, i, full[i]);
+      *step[i] = out_scale.size(i) == 1 ? 0 : out_scale.stride(i);
+    }
+    s.out_scale = static_cast<const float*>(out_scale.data);
+  }
+  if (out_add) {
+    STD_TORCH_CHECK(out_add.code == codes().f32 || out_add.code == q.code,
+                    "out_add must be float32 or have the dtype of q");
+    s.out_add = head_rows(out_add, out_add.code, s.B, s.Sq, s.H, s.D);
+    s.out_add_dtype = dtype_of_arg(out_add);
+  }
+}
+
+struct Row {
+  int64_t b, h, m;
+};
+
+// Rows of mask tiles of the key heads from `first` to `last`, those with most tiles first.
+std::vector<Row> rows_of(const AttentionForward& s, int64_t first, int64_t last) {
+  std::vector<Row> rows;
+  const auto take = [&](int64_t b, int64_t h, int64_t m) {
+    const int64_t head = b * s.Hk + s.key_head(h);
+    if (head >= first && head < last) rows.push_back({b, h, m});
+  };
+  const bool each_b = s.lists.index != nullptr && s.lists.step_b != 0;
+  const bool each_h = s.lists.index != nullptr && s.lists.step_h != 0;
+  const int64_t samples = each_b ? s.B : 1, heads = each_h ? s.H : 1;
+  for (int64_t i = 0; i < samples * heads * s.Mq; ++i) {
+    const int64_t id = s.lists.index == nullptr ? i : s.lists.order[i];
+    const int64_t m = id % s.Mq, h = id / s.Mq % heads, b = id / s.Mq / heads;
+    for (int64_t b2 = each_b ? b : 0; b2 < (each_b ? b + 1 : s.B); ++b2)
+      for (int64_t h2 = each_h ? h : 0; h2 < (each_h ? h + 1 : s.H); ++h2) take(b2, h2, m);
+  }
+  return rows;
+}
+
+void attend(AttentionForward& s) {
+  const ForwardKernels& kernels = forward_attention_kernels();
+  s.tq = kernel_tile(s.bm);
+  s.tk = kernel_tile(s.bn);
+  kernels.plan(s);
+  uint32_t threads = 1;
+  MASKACCEL_SHIM(torch_get_num_threads(&threads));
+  const int64_t heads = s.B * s.Hk, head_size = s.keys_size + s.values_size;
+  int64_t group = head_size > 0 ? kPackedBytes / (head_size * int64_t{sizeof(float)}) : heads;
+  group = group < 1 ? 1 : group > heads ? heads : group;
+  const auto aligned = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+  const int64_t keys_size = aligned(group * s.keys_size), values_size = aligned(group * s.values_size);
+  const int64_t work_size = aligned(s.work_size);
+  const int64_t all = keys_size + values_size + int64_t{threads} * work_size;
+  float* const memory = static_cast<float*>(scratch(static_cast<size_t>(all) * sizeof(float)));
+  s.packed_keys = memory;
+  s.packed_values = memory + keys_size;
+  float* const work = memory + keys_size + values_size;
+  for (s.first_head = 0; s.first_head < heads; s.first_head += group) {
+    const int64_t last = s.first_head + group < heads ? s.first_head + group : heads;
+    parallel((last - s.first_head) * s.key_tiles(), grain_for(2 * s.tk * s.D),
+             [&](int64_t begin, int64_t end) { kernels.pack(s, begin, end); });
+    const std::vector<Row> rows = rows_of(s, s.first_head, last);
+    const int64_t count = static_cast<int64_t>(rows.size());
+    // Rows differ in length: whoever is free takes the next one, and the longest are not left for the end.
+    std::atomic<int64_t> next{0};
+    parallel(count < threads ? count : threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker)
+        for (int64_t i = next++; i < count; i = next++)
+          kernels.attend(s, work + worker * work_size, rows[i].b, rows[i].h, rows[i].m);
+    });
+  }
+}
+
+void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
+  Inputs in(stack);
+  AttentionArgs a;
+  a.q = in.tensor("q");
+  a.k = in.tensor("k");
+  a.v = in.tensor("v");
+  a.read_lists(in);
+  a.read_lists_t(in);
+  a.read_elements_and_scores(in);
+  const Arg reference_lse = in.optional("reference_lse"), out_scale = in.optional("out_scale"),
+            out_add = in.optional("out_add");
+  a.read_tiles_and_scale(in);
+  const double threshold = in.number();
+  const int64_t flags = in.integer();
+  AttentionForward s;
+  static_cast<AttentionProblem&>(s) = check_attention(a);
+  STD_TORCH_CHECK(flags >= 0 && flags <= (kKeep | kPrune), "flags is ", flags, "; allowed are 0 to ", kKeep | kPrune);
+  STD_TORCH_CHECK(!std::isnan(threshold), "skip_threshold must be a number, got nan");
+  s.threshold = static_cast<float>(threshold);
+  s.prune = (flags & kPrune) != 0;
+  if (reference_lse) {
+    check_float(reference_lse);
+    check_sizes(reference_lse, {s.B, s.H, s.Sq});
+    s.reference_lse = static_cast<const float*>(reference_lse.data);
+  }
+  read_epilogue(s, a.q, out_scale, out_add);
+  Output out({s.B, s.Sq, s.H, s.D}, s.dtype), lse({s.B, s.H, s.Sq}, Dtype::f32), keep;
+  s.out = out.data();
+  s.lse = lse.floats();
+  const bool with_keep = (flags & kKeep) != 0;
+  s.keep_words = tiles_of(s.Nk, 32);
+  const int64_t keep_sizes[] = {with_keep ? s.B : 0, s.H, s.Mq, s.keep_words};
+  keep = Output(keep_sizes, with_keep ? 4 : 1, codes().i32, int64_t{sizeof(int32_t)});
+  if (with_keep) s.keep = static_cast<int32_t*>(keep.data());
+  if (s.B * s.H * s.Sq > 0) attend(s);
+  stack[0] = out.release();
+  stack[1] = lse.release();
+  stack[2] = keep.release();
+}
+
+void implement(torch::stable::detail::StableLibrary& m) { m.impl("tile_attention", tile_attention); }
+
+}  // namespace
+}  // namespace maskaccel
+
+STABLE_TORCH_LIBRARY_IMPL(maskaccel, CPU, m) { maskaccel::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) { maskaccel::implement(m); }
