@@ -101,6 +101,16 @@ def test_dilate_and_whole() -> None:
     assert torch.equal(part.whole().bits, part.bits)
 
 
+def test_heads_are_stacked() -> None:
+    elements = torch.rand(2, 5, 40, 70) < 0.5
+    elements[:, 2] = True
+    elements[:, 3] = False
+    masks = [TileMask.from_bool(elements[:, h : h + 1], (16, 32)) for h in range(5)]
+    assert torch.equal(TileMask.stack(masks).to_bool(), elements)
+    with pytest.raises(ValueError, match="cannot be heads of one mask"):
+        TileMask.stack([masks[0], TileMask.full((40, 71), (16, 32))])
+
+
 def test_flex_attention_round_trip() -> None:
     mask = torch.rand(2, 3, 200, 300) < 0.5
     mask[0, 1, :128, :128] = True

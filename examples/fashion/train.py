@@ -3,7 +3,7 @@
     python examples/fashion/train.py --steps 1500                # writes examples/fashion/runs/dit/
     python examples/fashion/train.py --steps 3000 --resume       # goes on from the last checkpoint
     python examples/fashion/train.py --export                    # the EMA weights as a diffusers pipeline folder
-    python examples/fashion/train.py --size 64 --init examples/fashion/weights --run ... # 1,024 tokens, from the small one
+    python examples/fashion/train.py --size 64 --init examples/fashion/weights  # 1,024 tokens, from the small one
 
 The objective is rectified flow: x_t = (1 - t) x + t e, the network predicts e - x, t = sigmoid(normal).
 Weight matrices of the blocks are trained with Muon, everything else with AdamW. The learning rate is warmed up, held,

@@ -265,6 +265,34 @@ class TileMask:
             before += len(chosen)
         return cls(bits, (bm, bn), (sq, sk), pattern_of, patterns.view(-1, bm, bn // 32))
 
+    @classmethod
+    def stack(cls, masks: Sequence[TileMask]) -> TileMask:
+        """A mask for each head (masks of one head, block, shape and device) as one mask of all heads."""
+        if not masks:
+            raise ValueError("masks is empty; pass one for each head")
+        first = masks[0]
+        for mask in masks:
+            if (mask.block, mask.shape, mask.device) != (first.block, first.shape, first.device) or mask.heads != 1:
+                raise ValueError(f"{mask} and {first} cannot be heads of one mask")
+        batch = max(mask.batch for mask in masks)
+        bits = torch.cat([mask.bits.expand(batch, -1, -1, -1) for mask in masks], dim=1)
+        if all(mask.patterns is None for mask in masks):
+            return cls(bits, first.block, first.shape)
+        tables: list[Tensor] = []
+        numbers: list[Tensor] = []
+        for mask in masks:
+            before = sum(len(table) for table in tables)
+            size = (batch, 1, mask.rows, mask.columns)
+            if mask.pattern_of is None or mask.patterns is None:
+                numbers.append(torch.full(size, -1, dtype=torch.int32, device=mask.device))
+            else:
+                numbers.append(torch.where(mask.pattern_of < 0, -1, mask.pattern_of + before).expand(size))
+                tables.append(mask.patterns)
+        merged, renamed = torch.unique(torch.cat(tables).flatten(1), dim=0, return_inverse=True)
+        old = torch.cat(numbers, dim=1)
+        pattern_of = torch.where(old < 0, -1, renamed[old.clamp(min=0).long()]).to(torch.int32)
+        return cls(bits, first.block, first.shape, pattern_of, merged.view(-1, *tables[0].shape[1:]))
+
     # ------------------------------------------------------------------------------------------------ reading
     def tiles(self) -> Tensor:
         """Bool `(B|1, H|1, Mq, Nk)`: the tiles that are computed, in full or in part."""

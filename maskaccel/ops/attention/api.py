@@ -51,6 +51,7 @@ def tile_attention(
     prune: bool = False,
     return_lse: bool = False,
     return_keep: bool = False,
+    block: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> Any:
     """Softmax attention over the tiles of the score matrix that `mask` keeps.
@@ -76,7 +77,8 @@ def tile_attention(
             an earlier step makes it independent of the order of tiles.
         prune: Tiles that fail the test are left out of this result too (BLASST, SpargeAttn's second stage).
         return_lse: Return lse too.
-        return_keep: Return keep bits too, of whole mask tiles (128 x 128 without a mask).
+        return_keep: Return keep bits too, of whole mask tiles.
+        block: Tile size of the keep bits of a call without a mask; None is 128 x 128.
         backend: `"cuda"`, `"cpu"`, `"triton"`, `"reference"`, or None for the best that can run.
 
     Returns:
@@ -116,7 +118,9 @@ def tile_attention(
     q, k, v = _dense(q), _dense(k), _dense(v)
     # The epilogue is for inference; under autograd it is torch's.
     epilogue = (None, None) if wants_grad else (_fp32(out_scale), _checks.dense_last(out_add))
-    bm, bn = _BLOCK if mask is None else mask.block
+    if mask is not None and block not in (None, mask.block):
+        raise ValueError(f"block={block} is not that of the mask, {mask.block}")
+    bm, bn = check.check_block(block or _BLOCK) if mask is None else mask.block
     args = (
         q, k, v, *_operands(mask, wants_grad), bias, *table, reference_lse, *epilogue, bm, bn, scale, threshold, flags,
     )  # fmt: skip
