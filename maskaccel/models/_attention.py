@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ class FusedProcessor:
     """An attention processor that stands in for the original one, with that one's state.
 
     diffusers writes attention backends and parallel settings to attributes of the processor, and only where they exist.
+
+    Attributes:
+        _dispatch: The `dispatch_attention_fn` of the original's module; None where that calls torch's function.
     """
 
     _attention_backend: Any
     _parallel_config: Any
 
     def __init__(self, original: Any) -> None:
+        self._dispatch: Any = getattr(sys.modules[type(original).__module__], "dispatch_attention_fn", None)
         for name in ("_attention_backend", "_parallel_config"):
             if hasattr(original, name):
                 setattr(self, name, getattr(original, name))

@@ -207,9 +207,9 @@ class FusedFluxAttention(FusedProcessor):
 
     def __init__(self, original: Any) -> None:
         super().__init__(original)
-        # The projections (fused or not) and the dispatch stay those of the installed diffusers.
+        # The projections, fused or not, stay those of the installed diffusers.
         module: Any = sys.modules[type(original).__module__]
-        self._project, self._dispatch = module._get_qkv_projections, module.dispatch_attention_fn
+        self._project = module._get_qkv_projections
 
     def __call__(
         self,

@@ -76,8 +76,6 @@ class LTXFusedProcessor(FusedProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of the original processor."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             batch, tokens = context.shape[:2]
@@ -92,7 +90,7 @@ class LTXFusedProcessor(FusedProcessor):
             cos, sin = (t.unflatten(2, heads) for t in image_rotary_emb)
         q, k = norm_and_rotate(attn, q, k, cos, sin, across_heads=True)
 
-        out = dispatch_attention_fn(
+        out = self._dispatch(
             q, k, v, attn_mask=attention_mask, dropout_p=0.0, is_causal=False, backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )  # fmt: skip

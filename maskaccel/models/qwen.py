@@ -77,8 +77,6 @@ class QwenFusedProcessor(FusedProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Joint attention of the original processor: text first."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is None; joint attention needs the text stream")
         if attention_mask is not None:
@@ -104,7 +102,7 @@ class QwenFusedProcessor(FusedProcessor):
         q_text, k_text = norm_and_rotate(attn, q_text, k_text, *text_table, norms=("norm_added_q", "norm_added_k"))
 
         q = torch.cat([q_text, q], dim=1)
-        out = dispatch_attention_fn(
+        out = self._dispatch(
             q, torch.cat([k_text, k], dim=1), torch.cat([v_text, v], dim=1), attn_mask=attention_mask, dropout_p=0.0,
             is_causal=False, backend=self._attention_backend, parallel_config=self._parallel_config,
         )  # fmt: skip

@@ -208,8 +208,6 @@ class WanFusedProcessor(FusedProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of the original processor."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         image = None
         context = encoder_hidden_states
         if attn.add_k_proj is not None and context is not None:
@@ -227,7 +225,7 @@ class WanFusedProcessor(FusedProcessor):
         q, k = norm_and_rotate(attn, q, k, cos, sin, across_heads=True)
 
         def attend(k: Tensor, v: Tensor, mask: Tensor | None, parallel: Any) -> Tensor:
-            out = dispatch_attention_fn(
+            out = self._dispatch(
                 q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=self._attention_backend,
                 parallel_config=parallel,
             )  # fmt: skip

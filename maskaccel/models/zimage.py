@@ -75,8 +75,6 @@ class ZImageFusedProcessor(FusedProcessor):
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
         """Attention of the original processor."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         heads = (attn.heads, -1)
         q, k, v = (to(hidden_states).unflatten(-1, heads) for to in (attn.to_q, attn.to_k, attn.to_v))
         cos_sin: tuple = (None, None) if freqs_cis is None else complex_table(freqs_cis)
@@ -85,7 +83,7 @@ class ZImageFusedProcessor(FusedProcessor):
 
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, None, None, :]
-        out = dispatch_attention_fn(
+        out = self._dispatch(
             q, k, v, attn_mask=attention_mask, dropout_p=0.0, is_causal=False, backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )  # fmt: skip

@@ -53,6 +53,24 @@ class _Edit:
 
 
 @dataclass
+class _Hook:
+    """A forward pre-hook that is given the call's keyword arguments too; PyTorch removes it by its handle."""
+
+    owner: nn.Module
+    hook: Callable[..., None]
+    handle: Any = None
+    applied: bool = False
+
+    def apply(self) -> None:
+        self.handle = self.owner.register_forward_pre_hook(self.hook, with_kwargs=True)
+        self.applied = True
+
+    def undo(self) -> None:
+        self.handle.remove()
+        self.handle, self.applied = None, False
+
+
+@dataclass
 class _Forward:
     """What becomes of the forward of one module: a replacement of its own, and wrappers before it."""
 
@@ -65,16 +83,30 @@ class _Forward:
 class Transaction:
     """A list of edits. `commit` applies all or none; `undo` restores all in reverse order."""
 
-    edits: list[_Edit] = field(default_factory=list)
+    edits: list[_Edit | _Hook] = field(default_factory=list)
     claimed: dict[tuple[int, str], str] = field(default_factory=dict)
     forwards: dict[int, _Forward] = field(default_factory=dict)
+    derived: list[tuple[Any, str, Callable[[Any], Any]]] = field(default_factory=list)
 
     def set(self, owner: Any, name: str, value: Any, claimant: str) -> None:
         """Plan `owner.<name> = value` on the instance. Two claimants of one attribute are an error."""
-        self._claim(owner, name, claimant)
+        self.claim(owner, name, claimant)
         self.edits.append(_Edit(owner, name, value))
 
-    def _claim(self, owner: Any, name: str, claimant: str) -> None:
+    def derive(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """Plan `owner.<name> = make(value)` of the value that it holds, or that `set` plans for it before or after."""
+        self.derived.append((owner, name, make))
+
+    def pre_hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Plan `hook(module, args, kwargs)` before every call of the module; unlike a wrapper it is part of graphs."""
+        self.edits.append(_Hook(module, hook))
+
+    def claim(self, owner: Any, name: str, claimant: str) -> None:
+        """Reserve something of an object, an attribute or what else has a name, for one method.
+
+        Raises:
+            PatchError: Another one has it.
+        """
         key = (id(owner), name)
         if key in self.claimed:
             raise PatchError(
@@ -91,7 +123,7 @@ class Transaction:
         # A hook that was removed may leave the class's own forward behind as an instance attribute.
         if held is not None and getattr(held, "__func__", None) is not type(module).forward:
             raise PatchError(hooked(module))
-        self._claim(module, "forward", claimant)
+        self.claim(module, "forward", claimant)
         self.forwards.setdefault(id(module), _Forward(module)).replacement = forward
 
     def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
@@ -104,6 +136,15 @@ class Transaction:
 
     def commit(self) -> None:
         """Apply every edit, or none if one fails."""
+        for owner, name, make in self.derived:
+            planned = next(
+                (e for e in self.edits if isinstance(e, _Edit) and e.owner is owner and e.name == name), None
+            )
+            if planned is None:
+                planned = _Edit(owner, name, getattr(owner, name))
+                self.edits.append(planned)
+            planned.value = make(planned.value)
+        self.derived.clear()
         for one in self.forwards.values():
             self.edits += _forward_edits(one)
         wrapped = {key: one.module for key, one in self.forwards.items() if one.wrappers}
@@ -125,7 +166,8 @@ class Transaction:
 
 
 def _forward_edits(plan: _Forward) -> list[_Edit]:
-    module, edits = plan.module, []
+    module = plan.module
+    edits: list[_Edit] = []
     base = module.__dict__.get("forward")
     if plan.replacement is not None:
         base = types.MethodType(plan.replacement, module)

@@ -51,7 +51,7 @@ def tokens(width: int = 4, **more: Any) -> dict[str, Any]:
 
 def positions(columns: int) -> dict[str, Tensor]:
     image = torch.zeros(16, columns)
-    image[:, -2:] = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
+    image[:, 1:3] = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
     return {"img_ids": image, "txt_ids": torch.zeros(6, columns)}
 
 
