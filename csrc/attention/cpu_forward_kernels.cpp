@@ -117,7 +117,7 @@ class TileRow {
     scores_ = take(scores_size(s));
     spare_ = take(s.tq * s.tk);
     plain_ = !s.terms.any() && s.scale > 0.0f;
-    factor_ = plain_ ? static_cast<float>(s.scale / kLn2) : 1.0f;
+    factor_ = static_cast<float>((plain_ ? s.scale : 1.0) * kLog2e);
     for (int64_t i = 0; i < rows; ++i) {
       largest_[i] = kMinusInf;
       total_[i] = 0.0f;
@@ -125,7 +125,7 @@ class TileRow {
     for (int64_t i = 0; i < rows * ld_values(); ++i) sums_[i] = 0.0f;
     if (s.reference_lse != nullptr) {
       const float* const lse = s.reference_lse + (b * s.H + h) * s.Sq + q0_;
-      for (int64_t i = 0; i < queries_; ++i) reference_[i] = static_cast<float>(lse[i] / kLn2);
+      for (int64_t i = 0; i < queries_; ++i) reference_[i] = static_cast<float>(lse[i] * kLog2e);
     }
     for (int64_t i = 0; i < queries_; i += s.tq)
       pack_transposed<O>(static_cast<const T*>(s.q.data) + s.q.offset(b, q0_ + i, h), s.q.stride_s, part_size(i), s.D,
@@ -193,7 +193,7 @@ class TileRow {
     const int64_t words = s_.D / O::kDepth;
     product<O>(x.keys, whole_vectors(x.queries), words, keys_ + x.k0 * words, words, 1, packed_queries_ + i * words,
                x.ld, x.scores, x.ld);
-    if (!plain_) add_terms(s_.terms, x, s_.scale, static_cast<float>(1.0 / kLn2), spare_);
+    if (!plain_) add_terms(s_.terms, x, s_.scale, spare_);
     if (bits != nullptr) apply_pattern(x, bits + i * s_.elements.words + j / 32, s_.elements.words);
   }
 
@@ -236,12 +236,13 @@ class TileRow {
 
   template <class A>
   void write() const {
+    const double natural = (plain_ ? s_.scale : 1.0) / factor_;  // undoes the rounding of the factor, too
     for (int64_t i = 0; i < queries_; ++i) {
       const int64_t q = q0_ + i;
       const float total = total_[i];
       const bool empty = total == 0.0f;
       s_.lse[(b_ * s_.H + h_) * s_.Sq + q] =
-          empty ? kMinusInf : static_cast<float>((largest_[i] + std::log2(static_cast<double>(total))) * kLn2);
+          empty ? kMinusInf : static_cast<float>(largest_[i] * natural + std::log(static_cast<double>(total)));
       float scale = empty ? 0.0f : 1.0f / total;
       if (s_.out_scale != nullptr)
         scale *= s_.out_scale[b_ * s_.out_scale_b + h_ * s_.out_scale_h + q * s_.out_scale_s];

@@ -88,8 +88,10 @@ MASKACCEL_OUTLINE void product_columns(int64_t m, int64_t steps, const float* a,
 // word (i, k) of the left operand is a[i * a_row + k * a_step], word (k, j) of the right one b[k * ldb + j], and
 // `steps` is the summed dim / O::kDepth, rounded up. n is a multiple of W (whole_vectors): b and c must have that many
 // columns. `factor`, for Start::scaled, holds m numbers. c must not overlap a or b.
-// The sum over k is taken on its own, in ascending order, and then added: rounding grows with the length of one
-// product, not of all that are added up, and one element is the same whatever m, n and the strides are.
+// Sums over at most kLongestSum steps are taken on their own, in ascending order, and then added: rounding grows with
+// the length of one of them, not of all that are added up. One element is the same whatever m, n and the strides are.
+constexpr int64_t kLongestSum = 128;
+
 template <class O>
 MASKACCEL_OUTLINE void product(int64_t m, int64_t n, int64_t steps, const float* a, int64_t a_row, int64_t a_step,
                                const float* b, int64_t ldb, float* c, int64_t ldc, Start start = Start::zero,
@@ -97,22 +99,31 @@ MASKACCEL_OUTLINE void product(int64_t m, int64_t n, int64_t steps, const float*
   int64_t vectors = n / W;
   for (int64_t blocks = (vectors + kBlockVectors - 1) / kBlockVectors; blocks > 0; --blocks) {
     const int64_t wide = (vectors + blocks - 1) / blocks;  // 5 vectors are 3 and 2, not 4 and 1
-    switch (wide) {
+    const int64_t sums = (steps + kLongestSum - 1) / kLongestSum;
+    for (int64_t part = 0, k = 0; part < sums; ++part) {
+      const int64_t count = (steps - k + sums - part - 1) / (sums - part);
+      const auto run = [&](auto width) MASKACCEL_HOT {
+        product_columns<O, decltype(width)::k>(m, count, a + k * a_step, a_row, a_step, b + k * ldb, ldb, c, ldc,
+                                               part == 0 ? start : Start::own, factor);
+      };
+      switch (wide) {
 #if defined(__AVX512F__)
-      case 4:
-        product_columns<O, 4>(m, steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
-        break;
+        case 4:
+          run(Chain<4>{});
+          break;
 #endif
 #if defined(__AVX2__)
-      case 3:
-        product_columns<O, 3>(m, steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
-        break;
+        case 3:
+          run(Chain<3>{});
+          break;
 #endif
-      case 2:
-        product_columns<O, 2>(m, steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
-        break;
-      default:
-        product_columns<O, 1>(m, steps, a, a_row, a_step, b, ldb, c, ldc, start, factor);
+        case 2:
+          run(Chain<2>{});
+          break;
+        default:
+          run(Chain<1>{});
+      }
+      k += count;
     }
     vectors -= wide;
     b += wide * W;

@@ -11,7 +11,7 @@ namespace maskaccel {
 namespace MASKACCEL_ISA {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-constexpr double kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 
 // Scores of `keys` keys from k0 on and `queries` queries from q0 on, one key a row: what is done for each query then
 // runs along the rows, with no sum or maximum across the lanes of a vector. Lanes from `queries` on hold anything.
@@ -57,16 +57,16 @@ MASKACCEL_OUTLINE void score_terms(const ScoreTerms& t, const ScoreTile& x, floa
   }
 }
 
-// scores = factor * (scale * scores + terms); `spare` is room for one tile.
-MASKACCEL_OUTLINE void add_terms(const ScoreTerms& t, const ScoreTile& x, float scale, float factor, float* spare) {
-  const V by = set1(scale * factor), unit = set1(factor);
+// scores = scale * scores + terms; `spare` is room for one tile.
+MASKACCEL_OUTLINE void add_terms(const ScoreTerms& t, const ScoreTile& x, float scale, float* spare) {
+  const V by = set1(scale);
   const bool terms = t.any();
   if (terms) score_terms(t, x, spare);
   const int64_t lanes = whole_vectors(x.queries);
   for (int64_t j = 0; j < x.keys; ++j)
     for (int64_t i = j * x.ld; i < j * x.ld + lanes; i += W) {
-      const V s = mul(load(x.scores + i, Full{}), by);
-      store(x.scores + i, terms ? fma(load(spare + i, Full{}), unit, s) : s, Full{});
+      const V s = load(x.scores + i, Full{});
+      store(x.scores + i, terms ? fma(s, by, load(spare + i, Full{})) : mul(s, by), Full{});
     }
 }
 
