@@ -35,7 +35,8 @@ class Tokens:
         joint: Whether the self-attention of its blocks runs over text (or other tokens) too.
         text_rows: Number of text tokens of a call; without it, all tokens that are not in the grid are text.
         grid: Given the model, a function that gives the grid of a call.
-        positions: In place of `grid`: gives the positions of packed latents, `(tokens, axes)`.
+        positions: In place of `grid`: the argument with the positions of packed latents, and what cuts the positions
+            `(latent tokens, axes of the grid)` out of it.
         own: Names of sites among latent tokens alone in a model with joint attention.
         apart: Names of sites of another kind.
     """
@@ -44,7 +45,7 @@ class Tokens:
     joint: bool = False
     text_rows: Callable[[Given], int | None] | None = None
     grid: Callable[[nn.Module], Callable[[Given], Grid | None]] | None = None
-    positions: Callable[[Given], Tensor | None] | None = None
+    positions: tuple[str, Callable[[Tensor, Given], Tensor]] | None = None
     own: str | None = None
     apart: str | None = None
 
@@ -168,20 +169,14 @@ def _z_image(model: nn.Module) -> Callable[[Given], Grid | None]:
     return grid
 
 
-def _columns(name: str, start: int, end: int) -> Callable[[Given], Tensor | None]:
-    """Some columns of the positions `(tokens, columns)`, which may be given for each sample."""
-
-    def columns(given: Given) -> Tensor | None:
-        ids = given.get(name)
-        return None if ids is None else (ids[0] if ids.ndim == 3 else ids)[:, start:end]
-
-    return columns
+def _plane(ids: Tensor, given: Given) -> Tensor:
+    """Rows and columns of the positions `(tokens, columns)`, which may be given for each sample."""
+    return (ids[0] if ids.ndim == 3 else ids)[:, 1:3]
 
 
-def _krea(given: Given) -> Tensor | None:
-    """Positions of text and latents in one tensor."""
-    ids, text = given.get("position_ids"), given.get("encoder_hidden_states")
-    return None if ids is None or text is None else ids[text.shape[1] :, 1:]
+def _krea(ids: Tensor, given: Given) -> Tensor:
+    """Text has positions in the same tensor."""
+    return ids[given["encoder_hidden_states"].shape[1] :, 1:]
 
 
 def _rows(*names: str) -> Callable[[Given], int | None]:
@@ -212,7 +207,7 @@ def _motif(model: nn.Module) -> Tokens:
 _H = "hidden_states"
 _TEXT = _rows("encoder_hidden_states")
 _IMAGE, _FRAMES_FIRST = _latents(_H), _latents(_H, 1, 3, 4)
-_FLUX = Tokens("first", joint=True, text_rows=_TEXT, positions=_columns("img_ids", 1, 3))
+_FLUX = Tokens("first", joint=True, text_rows=_TEXT, positions=("img_ids", _plane))
 _FIRST, _LAST = Tokens("first", joint=True, grid=_IMAGE), Tokens("last", joint=True, grid=_IMAGE)
 _COGVIDEO = Tokens("first", joint=True, grid=_FRAMES_FIRST)
 _VIDEO_EXTENTS = Tokens(grid=_extents("num_frames", "height", "width"))
@@ -228,7 +223,7 @@ _TABLE: dict[str, Tokens | Callable[[nn.Module], Tokens]] = {
     "FluxTransformer2DModel": _FLUX,
     "LongCatImageTransformer2DModel": _FLUX,
     "OvisImageTransformer2DModel": _FLUX,
-    "Krea2Transformer2DModel": Tokens("first", joint=True, text_rows=_TEXT, positions=_krea),
+    "Krea2Transformer2DModel": Tokens("first", joint=True, text_rows=_TEXT, positions=("position_ids", _krea)),
     "QwenImageTransformer2DModel": Tokens("first", joint=True, text_rows=_TEXT, grid=_image_shapes),
     "QwenImage21Transformer2DModel": Tokens("first", joint=True, grid=_image_shapes),
     "NucleusMoEImageTransformer2DModel": Tokens("last", joint=True, text_rows=_TEXT, grid=_image_shapes),

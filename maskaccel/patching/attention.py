@@ -83,12 +83,12 @@ class AttentionCall:
         enable_gqa: Whether keys may have fewer heads than queries.
     """
 
-    def __init__(self, bridged: Bridged, attention: Callable[..., Tensor], heads_first: bool, args: tuple,
-                 kwargs: dict[str, Any]) -> None:  # fmt: skip
-        given = {**_DEFAULTS, **dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    def __init__(self, bridged: Bridged, given: dict[str, Any], heads_first: bool,
+                 attention: Callable[[], Tensor]) -> None:  # fmt: skip
         q, k, v = given["query"], given["key"], given["value"]
         device = q.device.type
-        if torch.is_autocast_enabled(device) and q.dtype != torch.float64:  # what the attention itself would cast to
+        # What the attention itself would cast to.
+        if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
             q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
         if heads_first:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -100,7 +100,6 @@ class AttentionCall:
         self.is_causal, self.dropout_p = given["is_causal"], given["dropout_p"]
         self.enable_gqa = given["enable_gqa"]
         self._bridged, self._attention, self._heads_first = bridged, attention, heads_first
-        self._args, self._kwargs = args, kwargs
 
     @property
     def site(self) -> AttentionSite:
@@ -130,7 +129,7 @@ class AttentionCall:
 
     def dense(self) -> Tensor:
         """What the model's own attention gives, `(B, Sq, H, Dv)`."""
-        out = self._attention(*self._args, **self._kwargs)
+        out = self._attention()
         return out.transpose(1, 2) if self._heads_first else out
 
     def bias(self) -> Tensor | None:
@@ -195,20 +194,22 @@ class TokenLayout:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         self.text = None if self.tokens.text_rows is None else self.tokens.text_rows(given)
         if self.tokens.positions is not None:
-            self._read_positions(self.tokens.positions(given))
+            self._read_positions(given)
         elif self._grid_of is not None:
             self.grid = self._grid_of(given)
 
-    def _read_positions(self, positions: Tensor | None) -> None:
-        """The grid from positions of tokens `(N, axes)`; waits for the device once for each tensor."""
-        if torch.compiler.is_compiling() or positions is None:
+    def _read_positions(self, given: dict[str, Any]) -> None:
+        """The grid from the positions of tokens; waits for the device once for each tensor."""
+        name, cut = self.tokens.positions or ("", None)
+        ids = given.get(name)
+        if torch.compiler.is_compiling() or ids is None or cut is None:
             self.grid = None  # values cannot be read in a graph
             return
-        version = 0 if positions.is_inference() else positions._version
-        if self._seen is None or self._seen[0] is not positions or self._seen[1] != version:
-            self._seen = positions, version
-            span = positions.amax(0) - positions.amin(0) + 1
-            self.grid = tuple(map(int, span.tolist()))
+        version = 0 if ids.is_inference() else ids._version
+        if self._seen is None or self._seen[0] is not ids or self._seen[1] != version:
+            self._seen = ids, version
+            positions = cut(ids, given)
+            self.grid = tuple(map(int, (positions.amax(0) - positions.amin(0) + 1).tolist()))
 
 
 class Bridged:
@@ -268,7 +269,7 @@ class Bridged:
         # A flex BlockMask, or arguments of one backend, are for the model's own attention.
         plain = (mask is None or isinstance(mask, Tensor)) and not given.get("attention_kwargs")
         if plain and given["query"].ndim == 4:
-            out = self.policy(AttentionCall(self, attention, heads_first, args, kwargs))
+            out = self.policy(AttentionCall(self, given, heads_first, lambda: attention(*args, **kwargs)))
         if not torch.compiler.is_compiling():
             self.calls += 1
             self.left += out is None
@@ -330,6 +331,9 @@ def bridge(
     """
     state, transaction, module = _state(context), context.transaction, site.module
     transaction.claim(module, "attention", method)
+    if not state.bridged:
+        state.bridged = True
+        transaction.pre_hook(context.model, state.layout.read)
     given = None if grid is None else tuple(grid)
     bridged = Bridged(site, method, policy, state.layout, context.generation, given)
     if _processor_of(module) is not None:
@@ -374,7 +378,7 @@ class _State:
         model = context.model
         self.code, tokens = Code(), tokens_of(model)
         self.layout = TokenLayout(model, tokens)
-        context.transaction.pre_hook(model, self.layout.read)
+        self.bridged = False
         self.unreached: list[tuple[nn.Module, str]] = []
         found: list[tuple[str, nn.Module, Kind]] = []
         for name, module in model.named_modules():

@@ -106,7 +106,8 @@ _add(
      "num_refiner_text_blocks": 1, "axes_dims_rope": (8, 4, 4)},
     lambda: {
         "hidden_states": randn(1, 4, 16), "encoder_hidden_states": randn(1, 4, 3, 16, seed=1),
-        "timestep": torch.tensor([0.5]), "position_ids": randn(8, 3, seed=2),
+        "timestep": torch.tensor([0.5]),
+        "position_ids": torch.tensor([[0, 0, 0]] * 4 + [[0, y, x] for y in range(2) for x in range(2)]),
         "encoder_attention_mask": torch.ones(1, 4, dtype=torch.bool)},
 )  # fmt: skip
 _add(
