@@ -1,0 +1,228 @@
+"""What methods of sparse attention share: which sites they take, when they stay dense, and what the report says."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import TileMask, TokenOrder
+from ..ops import tile_attention
+from ..patching.attention import AttentionCall, AttentionSite, attention_sites, bridge
+from ..patching.patch import Context
+from ..state.generation import Generation
+
+POLICY = "_maskaccel_attention_policy"
+
+
+class SparseAttention:
+    """Base of the methods that leave attention tiles out: all are lossy, and report alike.
+
+    The base is no dataclass and has no fields; a method is a frozen dataclass of its own that gives `policy`.
+
+    Attributes:
+        kinds: The kinds of attention that it takes over.
+    """
+
+    kind = "lossy"
+    kinds: tuple[Any, ...] = ("self", "joint")
+    name = ""
+    models = "any model with softmax attention through torch or diffusers' dispatch"
+    grid: tuple[int, ...] | None = None
+
+    def policy(self, site: AttentionSite, generation: Generation) -> SitePolicy:
+        """What is called in place of the attention of a site."""
+        raise NotImplementedError
+
+    def leaves(self, site: AttentionSite) -> str | None:
+        """Why a site stays as it is, or None."""
+        return None
+
+    def attach(self, context: Context) -> None:
+        """Plan the bridge of every site."""
+        generation = context.track_generation(self.name)
+        for site in attention_sites(context, self.name, self.kinds):
+            reason = self.leaves(site)
+            if reason is not None:
+                context.skip(self.name, site.module, reason)
+                continue
+            policy = self.policy(site, generation)
+            bridge(context, self.name, site, policy, grid=self.grid)
+            context.transaction.set(site.module, POLICY, policy, self.name)
+
+    def activity(self, model: nn.Module) -> dict[str, Any]:
+        """Attention calls, those left dense and why, and the tiles that were computed."""
+        found = [m.__dict__[POLICY] for m in model.modules() if POLICY in m.__dict__]
+        mine = [policy for policy in found if policy.method == self]
+        return activity(mine)
+
+
+def activity(policies: list[SitePolicy]) -> dict[str, Any]:
+    """What policies did since the patch."""
+    dense: Counter[str] = Counter()
+    for policy in policies:
+        dense.update(policy.left)
+    computed, tiles = sum(p.computed for p in policies), sum(p.tiles for p in policies)
+    result: dict[str, Any] = {
+        "sparse calls": sum(p.calls for p in policies),
+        "dense calls": sum(dense.values()),
+        "tiles computed": computed,
+        "tiles in all": tiles,
+    }
+    held = sum(p.nbytes for p in policies)
+    peak = sum(p.peak_bytes for p in policies)
+    if peak:
+        result |= {"bytes now": held, "bytes at most": peak}
+    for reason, count in dense.items():
+        result[f"dense: {reason}"] = count
+    if not result["sparse calls"] and result["dense calls"]:
+        result["warning"] = "never left anything out"
+    return result
+
+
+class SitePolicy:
+    """Attention of one site over the tiles of a mask. A subclass gives `mask`.
+
+    Attributes:
+        method: Whose policy it is.
+        site: Of which attention.
+        calls: Calls over a mask.
+        left: Calls that stayed dense, by reason.
+    """
+
+    def __init__(self, method: Any, site: AttentionSite, generation: Generation) -> None:
+        self.method, self.site, self.generation = method, site, generation
+        self.calls, self.left = 0, Counter[str]()
+        self.tiles = 0
+        self.peak_bytes = 0
+        self._static = 0
+        self._kept: Tensor | None = None
+
+    def mask(self, call: AttentionCall) -> TileMask | str:
+        """The mask of a call, or why it stays dense."""
+        raise NotImplementedError
+
+    def __call__(self, call: AttentionCall) -> Tensor | None:
+        """Attend."""
+        refused = call.refusal()
+        mask = refused if refused is not None else self.mask(call)
+        if isinstance(mask, str):
+            return self.leave(mask)
+        self.count(mask, call)
+        return tile_attention(call.q, call.k, call.v, mask, scale=call.scale, bias=call.bias())
+
+    def leave(self, reason: str) -> Tensor | None:
+        """Note that a call stays dense; None, as the bridge expects then."""
+        if not torch.compiler.is_compiling():
+            self.left[reason] += 1
+        return None
+
+    def count(self, mask: TileMask | None, call: AttentionCall) -> None:
+        """Note the tiles of a call; without waiting for the device."""
+        if torch.compiler.is_compiling():
+            return
+        self.calls += 1
+        batch, heads = call.q.shape[0], call.q.shape[2]
+        block = getattr(self.method, "block", (128, 128)) if mask is None else mask.block
+        total = batch * heads * math.ceil(call.q.shape[1] / block[0]) * math.ceil(call.k.shape[1] / block[1])
+        self.tiles += total
+        if mask is None:
+            self._static += total
+        else:
+            repeat = batch * heads // (mask.batch * mask.heads)
+            kept = mask.lists()[1].sum(dtype=torch.int64) * repeat
+            self._kept = kept if self._kept is None else self._kept + kept
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+
+    @property
+    def computed(self) -> int:
+        """Tiles that were computed; it may wait for the device."""
+        return self._static + (0 if self._kept is None else int(self._kept))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are remembered between steps."""
+        return 0
+
+
+class FixedMask(SitePolicy):
+    """Attention over a mask that depends on the tokens' places alone; made once for each shape.
+
+    The method gives `fixed(call)`, the order of the tokens and the mask of tokens in that order, or why a call stays
+    dense. Tokens are put in order here, unless the whole model runs in it.
+    """
+
+    def __init__(self, method: Any, site: AttentionSite, generation: Generation) -> None:
+        super().__init__(method, site, generation)
+        self._made: dict[tuple, tuple[TokenOrder | None, TileMask] | str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
+
+    def made(self, call: AttentionCall) -> tuple[TokenOrder | None, TileMask] | str:
+        """The order and the mask of a call, or why it stays dense."""
+        key = (call.grid, call.text, call.q.shape[1:3], call.k.shape[1], call.q.device)
+        if key not in self._made:
+            found = self.method.fixed(call)
+            self._made[key] = found if isinstance(found, str) else (found[0], found[1].to(call.q.device))
+        return self._made[key]
+
+    def __call__(self, call: AttentionCall) -> Tensor | None:
+        """Attend, in the mask's order."""
+        why = call.refusal() or self.dense_step()
+        found = why if why is not None else self.made(call)
+        if isinstance(found, str):
+            return self.leave(found)
+        order, mask = found
+        self.count(mask, call)
+        return attend(call, mask, order)
+
+    def dense_step(self) -> str | None:
+        """Why this step stays dense, or None."""
+        steps, at = getattr(self.method, "dense_steps", 0), self.generation
+        return "dense_steps" if at.active and at.index < steps else None
+
+
+def attend(call: AttentionCall, mask: TileMask, order: TokenOrder | None = None, **options: Any) -> Tensor:
+    """`tile_attention` of a call, with its tokens put in the order of the mask; options are of row-wise nature."""
+    q, k, v, bias = call.q, call.k, call.v, call.bias()
+    if order is None or order.is_raster:
+        return tile_attention(q, k, v, mask, scale=call.scale, bias=bias, **options)
+    q, k, v = (order.apply(t) for t in (q, k, v))
+    return order.undo(tile_attention(q, k, v, mask, scale=call.scale, bias=ordered_bias(order, bias), **options))
+
+
+def ordered_bias(order: TokenOrder, bias: Tensor | None) -> Tensor | None:
+    """A bias `(B, H, Sq, Sk)` for tokens in another order; dims of 1 stay."""
+    if bias is None:
+        return None
+    for dim in (2, 3):
+        if bias.shape[dim] > 1:
+            bias = order.apply(bias, dim)
+    return bias
+
+
+def beside(grid: tuple[int, ...], text: tuple[int, int], patch: tuple[int, ...] | None = None) -> TokenOrder:
+    """The order of a grid with its text before or after it."""
+    start, length = text
+    return TokenOrder(grid, patch, length if start == 0 else 0, 0 if start == 0 else length)
+
+
+def check_block(block: Any) -> None:
+    """ValueError unless it is a tile size."""
+    TileMask.full((1, 1), block)
+
+
+def check_count(name: str, value: Any, least: int = 0) -> None:
+    """ValueError unless it is an integer, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer, {least} or more")
+
+
+def check_number(name: str, value: Any) -> None:
+    """ValueError unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number")

@@ -1,0 +1,149 @@
+"""CLEAR (Liu et al. 2024, arXiv 2412.16112): image tokens see the disc of tokens around them.
+
+Token `(y, x)` sees `(y', x')` iff `(y - y')^2 + (x - x')^2 < radius^2`. Text sees everything and is seen by all. Raster
+order would touch far more tiles than the disc needs, so tokens are put in the order of patches. The variant with
+downsampling lets image tokens also see one pooled key and value for each `factor x factor` square, of learned weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import GridWindow, Segments, TileMask, TokenOrder
+from ..masks.rules import ALWAYS, NEVER, WHERE
+from ..masks.tiles import DEFAULT_BLOCK
+from ..ops import tile_attention
+from ..patching.attention import AttentionCall, AttentionSite
+from ..state.generation import Generation
+from ._attention import FixedMask, SparseAttention, beside, check_block, check_count, check_number, ordered_bias
+
+
+class ClearPooling(nn.Module):
+    """The learned weights of CLEAR's downsampled keys and values, one square for each layer.
+
+    Args:
+        layers: Layers of the model.
+        factor: Side of a square of tokens (4 in the paper).
+
+    Attributes:
+        weight: `(layers, factor, factor)`, initially the mean, `1 / factor^2`.
+    """
+
+    def __init__(self, layers: int, factor: int = 4) -> None:
+        super().__init__()
+        check_count("layers", layers, 1)
+        check_count("factor", factor, 1)
+        self.factor = factor
+        self.weight = nn.Parameter(torch.full((layers, factor, factor), factor**-2.0))
+
+    def forward(self, x: Tensor, grid: tuple[int, ...], layer: int) -> Tensor:
+        """Weighted sums over squares.
+
+        Args:
+            x: `(B, h * w, H, D)`, tokens in raster order.
+            grid: `(h, w)`, multiples of `factor`.
+            layer: Whose weights.
+
+        Returns:
+            `(B, h * w / factor^2, H, D)`.
+        """
+        f = self.factor
+        squares = x.unflatten(1, (grid[0] // f, f, grid[1] // f, f))
+        pooled = torch.einsum("bifjghd,fg->bijhd", squares, self.weight[layer].to(x.dtype))
+        return pooled.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class CLEAR(SparseAttention):
+    """Attend to the disc of image tokens around one's own, and to the text.
+
+    Made for models distilled to it; gradients pass, so it can be trained as the paper does.
+
+    Attributes:
+        radius: Of the disc, in tokens; 8, 16 or 32 in the paper.
+        pooling: Weights of the downsampled keys and values, or None to go without.
+        trained_tokens: If given, scores are scaled by `sqrt(log(keys) / log(trained_tokens))` (the paper's proportional
+            attention, 4608 for FLUX at 1024 pixels).
+        patch: Tokens are ordered by patches of this size.
+        dense_steps: Steps at the start that compute everything.
+        grid: `(height, width)` of the image tokens, where the model's call does not tell it.
+        block: Tile size.
+    """
+
+    radius: float = 16
+    pooling: ClearPooling | None = None
+    trained_tokens: int | None = None
+    patch: tuple[int, int] = (8, 16)
+    dense_steps: int = 0
+    grid: tuple[int, ...] | None = None
+    block: tuple[int, int] = DEFAULT_BLOCK
+
+    name = "CLEAR"
+    paper = "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up (arXiv 2412.16112)"
+
+    def __post_init__(self) -> None:
+        check_number("radius", self.radius)
+        if self.radius <= 0:
+            raise ValueError(f"radius={self.radius!r} must be above 0")
+        if self.trained_tokens is not None:
+            check_count("trained_tokens", self.trained_tokens, 2)
+        check_count("dense_steps", self.dense_steps)
+        check_block(self.block)
+
+    def policy(self, site: AttentionSite, generation: Generation) -> FixedMask:
+        """The attention of one module."""
+        return _Disc(self, site, generation)
+
+    def fixed(self, call: AttentionCall) -> tuple[TokenOrder, TileMask] | str:
+        """Patch order and disc of a call."""
+        if call.grid is None or call.text is None:
+            return "the token grid is not known"
+        if len(call.grid) != 2:
+            return "it is for images"
+        f = 1 if self.pooling is None else self.pooling.factor
+        if call.grid[0] % f or call.grid[1] % f:
+            raise ValueError(f"{self.name}: the grid {call.grid} is no multiple of the pooling's factor {f}")
+        order = beside(call.grid, call.text, self.patch)
+        return order, self.tile_mask(order)
+
+    def tile_mask(self, order: TokenOrder) -> TileMask:
+        """The mask of tokens in the order of patches; with pooling, the pooled tokens are the last keys."""
+        if self.pooling is None:
+            return TileMask.from_rule(GridWindow(order, self.radius, "euclid"), (order.tokens,) * 2, self.block)
+        pooled = math.prod(order.grid) // self.pooling.factor**2
+        keys = TokenOrder(order.grid, order.patch, order.prefix, order.suffix + pooled)
+        image = (order.coordinates[:, 0] >= 0).long()
+        classes = torch.cat([image, torch.full((pooled,), 2)])
+        relation = ((ALWAYS, ALWAYS, NEVER), (ALWAYS, WHERE, ALWAYS))  # text and image see text, image, pooled
+        rule = Segments(image, classes, relation, GridWindow(order, self.radius, "euclid", keys=keys))
+        return TileMask.from_rule(rule, (order.tokens, keys.tokens), self.block)
+
+
+class _Disc(FixedMask):
+    def __call__(self, call: AttentionCall) -> Tensor | None:
+        method = self.method
+        why = call.refusal() or self.dense_step()
+        found = why if why is not None else self.made(call)
+        if isinstance(found, str):
+            return self.leave(found)
+        order, mask = found
+        assert order is not None
+        q, k, v = (order.apply(t) for t in (call.q, call.k, call.v))
+        bias = ordered_bias(order, call.bias())
+        if method.pooling is not None:
+            start = order.prefix
+            image = slice(start, start + math.prod(order.grid))
+            layer = self.site.layer
+            k = torch.cat([k, method.pooling(call.k[:, image], order.grid, layer)], dim=1)
+            v = torch.cat([v, method.pooling(call.v[:, image], order.grid, layer)], dim=1)
+            if bias is not None and bias.shape[3] > 1:
+                bias = torch.nn.functional.pad(bias, (0, k.shape[1] - bias.shape[3]))
+        scale = call.scale
+        if method.trained_tokens is not None:
+            scale = scale * math.sqrt(math.log(k.shape[1]) / math.log(method.trained_tokens))
+        self.count(mask, call)
+        return order.undo(tile_attention(q, k, v, mask, scale=scale, bias=bias))
