@@ -86,8 +86,8 @@ def parse_methods(text: str) -> list[Any]:
     chosen = []
     for part in text.split("+"):
         name, arguments = parse_call(part)
-        if not hasattr(methods, name):
-            raise ValueError(f"--run: {name!r} is no method; known are {', '.join(sorted(methods.__all__))}")
+        if name not in methods.PATCHES:
+            raise ValueError(f"--run: {name!r} is no method; known are {', '.join(sorted(methods.PATCHES))}")
         chosen.append(getattr(methods, name)(**arguments))
     return chosen
 

@@ -14,9 +14,9 @@ from ..bench.registry import dtype_of
 
 
 def describe() -> list[dict[str, str]]:
-    """Every published method: name, kind (exact or lossy), arguments with defaults, summary, models and paper."""
+    """Methods that patch a model: name, kind (exact or lossy), arguments with defaults, summary, models and paper."""
     rows = []
-    for name in sorted(maskaccel.methods.__all__):
+    for name in sorted(maskaccel.methods.PATCHES):
         method = getattr(maskaccel.methods, name)
         parameters = inspect.signature(method).parameters.values()
         rows.append({

@@ -21,9 +21,9 @@ def make_method(name: str, texts: Sequence[str]) -> Any:
     Raises:
         ValueError: There is no such method or argument, or a value is out of range.
     """
-    found = {one.lower(): one for one in methods.__all__}.get(name.lower())
+    found = {one.lower(): one for one in methods.PATCHES}.get(name.lower())
     if found is None:
-        raise ValueError(f"no method {name!r}; there are {', '.join(sorted(methods.__all__, key=str.lower))}")
+        raise ValueError(f"no method {name!r}; there are {', '.join(sorted(methods.PATCHES, key=str.lower))}")
     cls = getattr(methods, found)
     calls = {one: getattr(state, one) for one in state.__all__ if one[:1].isupper()}
     given, parameters = settings(texts, calls=calls), inspect.signature(cls).parameters

@@ -1,9 +1,15 @@
-"""Published methods, one file each, made of the pieces below."""
+"""Published methods, one file each, made of the pieces below.
+
+Methods with an `attach` are for `maskaccel.patch` (`PATCHES`); the others are attention layers of their own, with
+parameters to train, or make the masks of such layers.
+"""
 
 from .clear import CLEAR, ClearPooling
 from .clusca import ClusCa
 from .dbcache import DBCache, FBCache
 from .ddt import DDT
+from .diffit import DiffiTAttention
+from .dit3d import DiT3DAttention
 from .dmd import DMD
 from .dpcache import DPCache
 from .duca import DuCa
@@ -11,11 +17,19 @@ from .fastercache import FasterCache
 from .foca import FoCa
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
+from .hdit import HDiTAttention
 from .hyca import HyCa
+from .linfusion import LinFusionAttention
+from .lit import LiTAttention
 from .liteattention import LiteAttention
 from .magcache import MagCache
 from .mask2dit import Mask2DiT
+from .mask2former import Mask2FormerAttention, predicted_mask
+from .masked_cross_attention import MaskedCrossAttention, box_regions, identity_mask, region_mask
+from .maskgwm import MaskGWMAttention
+from .mediators import MediatorAttention, MediatorSchedule
 from .pab import PAB
+from .pt_dit import PTDiTAttention
 from .radial import RadialAttention
 from .rettention import Rettention
 from .scm import SCM
@@ -27,6 +41,7 @@ from .speca import SpeCa
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 from .toca import ToCa
+from .u_dit import UDiTAttention
 
 __all__ = [
     "CLEAR",
@@ -39,15 +54,26 @@ __all__ = [
     "ClusCa",
     "DBCache",
     "DPCache",
+    "DiT3DAttention",
+    "DiffiTAttention",
     "DuCa",
     "FBCache",
     "FasterCache",
     "FoCa",
     "FusedAdaLN",
+    "HDiTAttention",
     "HyCa",
+    "LiTAttention",
+    "LinFusionAttention",
     "LiteAttention",
     "MagCache",
     "Mask2DiT",
+    "Mask2FormerAttention",
+    "MaskGWMAttention",
+    "MaskedCrossAttention",
+    "MediatorAttention",
+    "MediatorSchedule",
+    "PTDiTAttention",
     "RadialAttention",
     "Rettention",
     "SkipBranches",
@@ -58,4 +84,12 @@ __all__ = [
     "TaylorSeer",
     "TeaCache",
     "ToCa",
+    "UDiTAttention",
+    "box_regions",
+    "identity_mask",
+    "predicted_mask",
+    "region_mask",
 ]
+
+PATCHES = tuple(name for name in __all__ if hasattr(globals()[name], "attach"))
+"""Names of the methods that `maskaccel.patch` takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -68,6 +69,19 @@ class RelativePosition:
         q = at if q_rows is None else at[q_rows.long()]
         k = at if k_rows is None else at[k_rows.long()]
         return cls(table, (q + centre).int(), k.int())
+
+    def with_table(self, table: Tensor) -> RelativePosition:
+        """The same places with another table of as many entries, such as one that is trained; checks no values again.
+
+        Raises:
+            ValueError: The table has another number of entries.
+        """
+        table = _checks.floating("table", table)
+        if table.dim() != 2 or table.shape[1] != self.table.shape[1]:
+            raise ValueError(f"table has shape {tuple(table.shape)}; it must be (H, {self.table.shape[1]})")
+        other = copy.copy(self)
+        other.table = table
+        return other
 
     def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(table, q_at, k_at)` for a call, or ValueError if they do not fit it."""
