@@ -56,7 +56,7 @@ def check(
         if truth.numel() < 8:
             # A sum of thousands of terms: by luck plain torch's single number may be nearly right.
             error = (got.double() - truth).abs().max() / truth.abs().max()
-            assert error < (5e-5 if dtype == torch.float32 else 0.03), f"{name}: {error}"
+            assert error < (5e-5 if dtype == torch.float32 else 0.15), f"{name}: {error}"
         else:
             # several ops one after the other, each with roundings of its own
             assert_close_to_truth(got, plain, truth, what=name, magnitude=16 * truth.abs().max().item())
