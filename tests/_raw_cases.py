@@ -9,12 +9,14 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import _raw_attention
 import torch
 from torch import Tensor
 
 from maskaccel.ops.adaln import fallback
 from maskaccel.ops.adaln.flags import packed
 from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL, SCHEMAS
+from maskaccel.ops.attention import reference as attention_reference
 from maskaccel.ops.steps import reference as steps_reference
 
 WIDTHS = (3, 7, 8, 24, 72, 130, 256, 520, 1000, 1024, 1032, 1152, 1536)
@@ -27,11 +29,14 @@ ADALN = (
 
 def plain(op: str) -> Callable[..., Any]:
     """The op in plain torch: the fallback, which also runs in fp64."""
-    return steps_reference.KERNELS[op] if op in steps_reference.KERNELS else getattr(fallback, op)
+    kernels = {**steps_reference.KERNELS, **attention_reference.KERNELS}
+    return kernels[op] if op in kernels else getattr(fallback, op)
 
 
 def run(op: str, kernel: Callable[..., Any], args: tuple) -> tuple[Tensor, ...]:
     """What a call gives that can be compared: its results and what it wrote, which `args` do not see."""
+    if op in _raw_attention.DRAWS:
+        return _raw_attention.run(op, kernel, args)
     if op == "scatter_combine":
         history = args[0].clone()
         return kernel(history, *args[1:]), history
@@ -50,6 +55,8 @@ def run(op: str, kernel: Callable[..., Any], args: tuple) -> tuple[Tensor, ...]:
 
 def run_plain(op: str, args: tuple) -> tuple[Tensor, ...]:
     """The results of plain torch. Gradients of activations are always formed there: the plain form builds on them."""
+    if op in _raw_attention.DRAWS:
+        return _raw_attention.run_plain(op, args)
     if op.endswith("_backward") and op != "gated_activation_backward":
         args = (*args[:-1], args[-1] | NEED_X | NEED_A)
     return run(op, plain(op), args)
@@ -312,11 +319,13 @@ STEPS: dict[str, Callable[[Draw], tuple]] = {
 }
 
 
-OPS = (*ADALN, *STEPS)
+OPS = (*ADALN, *STEPS, *_raw_attention.DRAWS)
 
 
 def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = WIDTHS) -> tuple:
     """Arguments of one random call of a raw op."""
+    if op in _raw_attention.DRAWS:
+        return _raw_attention.draw(op, seed, dtype, device)
     d = Draw(seed, dtype, device, widths)
     if op in STEPS:
         return STEPS[op](d)

@@ -9,7 +9,7 @@ import cuda_emulator
 import pytest
 import torch
 from _numerics import assert_all_close_to_truth
-from _raw_cases import OPS, describe, draw, draw_bare, run, run_plain, wanted, widened
+from _raw_cases import ADALN, STEPS, describe, draw, draw_bare, run, run_plain, wanted, widened
 
 from maskaccel.ops.adaln.schema import BARE
 
@@ -33,7 +33,7 @@ def _check(emulated, op: str, seed: int, dtype: torch.dtype, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*ADALN, *STEPS])
 def test_matches_reference(emulated, op, dtype):
     """Random calls over the whole contract: strides, groups, rows, tables, laws, gates, post norms, pairs, needs."""
     for seed in range(SEEDS):
@@ -50,7 +50,7 @@ def test_bare_ops_are_the_whole_ops(emulated, name):
         assert all(map(torch.equal, got, want)), f"{name} seed {seed}"
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if "norm_modulate" in op])
+@pytest.mark.parametrize("op", [op for op in (*ADALN, *STEPS) if "norm_modulate" in op])
 def test_wide_rows(emulated, op):
     """Rows that need several warps, the general kernel's loop, and more than the fast kernels take."""
     _check(emulated, op, 1, torch.bfloat16, widths=(3072,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _numerics import assert_all_close_to_truth
-from _raw_cases import OPS, describe, draw, draw_bare, run, run_plain, wanted, widened
+from _raw_cases import ADALN, OPS, STEPS, describe, draw, draw_bare, run, run_plain, wanted, widened
 
 import maskaccel  # noqa: F401  (defines the ops, loads the library)
 from maskaccel.ops.adaln.schema import BARE
@@ -49,7 +49,7 @@ def test_bare_ops_are_the_whole_ops(name):
         assert all(map(torch.equal, got, want)), f"{name} seed {seed}"
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*ADALN, *STEPS])
 def test_real_widths(op):
     """The widths of real models, and the general kernel beyond them."""
     for seed in range(12):
