@@ -35,10 +35,11 @@ if(newest)
   list(APPEND gencode "SHELL:-gencode arch=compute_${newest},code=compute_${newest}")
 endif()
 
-set(cuda_options ${gencode} --expt-relaxed-constexpr -Xfatbin=-compress-all)
+set(cuda_common --expt-relaxed-constexpr -Xfatbin=-compress-all)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
-  list(APPEND cuda_options --compress-mode=size)
+  list(APPEND cuda_common --compress-mode=size)
 endif()
+set(cuda_options ${gencode} ${cuda_common})
 
 target_sources(maskaccel PRIVATE
   csrc/common/cuda_device.cu
@@ -46,6 +47,20 @@ target_sources(maskaccel PRIVATE
   csrc/steps/cuda_steps.cu csrc/steps/cuda_gram.cu csrc/steps/cuda_sites.cu
   csrc/steps/cuda_normed.cu csrc/steps/cuda_scatter.cu csrc/steps/cuda_kmeans.cu)
 target_include_directories(maskaccel SYSTEM PRIVATE "${cutlass_include}")
+
+# wgmma exists on sm_90a alone, so these sources are compiled for nothing else.
+if("90a" IN_LIST MASKACCEL_CUDA_ARCHS)
+  add_library(maskaccel_sm90 OBJECT csrc/attention/cuda_sm90.cu)
+  target_include_directories(maskaccel_sm90 SYSTEM PRIVATE "${cutlass_include}" "${MASKACCEL_TORCH_DIR}/include")
+  target_compile_definitions(maskaccel_sm90 PRIVATE USE_CUDA ${MASKACCEL_DEFINITIONS})
+  target_compile_options(maskaccel_sm90 PRIVATE "SHELL:-gencode arch=compute_90a,code=sm_90a" ${cuda_common})
+  set_target_properties(maskaccel_sm90 PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
+                        CUDA_VISIBILITY_PRESET hidden)
+  foreach(target maskaccel maskaccel_sm90)
+    target_compile_definitions(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:MASKACCEL_SM90A>)
+  endforeach()
+  target_link_libraries(maskaccel PRIVATE maskaccel_sm90)
+endif()
 target_compile_definitions(maskaccel PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:USE_CUDA>)
 target_compile_options(maskaccel PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
 set_target_properties(maskaccel PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON

@@ -1,11 +1,13 @@
-"""Lists every CUDA kernel with its registers, spills, stack and shared memory; fails where a hot kernel spills.
+"""Lists every CUDA kernel with its registers, spills, stack and shared memory; fails where a hot kernel spills or lacks
+the instructions it is made for.
 
     python tools/check_cuda.py                    compile every .cu for sm_80 and sm_90a and check it
     python tools/check_cuda.py --library FILE     check what a built library holds
     python tools/check_cuda.py --archs 80,90a,120 --jobs 2 --json report.json
 
 Needs nvcc (not with --library) and cuobjdump (of the CUDA toolkit, or of the triton wheel); no GPU.
-Exit status: 0 all hot kernels clean, 1 a hot kernel spills or uses local memory, 2 something is missing or wrong.
+Exit status: 0 all hot kernels clean, 1 a hot kernel spills, uses local memory or has the wrong instructions,
+2 something is missing or wrong.
 """
 
 from __future__ import annotations
@@ -28,6 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("cuda*.cu"))
 # Kernels for any width and alignment trade speed for generality: they may use local memory.
 GENERAL = re.compile(r"_any_kernel")
+# Sources for one target alone, by a part of their name.
+ONLY_FOR = {"sm90": "90a"}
+# Of a kernel family: the instructions (their first letters) that its machine code must and must not have.
+INSTRUCTIONS = {
+    r"sm90_\w*kernel": (("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"), ("LDL", "STL", "CALL")),
+}
+# ptxas says so where it puts waits between wgmma instructions.
+SERIALIZED = re.compile(r"\(C75\d\d\).*'(\w+)'")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 FIELDS = re.compile(r"(\w+(?:\[\d+\])?):(\d+)")
 
 
@@ -60,8 +71,8 @@ def compile_command(source: Path, arch: str, output: Path, nvcc: str) -> list[st
     if cutlass is None:
         raise Missing("CUTLASS headers are not installed: pip install --no-deps -r requirements/cuda.txt")
     return [
-        nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-w", "-cubin", f"-arch=sm_{arch}", "--expt-relaxed-constexpr",
-        "-DUSE_CUDA",
+        nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-w", "-Xptxas=-v", "-cubin", f"-arch=sm_{arch}",
+        "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DMASKACCEL_SM90A",
         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", f"-I{torch / 'include'}",
         f"-I{cutlass / 'source' / 'include'}", "-o", str(output), str(source),
     ]  # fmt: skip
@@ -92,7 +103,7 @@ def demangle(names: list[str]) -> dict[str, str]:
     if tool is None or not names:
         return {n: n for n in names}
     out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
-    short = [re.sub(r"^void ", "", re.sub(r"\(maskaccel::cuda::\w+\)$|maskaccel::cuda::", "", o)) for o in out]
+    short = [re.sub(r"^void ", "", re.sub(r"\(maskaccel::cuda::[\w:]+\)$|maskaccel::cuda::", "", o)) for o in out]
     short = [o.replace("cutlass::", "").replace("(int)", "").replace("(bool)", "") for o in short]
     return dict(zip(names, short, strict=True))
 
@@ -103,6 +114,31 @@ def usage(file: Path, cuobjdump: str) -> list[dict[str, Any]]:
     if run.returncode != 0:
         raise Missing(f"cuobjdump cannot read {file.name}: {run.stderr.strip()[-300:]}")
     return parse_usage(run.stdout)
+
+
+def instructions(file: Path, arch: str, cuobjdump: str) -> dict[str, set[str]]:
+    """The instructions that each kernel of one target uses."""
+    command = [cuobjdump, "-sass", "-arch", arch, str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\s*Function : (\S+)", text, flags=re.MULTILINE)
+    return {name: set(INSTRUCTION.findall(code)) for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def check_instructions(kernels: list[dict[str, Any]], file: Path, cuobjdump: str) -> None:
+    """Sets `wrong` of each kernel: what its family should have or should not have."""
+    families = {
+        k["kernel"]: rule for k in kernels for name, rule in INSTRUCTIONS.items() if re.search(name, k["kernel"])
+    }
+    found: dict[str, dict[str, set[str]]] = {}
+    for k in kernels:
+        k["wrong"] = []
+        if k["kernel"] not in families:
+            continue
+        if k["arch"] not in found:
+            found[k["arch"]] = instructions(file, k["arch"], cuobjdump)
+        used, (must, must_not) = found[k["arch"]][k["kernel"]], families[k["kernel"]]
+        k["wrong"] += [f"no {m}" for m in must if not any(u.startswith(m) for u in used)]
+        k["wrong"] += [u for u in sorted(used) if u.startswith(must_not)]
 
 
 def _compile_and_read(job: tuple[Path, str, Path, str, str]) -> tuple[list[dict[str, Any]], float]:
@@ -116,7 +152,15 @@ def _compile_and_read(job: tuple[Path, str, Path, str, str]) -> tuple[list[dict[
     kernels = usage(cubin, cuobjdump) if cubin.is_file() else []
     for k in kernels:
         k["source"], k["arch"] = str(source.relative_to(ROOT)), f"sm_{arch}"
+    check_instructions(kernels, cubin, cuobjdump)
+    serialized = set(SERIALIZED.findall(run.stdout + run.stderr))
+    for k in kernels:
+        k["wrong"] += ["serialized wgmma"] if k["kernel"] in serialized else []
     return kernels, seconds
+
+
+def _is_for(source: Path, arch: str) -> bool:
+    return all(arch == only for part, only in ONLY_FOR.items() if part in source.name)
 
 
 def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -126,12 +170,13 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
         kernels = usage(args.library, cuobjdump)
         if not kernels:
             raise Missing(f"{args.library.name} holds no CUDA kernels: it was built without MASKACCEL_CUDA=1")
+        check_instructions(kernels, args.library, cuobjdump)
         return kernels
     nvcc = find_tool("nvcc")
     sources = [s for s in SOURCES if not args.only or args.only in s.name]
     kernels = []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [(s, a, Path(folder), nvcc, cuobjdump) for s in sources for a in args.archs]
+        jobs = [(s, a, Path(folder), nvcc, cuobjdump) for s in sources for a in args.archs if _is_for(s, a)]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for job, (found, seconds) in zip(jobs, pool.map(_compile_and_read, jobs), strict=True):
                 print(
@@ -147,6 +192,7 @@ def print_table(kernels: list[dict[str, Any]]) -> None:
     print(f"{'arch':8} {'kernel':{width}} {'regs':>5} {'stack':>6} {'local':>6} {'shared':>7}")
     for k in sorted(kernels, key=lambda k: (k["arch"], k["name"])):
         mark = "" if k["clean"] else ("  SPILLS" if k["hot"] else "  (general kernel)")
+        mark += "".join(f"  {w.upper()}" for w in k["wrong"])
         print(
             f"{k['arch']:8} {k['name']:{width}} {k['registers']:5} {k['stack']:6} {k['local']:6} {k['shared']:7}{mark}"
         )
@@ -187,13 +233,13 @@ def main() -> int:
         k["hot"] = not GENERAL.search(k["name"])
         # Spilled registers live on the stack or in local memory, and so does an array that is indexed at run time.
         k["clean"] = k["stack"] == 0 and k["local"] == 0
-    bad = [k for k in kernels if k["hot"] and not k["clean"]]
+    bad = [k for k in kernels if k["hot"] and (k["wrong"] or not k["clean"])]
     if args.summary:
         print(summary(kernels) + "\n")
     if bad or not args.summary:
         print_table(bad if args.summary else kernels)
     hot = [k for k in kernels if k["hot"]]
-    print(f"{len(kernels)} kernels, {len(hot)} hot, {len(bad)} of them with spills or local memory")
+    print(f"{len(kernels)} kernels, {len(hot)} hot, {len(bad)} of them with spills, local memory or wrong instructions")
     if args.json:
         args.json.write_text(json.dumps(kernels, indent=1) + "\n")
     return 1 if bad or not kernels else 0

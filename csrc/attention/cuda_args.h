@@ -34,6 +34,7 @@ struct Broadcast {
 
 struct AttentionArgs {
   Dtype dtype = Dtype::bf16;
+  int multiprocessors = 0;  // of the device
   int batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, dim = 0;
   Rows q, k, v;
   float scale = 1.f;

@@ -1,0 +1,85 @@
+// Which rows of tiles a persistent CTA of the attention takes, and the keys it walks in each. Free of CUDA and of torch.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MASKACCEL_ANY __host__ __device__ __forceinline__
+#else
+#define MASKACCEL_ANY inline
+#endif
+
+namespace maskaccel::cuda {
+
+/// One query tile of the kernel: of one sample and head, `sub`-th of mask row `tile_row`.
+struct Item {
+  int batch, head, tile_row, sub;
+  int line;  // of the lists: (mask_batch, mask_heads, tile_rows), flat
+};
+
+/// All items in one sequence, longest first as `order` gives them, dealt to the CTAs in turns that change direction (with
+/// the same direction the first CTA would get the longest item of every turn). No counter in memory, so no launch to
+/// clear one, and the same items meet in a CTA in every run.
+///
+/// Samples and heads that share a mask are copies of its rows. They take turns after `window` rows: neighbours in the
+/// sequence, which run at the same time, then read the keys of a few heads only, which L2 holds, and the order is still
+/// longest first to within a window.
+struct Schedule {
+  const int* order = nullptr;  // null: as they lie
+  int tile_rows = 0, subs = 1, batch = 1, heads = 1, mask_batch = 1, mask_heads = 1, window = 1;
+
+  MASKACCEL_ANY int lines() const { return mask_batch * mask_heads * tile_rows; }
+  MASKACCEL_ANY int copies() const { return batch / mask_batch * (heads / mask_heads); }
+  MASKACCEL_ANY int64_t items() const { return int64_t{lines()} * copies() * subs; }
+
+  /// Place in the sequence of what CTA `cta` of `ctas` does in its turn `turn`; past the end there is nothing to do. Places
+  /// are of 32 bits: items() + ctas has to be below 2^31.
+  static MASKACCEL_ANY int place(int turn, int cta, int ctas) { return turn * ctas + (turn & 1 ? ctas - 1 - cta : cta); }
+
+  MASKACCEL_ANY Item item(int place) const {
+    const int per_window = window * copies() * subs;
+    const int first = place / per_window * window;
+    const int rows = lines() - first < window ? lines() - first : window;
+    const int within = place % per_window, copy = within / (rows * subs), rank = within % (rows * subs);
+    const int at = first + rank / subs;
+    Item i;
+    i.sub = rank % subs;
+    i.line = order != nullptr ? order[at] : at;
+    i.tile_row = i.line % tile_rows;
+    const int mask = i.line / tile_rows, head_copies = heads / mask_heads;
+    i.head = mask_heads == 1 ? copy % head_copies : mask % mask_heads;
+    i.batch = mask_batch == 1 ? copy / head_copies : mask / mask_heads;
+    return i;
+  }
+};
+
+/// The blocks of `block` keys of one row of tiles, in list order. Blocks past the last key are left out.
+struct Walk {
+  const int* index;  // null: all tiles
+  int partial, total, bn, block, keys;
+  int tile = 0, begin, end;
+  int at = 0, upcoming;  // the id is read one tile ahead: its latency passes while the tile before is worked on
+
+  MASKACCEL_ANY Walk(const int* index_, int partial_, int total_, int bn_, int block_, int keys_)
+      : index(index_), partial(partial_), total(total_), bn(bn_), block(block_), keys(keys_) {
+    begin = -block;
+    end = 0;
+    upcoming = index != nullptr && total > 0 ? index[0] : 0;
+  }
+  MASKACCEL_ANY bool next() {
+    begin += block;
+    if (begin < end) return true;
+    if (at == total) return false;
+    tile = upcoming;
+    ++at;
+    if (at < total) upcoming = index != nullptr ? index[at] : at;
+    begin = tile * bn;
+    end = begin + bn < keys ? begin + bn : keys;
+    return true;
+  }
+  /// Of the block that next() came to.
+  MASKACCEL_ANY bool last() const { return at == total && begin + block >= end; }
+  MASKACCEL_ANY bool is_partial() const { return at <= partial; }
+};
+
+}  // namespace maskaccel::cuda

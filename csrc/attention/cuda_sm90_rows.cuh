@@ -1,0 +1,219 @@
+// What the consumer warp groups of the attention on sm_90a do with the registers of a thread: kept elements, softmax, keep
+// test, result. See cuda_sm90.cuh.
+#pragma once
+
+#include "cuda_sm90.cuh"
+
+namespace maskaccel::cuda::sm90 {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kNone = -INFINITY;
+
+/// 2^x in one instruction; results below the normal numbers are 0.
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Bits of the elements of a block that are kept, for the two rows of a thread. Bit 8 i + e is of column 8 i + 2 (lane % 4)
+/// + e: shifted once, so that a test is of a constant bit.
+template <int kKeys>
+struct KeptBits {
+  uint32_t words[2][kKeys / 32];
+
+  /// `row` is the thread's first row within the mask tile, `pattern` -1 for a full one.
+  __device__ __forceinline__ KeptBits(const Params& p, const BlockCard& block, int pattern, int row) {
+    const int across = p.bn / 32, shift = threadIdx.x % 4 * 2;
+    const int* from = p.a.patterns + (int64_t{pattern} * p.bm + row) * across + (block.begin - block.tile * p.bn) / 32;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 32; ++i) {
+        const int left = p.a.keys - block.begin - 32 * i;
+        const uint32_t inside = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+        words[r][i] = pattern < 0 ? ~0u : static_cast<uint32_t>(__ldg(from + int64_t{8} * r * across + i));
+        words[r][i] = (words[r][i] & inside) >> shift;
+      }
+    }
+  }
+  template <typename Fragment>
+  __device__ __forceinline__ void apply(Fragment& scores) const {
+#pragma unroll
+    for (int i = 0; i < cute::size(scores); ++i) {
+      const int column = i / 4 * 8 + i % 2;
+      if ((words[i / 2 % 2][column / 32] & 1u << column % 32) == 0) scores(i) = kNone;
+    }
+  }
+};
+
+/// Online softmax of the two rows of a thread. `most` is of unscaled scores and of the whole row, `sum` of the thread's part.
+struct Softmax {
+  float most[2] = {kNone, kNone}, sum[2] = {0.f, 0.f};
+
+  template <typename Fragment>
+  static __device__ __forceinline__ void largest(const Fragment& scores, float (&tile)[2]) {
+    tile[0] = tile[1] = kNone;
+#pragma unroll
+    for (int i = 0; i < cute::size(scores); ++i) tile[i / 2 % 2] = fmaxf(tile[i / 2 % 2], scores(i));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      tile[r] = fmaxf(tile[r], __shfl_xor_sync(~0u, tile[r], 1));
+      tile[r] = fmaxf(tile[r], __shfl_xor_sync(~0u, tile[r], 2));
+    }
+  }
+  /// Turns scores, whose largest are `tile`, into exponentials. Returns by what earlier results shrink.
+  template <typename Fragment>
+  __device__ __forceinline__ void update(Fragment& scores, const float (&tile)[2], float scale_log2, float (&shrink)[2]) {
+    float base[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float now = fmaxf(most[r], tile[r]);
+      base[r] = now == kNone ? 0.f : now * scale_log2;  // a row with nothing kept yet: exp2(-inf - 0)
+      shrink[r] = exp2_of(most[r] * scale_log2 - base[r]);
+      most[r] = now;
+      sum[r] *= shrink[r];
+    }
+#pragma unroll
+    for (int i = 0; i < cute::size(scores); ++i) {
+      scores(i) = exp2_of(scores(i) * scale_log2 - base[i / 2 % 2]);
+      sum[i / 2 % 2] += scores(i);
+    }
+  }
+  __device__ __forceinline__ void add_up() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+    }
+  }
+};
+
+// Named barriers of the consumers (0 is that of the CTA).
+enum NamedBarrier : int { kTurn = 1, kVote = 3 };
+
+__device__ __forceinline__ void named_arrive(int id) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory");
+}
+__device__ __forceinline__ void named_wait(int id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
+/// Whether any thread of both groups says yes.
+__device__ __forceinline__ bool named_any(int id, bool mine) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred a, b;\nsetp.ne.s32 a, %2, 0;\nbar.red.or.pred b, %1, 256, a;\nselp.s32 %0, 1, 0, b;\n}"
+      : "=r"(any)
+      : "r"(id), "r"(static_cast<int>(mine))
+      : "memory");
+  return any != 0;
+}
+
+/// The test of LiteAttention for the two rows of a thread, and the bit of the tile.
+struct KeepTest {
+  bool inside[2];
+  float reference[2];
+  int* words = nullptr;  // null: pruning alone
+
+  __device__ __forceinline__ void read(const Params& p, const ItemCard& item, int first) {
+    const int64_t head = int64_t{item.batch} * p.a.heads + item.head;
+    if (p.a.keep != nullptr) words = p.a.keep + (head * p.a.tile_rows + item.tile_row) * p.a.keep_words;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first + 8 * r;
+      inside[r] = row < p.a.queries;
+      reference[r] = p.a.reference_lse != nullptr && inside[r] ? p.a.reference_lse[head * p.a.queries + row] : kNone;
+    }
+  }
+  /// Sets the bit of a tile that a row keeps. Returns false where it is to be pruned; all consumers get the same answer.
+  /// `largest` are the largest scores of the thread's rows in this tile, `most` those of the tiles before.
+  __device__ __forceinline__ bool keeps(const Params& p, const float (&largest)[2], const float (&most)[2], int tile,
+                                        int thread) const {
+    bool mine = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float against = p.a.reference_lse != nullptr ? reference[r] : most[r] * p.a.scale;
+      const bool above = against == kNone || (largest[r] * p.a.scale - against) * kLog2e > p.a.skip_threshold;
+      mine = mine || (inside[r] && largest[r] != kNone && above);
+    }
+    const bool prune = p.a.flags & kPrune;
+    if (prune) mine = named_any(kVote, mine);
+    const bool any = __any_sync(~0u, mine);
+    if (any && words != nullptr && thread % (prune ? 2 * kGroup : kWarp) == 0) atomicOr(words + tile / 32, 1 << tile % 32);
+    return any || !prune;
+  }
+};
+
+/// The four words of a thread become those of one block of eight columns: thread t of four gets block t.
+__device__ __forceinline__ void transpose_of_four(uint32_t (&words)[4]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const bool upper = t & step;
+      const uint32_t got = __shfl_xor_sync(~0u, upper ? words[i] : words[i ^ step], step);
+      if (upper) {
+        words[i] = got;
+      } else {
+        words[i ^ step] = got;
+      }
+    }
+  }
+}
+
+/// Writes out and lse of the two rows of a thread: `first` and `first + 8`.
+template <typename S, typename Fragment>
+__device__ __forceinline__ void write(const Params& p, const ItemCard& item, int first, Fragment& out, Softmax& softmax) {
+  using T = typename S::T;
+  const AttentionArgs& a = p.a;
+  softmax.add_up();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first + 8 * r;
+    const bool inside = row < a.queries;
+    const bool nothing = softmax.sum[r] == 0.f;
+    float factor = nothing ? 0.f : __fdividef(1.f, softmax.sum[r]);
+    if (a.out_scale.data != nullptr && inside) {
+      factor *= static_cast<const float*>(
+          a.out_scale.data)[item.batch * a.out_scale.stride_b + item.head * a.out_scale.stride_h + row * a.out_scale.stride_q];
+    }
+#pragma unroll
+    for (int i = 0; i < cute::size(out); ++i) {
+      if (i / 2 % 2 == r) out(i) *= factor;
+    }
+    if (a.out_add.data != nullptr && inside) {
+      const int64_t at = item.batch * a.out_add.stride_b + row * a.out_add.stride_s + item.head * a.out_add.stride_h;
+#pragma unroll
+      for (int i = 0; i < cute::size(out); ++i) {
+        const int column = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+        if (i / 2 % 2 != r || column >= a.dim) continue;
+        out(i) += a.out_add.wide ? static_cast<const float*>(a.out_add.data)[at + column]
+                                 : static_cast<float>(static_cast<const T*>(a.out_add.data)[at + column]);
+      }
+    }
+    if (inside && threadIdx.x % 4 == 0) {
+      a.lse[(int64_t{item.batch} * a.heads + item.head) * a.queries + row] =
+          nothing ? kNone : softmax.most[r] * a.scale + logf(softmax.sum[r]);
+    }
+    T* to = static_cast<T*>(a.out) + ((int64_t{item.batch} * a.queries + row) * a.heads + item.head) * a.dim;
+    constexpr int kBlocks = S::kDim / 8;
+    cutlass::NumericArrayConverter<T, float, 2> convert;
+#pragma unroll
+    for (int group = 0; group < kBlocks; group += 4) {
+      uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (group + i >= kBlocks) continue;
+        const int at = (group + i) * 4 + r * 2;
+        cutlass::Array<float, 2> pair;
+        pair[0] = out(at), pair[1] = out(at + 1);
+        words[i] = reinterpret_cast<const uint32_t&>(static_cast<const cutlass::Array<T, 2>&>(convert(pair)));
+      }
+      transpose_of_four(words);
+      const int column = (group + static_cast<int>(threadIdx.x) % 4) * 8;
+      if (inside && column < a.dim) *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+}  // namespace maskaccel::cuda::sm90
