@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import re
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -275,7 +274,12 @@ class Bridged:
             self.left += out is None
         if out is None:
             return attention(*args, **kwargs)
-        return out.transpose(1, 2) if heads_first else out
+        out = out.transpose(1, 2) if heads_first else out
+        expected = (*given["query"].shape[:3], given["value"].shape[3])
+        if tuple(out.shape) != expected:
+            raise ValueError(f"{self.method}: the policy of {self.site.name} returned shape {tuple(out.shape)}; it must"
+                             f" be (B, Sq, H, Dv), here {expected}")  # fmt: skip
+        return out
 
 
 def _product(grid: Sequence[int]) -> int:
@@ -346,7 +350,7 @@ def bridge(
             transaction.set(module, name, value, method)
         for name in state.code.methods(cls):
             if name != "forward":
-                transaction.set(module, name, types.MethodType(state.code.method(cls, name), module), method)
+                transaction.set(module, name, state.code.method(cls, name).__get__(module, cls), method)
     transaction.set(module, SITE, bridged, method)
     context.done(method, module, f"{site.kind} attention")
 
