@@ -12,6 +12,7 @@ from .diffit import DiffiTAttention
 from .dit3d import DiT3DAttention
 from .dmd import DMD
 from .dpcache import DPCache
+from .draft import DraftAttention
 from .duca import DuCa
 from .fastercache import FasterCache
 from .foca import FoCa
@@ -37,11 +38,15 @@ from .skip_branches import SkipBranches
 from .skipcache import SkipCache
 from .sliding_tile import SlidingTile
 from .sortblock import Sortblock
+from .sparge import SpargeAttn
+from .sparse_videogen import SparseVideoGen
 from .speca import SpeCa
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 from .toca import ToCa
 from .u_dit import UDiTAttention
+from .vsa import VSA
+from .xattention import XAttention
 
 __all__ = [
     "CLEAR",
@@ -50,12 +55,14 @@ __all__ = [
     "FORA",
     "PAB",
     "SCM",
+    "VSA",
     "ClearPooling",
     "ClusCa",
     "DBCache",
     "DPCache",
     "DiT3DAttention",
     "DiffiTAttention",
+    "DraftAttention",
     "DuCa",
     "FBCache",
     "FasterCache",
@@ -80,11 +87,14 @@ __all__ = [
     "SkipCache",
     "SlidingTile",
     "Sortblock",
+    "SpargeAttn",
+    "SparseVideoGen",
     "SpeCa",
     "TaylorSeer",
     "TeaCache",
     "ToCa",
     "UDiTAttention",
+    "XAttention",
     "box_regions",
     "identity_mask",
     "predicted_mask",

@@ -186,6 +186,69 @@ class FixedMask(SitePolicy):
         return "dense_steps" if at.active and at.index < steps else None
 
 
+class SelectedTiles(SitePolicy):
+    """Attention over tiles that are chosen anew at every call, from the queries and keys themselves.
+
+    The method gives `token_order(call)`, how tokens are ordered (None: as they are) or why a call stays dense, and
+    `select(q, k, beside)`, the mask of queries and keys in that order; `beside` are the tiles that hold text.
+    """
+
+    def __init__(self, method: Any, site: AttentionSite, generation: Generation) -> None:
+        super().__init__(method, site, generation)
+        self._orders: dict[tuple, TokenOrder | str | None] = {}
+        self._beside: dict[tuple, TileMask | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_orders": {}, "_beside": {}}
+
+    def order(self, call: AttentionCall) -> TokenOrder | str | None:
+        """The order of a call's tokens; made once for each shape."""
+        key = (call.grid, call.text, call.q.shape[1], call.k.shape[1])
+        if key not in self._orders:
+            self._orders[key] = self.method.token_order(call)
+        return self._orders[key]
+
+    def text_tiles(self, call: AttentionCall) -> TileMask | None:
+        """The tiles that hold text, as queries or keys; made once for each shape."""
+        if not call.text or not call.text[1]:
+            return None
+        key = (call.text, call.q.shape[1], call.k.shape[1], call.q.device)
+        if key not in self._beside:
+            self._beside[key] = text_tiles(call, self.method.block)
+        return self._beside[key]
+
+    def __call__(self, call: AttentionCall) -> Tensor | None:
+        """Select and attend."""
+        why = call.refusal() or self.dense_step()
+        order = why if why is not None else self.order(call)
+        if isinstance(order, str):
+            return self.leave(order)
+        q, k, v, bias = call.q, call.k, call.v, call.bias()
+        if order is not None and not order.is_raster:
+            q, k, v, bias = order.apply(q), order.apply(k), order.apply(v), ordered_bias(order, bias)
+        with torch.no_grad():
+            mask = self.method.select(q, k, self.text_tiles(call))
+        self.count(mask, call)
+        out = tile_attention(q, k, v, mask, scale=call.scale, bias=bias, **self.method.options())
+        return out if order is None else order.undo(out)
+
+    def dense_step(self) -> str | None:
+        """Why this step stays dense, or None."""
+        steps, at = getattr(self.method, "dense_steps", 0), self.generation
+        return "dense_steps" if at.active and at.index < steps else None
+
+
+def text_tiles(call: AttentionCall, block: tuple[int, int]) -> TileMask:
+    """The tiles of a call that hold text, as queries or as keys."""
+    assert call.text is not None
+    start, end = call.text[0], call.text[0] + call.text[1]
+    shape = (call.q.shape[1], call.k.shape[1])
+    tiles = torch.zeros([-(-n // b) for n, b in zip(shape, block, strict=True)], dtype=torch.bool)
+    tiles[:, start // block[1] : -(-end // block[1])] = True
+    tiles[start // block[0] : -(-end // block[0])] = True
+    return TileMask.from_tiles(tiles, shape, block).to(call.q.device)
+
+
 def attend(call: AttentionCall, mask: TileMask, order: TokenOrder | None = None, **options: Any) -> Tensor:
     """`tile_attention` of a call, with its tokens put in the order of the mask; options are of row-wise nature."""
     q, k, v, bias = call.q, call.k, call.v, call.bias()

@@ -1,0 +1,95 @@
+"""SpargeAttn (Zhang et al. 2025, arXiv 2502.18137): tiles predicted from the means of alike tokens.
+
+A block of tokens whose vectors point the same way (mean cosine of all pairs above `similarity`) is well told by its
+mean. The softmax of the means' products says which tiles hold the mass of a row, and the fewest that hold `cdf` of it
+are computed. Blocks that are not alike are always computed: their rows see all, their columns are seen by all. A second
+test inside the kernel leaves out tiles far below the running maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masks import TileMask
+from ..ops import tile_pool, tile_select
+from ..patching.attention import AttentionCall, AttentionSite
+from ..state.generation import Generation
+from ._attention import SelectedTiles, SparseAttention, check_block, check_count, check_number
+
+
+@dataclass(frozen=True)
+class SpargeAttn(SparseAttention):
+    """Compute the tiles that block means predict to matter.
+
+    Attributes:
+        similarity: Mean cosine above which a block is told by its mean (`simthreshd1`, 0.6).
+        cdf: Share of a row's predicted mass that is computed (`cdfthreshd`, 0.98).
+        top_k: Tiles of each row, a number or a fraction, instead of `cdf`.
+        pv_threshold: Tiles whose scores are all this far (log2) below the running maximum add nothing (`pvthreshd`);
+            None computes all of them.
+        dense_steps: Steps at the start that compute everything.
+        block: Tile size.
+    """
+
+    similarity: float = 0.6
+    cdf: float = 0.98
+    top_k: int | float | None = None
+    pv_threshold: float | None = None
+    dense_steps: int = 0
+    block: tuple[int, int] = (128, 64)
+
+    name = "SpargeAttn"
+    paper = "SpargeAttention: Accurate and Training-free Sparse Attention Accelerating Any Model Inference (2502.18137)"
+
+    def __post_init__(self) -> None:
+        check_number("similarity", self.similarity)
+        check_number("cdf", self.cdf)
+        if not 0 < self.cdf <= 1:
+            raise ValueError(f"cdf={self.cdf!r} must be in (0, 1]")
+        if self.pv_threshold is not None:
+            check_number("pv_threshold", self.pv_threshold)
+        check_count("dense_steps", self.dense_steps)
+        check_block(self.block)
+
+    def policy(self, site: AttentionSite, generation: Generation) -> SelectedTiles:
+        """The attention of one module."""
+        return SelectedTiles(self, site, generation)
+
+    def token_order(self, call: AttentionCall) -> None:
+        """Tokens stay as they are."""
+        return
+
+    def options(self) -> dict[str, Any]:
+        """The second test."""
+        if self.pv_threshold is None or torch.is_grad_enabled():
+            return {}
+        return {"skip_threshold": -float(self.pv_threshold), "prune": True}
+
+    def select(self, q: Tensor, k: Tensor, beside: TileMask | None) -> TileMask:
+        """The mask of these queries and keys."""
+        bm, bn = self.block
+        heads = q.shape[2]
+        k = k if k.shape[2] == heads else k.repeat_interleave(heads // k.shape[2], dim=2)
+        alike_q, alike_k = (self._alike(x, block) for x, block in ((q, bm), (k, bn)))  # (B, H, blocks)
+        pooled_q, pooled_k = (tile_pool(x, block).float().transpose(1, 2) for x, block in ((q, bm), (k, bn)))
+        s = pooled_q @ pooled_k.mT * q.shape[3] ** -0.5
+        # Columns that are always computed take no part in the prediction; one that holds nothing else stays uniform.
+        s = s.masked_fill(~alike_k[:, :, None], -torch.inf)
+        s = s.masked_fill(~alike_k.any(-1)[..., None, None], 0.0)
+        force = ~alike_q[..., None] | ~alike_k[:, :, None]
+        if beside is not None:
+            force = force | beside.tiles()
+        shape = (q.shape[1], k.shape[1])
+        if self.top_k is not None:
+            return tile_select(s.softmax(-1), shape, self.block, top_k=self.top_k, force=force)
+        return tile_select(s.softmax(-1), shape, self.block, cdf=self.cdf, force=force)
+
+    def _alike(self, x: Tensor, block: int) -> Tensor:
+        """Whether the mean cosine of all pairs of a block's tokens is above `similarity`."""
+        unit = torch.nn.functional.normalize(x.float(), dim=-1)
+        # The mean of all products of pairs is the squared length of the mean.
+        return tile_pool(unit, block).square().sum(-1).transpose(1, 2) > self.similarity

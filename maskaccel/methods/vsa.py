@@ -1,0 +1,100 @@
+"""Video sparse attention (VSA, Zhang et al. 2025, arXiv 2505.13389): cubes of the video, chosen by their means.
+
+Tokens are ordered by cubes of 4 x 4 x 4. The means of queries and keys of the cubes attend to each other (the coarse
+stage), and each cube of queries computes the tokens of the cubes of keys that got most of its attention. A trained
+model adds the coarse result through a learned gate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masks import TileMask, TokenOrder
+from ..ops import tile_attention, tile_pool, tile_scores, tile_select
+from ..patching.attention import AttentionCall, AttentionSite
+from ..state.generation import Generation
+from ._attention import SelectedTiles, SparseAttention, beside, check_count, check_number, ordered_bias
+
+
+@dataclass(frozen=True)
+class VSA(SparseAttention):
+    """Attend to the cubes whose means score highest.
+
+    Attributes:
+        top_k: Cubes that each cube of queries sees, a number or a fraction of all.
+        cube: Tokens of a cube on each axis; their product is the tile size.
+        coarse: Weight of the coarse result; 0 for a model that was not trained with it.
+        dense_steps: Steps at the start that compute everything.
+        grid: Grid of the latent tokens, where the model's call does not tell it.
+    """
+
+    top_k: int | float = 0.125
+    cube: tuple[int, ...] = (4, 4, 4)
+    coarse: float = 0.0
+    dense_steps: int = 0
+    grid: tuple[int, ...] | None = None
+
+    name = "VSA"
+    paper = "VSA: Faster Video Diffusion with Trainable Sparse Attention (arXiv 2505.13389)"
+
+    def __post_init__(self) -> None:
+        for size in self.cube:
+            check_count("cube", size, 1)
+        if math.prod(self.cube) % 32:
+            raise ValueError(f"cube={self.cube!r} has {math.prod(self.cube)} tokens; it must be a multiple of 32")
+        check_number("top_k", self.top_k)
+        if self.top_k <= 0:
+            raise ValueError(f"top_k={self.top_k!r} must be above 0")
+        check_number("coarse", self.coarse)
+        check_count("dense_steps", self.dense_steps)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Tile size: a cube."""
+        return (math.prod(self.cube),) * 2
+
+    def policy(self, site: AttentionSite, generation: Generation) -> SelectedTiles:
+        """The attention of one module."""
+        return _Cubes(self, site, generation)
+
+    def token_order(self, call: AttentionCall) -> TokenOrder | str:
+        """The order of cubes."""
+        if call.grid is None or call.text is None:
+            return "the token grid is not known"
+        if len(call.grid) != len(self.cube):
+            return f"cube={self.cube} is not for the grid {call.grid}"
+        return beside(call.grid, call.text, self.cube)
+
+    def options(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def select(self, q: Tensor, k: Tensor, beside: TileMask | None) -> TileMask:
+        """The mask of these queries and keys."""
+        scores = tile_scores(tile_pool(q, self.block[0]), tile_pool(k, self.block[1]))
+        return tile_select(scores, (q.shape[1], k.shape[1]), self.block, top_k=self.top_k, force=beside)
+
+
+class _Cubes(SelectedTiles):
+    def __call__(self, call: AttentionCall) -> Tensor | None:
+        if not self.method.coarse:
+            return super().__call__(call)
+        why = call.refusal() or self.dense_step()
+        order = why if why is not None else self.order(call)
+        if isinstance(order, str):
+            return self.leave(order)
+        assert order is not None
+        size = self.method.block[0]
+        q, k, v = (order.apply(t) for t in (call.q, call.k, call.v))
+        with torch.no_grad():
+            mask = self.method.select(q, k, self.text_tiles(call))
+        self.count(mask, call)
+        fine = tile_attention(q, k, v, mask, scale=call.scale, bias=ordered_bias(order, call.bias()))
+        rough = tile_attention(tile_pool(q, size), tile_pool(k, size), tile_pool(v, size), scale=call.scale)
+        spread = rough.repeat_interleave(size, dim=1)[:, : q.shape[1]]
+        return order.undo(fine + self.method.coarse * spread)

@@ -1,0 +1,459 @@
+"""Methods of sparse attention against the papers' rules, written here element by element."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from _numerics import assert_close_to_truth
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import maskaccel
+from maskaccel import methods as m
+from maskaccel.patching.transaction import PatchError
+
+GRID = (4, 6, 8)
+TOKENS = math.prod(GRID)
+CELLS = list(itertools.product(*map(range, GRID)))
+
+
+class Attention(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attn(q, k, v)
+
+
+class Model(nn.Module):
+    """Nothing but attention: its inputs are what the policies get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.blocks[0](q, k, v)
+
+
+def qkv(tokens: int = TOKENS, *, smooth: int = 0, sharp: float = 4.0, heads: int = 3, seed: int = 0) -> tuple:
+    """`(2, heads, tokens, 16)` each; if smooth, queries and keys of neighbours are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, heads, tokens, 16, generator=generator) for _ in range(3))
+    if smooth:
+        size = 2 * smooth + 1
+        q, k = (F.avg_pool2d(F.pad(t, (0, 0, smooth, smooth)), (size, 1), 1) * sharp for t in (q, k))
+    return q, k, v
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    """Dense attention under a boolean mask, in fp64."""
+    return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=kept)
+
+
+def check(method, inputs: tuple[Tensor, ...], kept: Tensor) -> None:
+    """The patched model computes attention over what the rule keeps, and is itself again afterwards."""
+    model = Model()
+    before = model(*inputs)
+    with maskaccel.patch(model, [method]) as patch, torch.no_grad():
+        got = model(*inputs)
+        assert patch.report().activity[method.name]["sparse calls"] == 1, patch.report()
+    plain = F.scaled_dot_product_attention(*inputs, attn_mask=kept)
+    assert_close_to_truth(got, plain, masked(*inputs, kept))
+    assert torch.equal(model(*inputs), before)
+
+
+def pairs(near) -> Tensor:
+    return torch.tensor([[near(a, b) for b in CELLS] for a in CELLS])
+
+
+@pytest.mark.parametrize("radius", [2, 3.5, 6])
+def test_clear_is_a_disc(radius) -> None:
+    grid = (12, 16)
+    cells = list(itertools.product(*map(range, grid)))
+    kept = torch.tensor([[(a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 < radius**2 for b in cells] for a in cells])
+    check(m.CLEAR(radius=radius, grid=grid, patch=(4, 8), block=(32, 32)), qkv(len(cells)), kept)
+
+
+def test_clear_with_pooled_keys() -> None:
+    grid, factor = (8, 12), 4
+    q, k, v = qkv(96)
+    pooling = m.ClearPooling(1, factor)
+    with torch.no_grad():
+        pooling.weight += 0.1 * torch.randn(pooling.weight.shape)
+    model = Model()
+    with maskaccel.patch(model, [m.CLEAR(radius=3, pooling=pooling, grid=grid, patch=(4, 4), block=(16, 32))]):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        got = model(*leaves)
+    squares = list(itertools.product(range(grid[0] // factor), range(grid[1] // factor)))
+
+    def pooled(t: Tensor) -> Tensor:
+        cells = []
+        for y, x in squares:
+            parts = [
+                pooling.weight[0, i, j].double() * t[:, :, (y * factor + i) * grid[1] + x * factor + j]
+                for i in range(factor)
+                for j in range(factor)
+            ]
+            cells.append(sum(parts))
+        return torch.cat([t, torch.stack(cells, 2)], 2)
+
+    twins = [t.double().requires_grad_() for t in (q, k, v)]
+    cells = list(itertools.product(*map(range, grid)))
+    disc = torch.tensor([[(a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 < 9 for b in cells] for a in cells])
+    kept = torch.cat([disc, torch.ones(96, len(squares), dtype=torch.bool)], 1)
+    want = F.scaled_dot_product_attention(twins[0], pooled(twins[1]), pooled(twins[2]), attn_mask=kept)
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
+    weight = torch.randn(want.shape, dtype=torch.float64)
+    (want * weight).sum().backward()
+    wanted, pooling.weight.grad = pooling.weight.grad, None
+    (got * weight.float()).sum().backward()
+    for mine, theirs in zip((*leaves, pooling.weight), (*twins, None), strict=True):
+        reference = wanted if theirs is None else theirs.grad
+        torch.testing.assert_close(mine.grad.double(), reference.double(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [(3, 1, 3), (1, 3, 3), ((3, 3, 1), (1, 1, 1), (3, 3, 3))])
+def test_sliding_tiles(window) -> None:
+    tile = (2, 2, 4)
+    counts = [-(-n // t) for n, t in zip(GRID, tile, strict=True)]
+
+    def near(window, a, b) -> bool:
+        for x, y, w, t, n in zip(a, b, window, tile, counts, strict=True):
+            half = w // 2
+            centre = min(max(x // t, half), max(n - 1 - half, half))
+            if abs(centre - y // t) > half:
+                return False
+        return True
+
+    each = window if isinstance(window[0], tuple) else (window,)
+    kept = torch.stack([pairs(lambda a, b, w=w: near(w, a, b)) for w in each])
+    check(m.SlidingTile(window=window, tile=tile, grid=GRID), qkv(), kept)
+
+
+@pytest.mark.parametrize(("decay", "sink"), [(1.0, True), (0.3, False)])
+def test_radial_bands(decay, sink) -> None:
+    grid = (8, 4, 8)
+    frames, n = grid[0], 32
+    kept = torch.zeros(frames * n, frames * n, dtype=torch.bool)
+    for i, j in itertools.product(range(frames), repeat=2):
+        d = abs(i - j)
+        reach = 2 ** n.bit_length() / 2 ** d.bit_length()
+        width = n if d <= 1 else max(reach * decay, 16)
+        seen = (torch.arange(n)[:, None] - torch.arange(n)).abs() <= width
+        if d > 1 and reach < 128 and d % int(128 / reach):
+            seen[:] = False
+        if sink and 0 in (i, j):
+            seen[:] = True
+        kept[i * n : (i + 1) * n, j * n : (j + 1) * n] = seen
+    check(m.RadialAttention(decay=decay, sink=sink, whole_tiles=False, grid=grid, block=(16, 32)), qkv(256), kept)
+    tiles = kept.view(16, 16, 8, 32).transpose(1, 2)
+    some = tiles.any(2)
+    dense = tiles.double().mean(2) > 1 / 3
+    whole = (dense & some).sum(2) > 0.6 * some.sum(2)
+    whole |= tiles.all(3).all(2)
+    coarse = whole.repeat_interleave(16, 0).repeat_interleave(32, 1)
+    check(m.RadialAttention(decay=decay, sink=sink, grid=grid, block=(16, 32)), qkv(256), coarse)
+
+
+def test_mask2dit_scenes() -> None:
+    texts, videos = (5, 7), (40, 30)
+    ids = [("T", 0)] * 5 + [("T", 1)] * 7 + [("V", 0)] * 40 + [("V", 1)] * 30
+    kept = torch.tensor([[a[1] == b[1] or (a[0] == "V" and b[0] == "V") for b in ids] for a in ids])
+    method = m.Mask2DiT(texts, videos, block=(16, 32))
+    assert torch.equal(method.tile_mask().to_bool()[0, 0], kept)
+    assert torch.equal(kept, kept.T)
+
+
+def test_rettention_step_is_the_formula() -> None:
+    """Steps 0 to 8: dense, measured at 2 and at 4, 6, 8; sparse between, with rho and the residual of the paper."""
+    density, growth, tokens = 0.2, 0.04, TOKENS
+    method = m.Rettention(
+        density=density, dense_steps=3, refresh=2, growth=growth, clamp=False, grid=(TOKENS,), block=(16, 32)
+    )
+    radius = int(tokens * density) // 2
+    kept = (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs() <= radius
+    model, held = Model(), None
+    with maskaccel.patch(model, [method]) as patch, torch.no_grad(), patch.generation(9) as run:
+        for step in range(9):
+            inputs = qkv(seed=step)
+            got = model(*inputs)
+            run.step()
+            q, k, v = (t.double() for t in inputs)
+            s = q @ k.mT / 4
+            full, window = s.exp(), s.exp() * kept
+            dense = full @ v / full.sum(-1, keepdim=True)
+            sparse = window @ v / window.sum(-1, keepdim=True)
+            if step >= 2 and (step == 2 or step % 2 == 0):
+                rho = window.sum(-1, keepdim=True) / full.sum(-1, keepdim=True)
+                held = rho, dense - rho * sparse, step
+            want = dense
+            if step >= 3 and step % 2:
+                assert held is not None
+                want = (held[0] + growth * (step - held[2] - 1)) * sparse + held[1]
+            torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-5)
+
+
+def test_rettention_on_video_sees_all_frames() -> None:
+    method = m.Rettention(density=0.25, block=(16, 32))
+    mask = method.window(GRID, (0, 5)).to_bool()[0, 0]
+    place = [None] * 5 + [y * GRID[2] + x for _, y, x in CELLS]
+    want = torch.tensor([[a is None or b is None or abs(a - b) <= 6 for b in place] for a in place])
+    assert torch.equal(mask, want)
+
+
+def test_liteattention_skips_what_fell_below() -> None:
+    """Every step: this step's scores decide the next step's tiles; here with the running maximum, tile by tile."""
+    threshold, bm, bn = -3.0, 16, 32
+    method = m.LiteAttention(threshold=threshold, block=(bm, bn), min_tiles=1)
+    model = Model()
+    mask = torch.ones(2, 3, TOKENS // bm, TOKENS // bn, dtype=torch.bool)
+    densities = []
+    with maskaccel.patch(model, [method]) as patch, torch.no_grad(), patch.generation(5) as run:
+        for step in range(5):
+            inputs = qkv(smooth=8, sharp=16.0)
+            inputs = tuple(t + 0.05 * n for t, n in zip(inputs, qkv(seed=step), strict=True))
+            got = model(*inputs)
+            run.step()
+            kept = mask.repeat_interleave(bm, 2).repeat_interleave(bn, 3)
+            torch.testing.assert_close(got.double(), masked(*inputs, kept), atol=2e-5, rtol=1e-5)
+            densities.append(mask.double().mean().item())
+            s = (inputs[0].double() @ inputs[1].double().mT / 4).unflatten(3, (-1, bn)).unflatten(2, (-1, bm))
+            s = s.transpose(3, 4)  # (B, H, Mq, Nk, bm, bn)
+            new = torch.zeros_like(mask)
+            for b, h, i in itertools.product(*map(range, mask.shape[:3])):
+                top = torch.full((bm,), -math.inf, dtype=torch.float64)
+                for j in range(mask.shape[3]):
+                    if mask[b, h, i, j]:
+                        local = s[b, h, i, j].amax(1)
+                        new[b, h, i, j] = bool(((local - top) * math.log2(math.e) > threshold).any())
+                        top = torch.maximum(top, local)
+            mask = new
+    assert densities[0] == 1
+    assert densities[-1] < 0.9, densities
+    assert all(a >= b for a, b in itertools.pairwise(densities))
+
+
+def test_liteattention_keeps_branches_and_runs_apart() -> None:
+    method = m.LiteAttention(threshold=-2.0, block=(16, 32))
+    model, calm = Model(), qkv(smooth=8, sharp=16.0)
+    wild = qkv(smooth=8, sharp=16.0, seed=5)
+    with maskaccel.patch(model, [method]) as patch, torch.no_grad():
+
+        def outputs(order: tuple[str, ...]) -> dict[str, list[Tensor]]:
+            found: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
+            with patch.generation(4) as run:
+                for _ in range(4):
+                    for name in order:
+                        with run.branch(name):
+                            found[name].append(model(*(calm if name == "cond" else wild)))
+                    run.step()
+            return found
+
+        both, alone, again = outputs(("cond", "uncond")), outputs(("cond",)), outputs(("uncond", "cond"))
+        for a, b, c in zip(both["cond"], alone["cond"], again["cond"], strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+        assert not torch.equal(both["cond"][0], both["cond"][3])  # something was left out
+        dense = F.scaled_dot_product_attention(*calm)
+        assert torch.equal(model(*calm), dense)  # outside of a run: everything
+        torch.testing.assert_close(both["cond"][0], dense)
+
+
+def test_liteattention_limits() -> None:
+    model, inputs = Model(), qkv(smooth=8, sharp=16.0)
+    for options in ({"must_keep": ((0, 192),)}, {"refresh": 1}, {"min_tiles": 6}):
+        method = m.LiteAttention(threshold=-0.5, block=(16, 32), **options)
+        with maskaccel.patch(model, [method]) as patch, torch.no_grad(), patch.generation(3) as run:
+            first = model(*inputs)
+            run.step()
+            assert torch.equal(model(*inputs), first), options
+    method = m.LiteAttention(threshold=-100.0, block=(16, 32), must_skip=((64, 192),))
+    kept = torch.arange(TOKENS) < 64
+    with maskaccel.patch(model, [method]) as patch, torch.no_grad(), patch.generation(3):
+        got = model(*inputs)
+    torch.testing.assert_close(got.double(), masked(*inputs, kept.expand(TOKENS, TOKENS)), atol=2e-5, rtol=1e-5)
+
+
+def expand(tiles: Tensor, bm: int, bn: int, tokens: int = TOKENS) -> Tensor:
+    return tiles.repeat_interleave(bm, -2).repeat_interleave(bn, -1)[..., :tokens, :tokens]
+
+
+def test_sparge_tiles() -> None:
+    inputs = qkv(smooth=20, sharp=12.0)
+    for t in inputs[:2]:
+        t[:, :, 96:130] += 5 * torch.randn(2, 3, 34, 16, generator=torch.Generator().manual_seed(1))
+    q, k, _ = (t.double() for t in inputs)
+    bm, bn, cut, cdf = 32, 32, 0.3, 0.7
+    blocks = [(t.unflatten(2, (-1, b))) for t, b in ((q, bm), (k, bn))]
+    cosine = [F.normalize(t, dim=-1) for t in blocks]
+    alike = [(t @ t.mT).mean((-1, -2)) > cut for t in cosine]
+    assert 0 < sum(float(a.double().mean()) for a in alike) < 2, "the case must hold both kinds of blocks"
+    s = blocks[0].mean(3) @ blocks[1].mean(3).mT / 4
+    tiles = torch.zeros(s.shape, dtype=torch.bool)
+    for b, h, i in itertools.product(*map(range, s.shape[:3])):
+        row = s[b, h, i].masked_fill(~alike[1][b, h], -math.inf)
+        p = row.softmax(0) if bool(alike[1][b, h].any()) else torch.full_like(row, 1 / len(row))
+        total = 0.0
+        for j in p.argsort(descending=True, stable=True).tolist():
+            tiles[b, h, i, j] = True
+            total += float(p[j])
+            if total > cdf:
+                break
+        tiles[b, h, i] |= ~alike[1][b, h]
+        tiles[b, h, i] |= ~alike[0][b, h, i]
+    assert 0.2 < tiles.double().mean() < 0.95
+    check(m.SpargeAttn(similarity=cut, cdf=cdf, block=(bm, bn)), inputs, expand(tiles, bm, bn))
+
+
+def moved(cube: tuple[int, ...]) -> list[int]:
+    """Raster indices in the order of cubes."""
+    key = lambda c: (tuple(x // s for x, s in zip(c, cube, strict=True)), c)  # noqa: E731
+    return [CELLS.index(c) for c in sorted(CELLS, key=key)]
+
+
+@pytest.mark.parametrize("coarse", [0.0, 0.5])
+def test_vsa_cubes(coarse) -> None:
+    inputs, cube = qkv(), (2, 2, 8)
+    order = torch.tensor(moved(cube))
+    size, top = 32, 2
+    q, k, v = (t.double()[:, :, order] for t in inputs)
+    means = [t.unflatten(2, (-1, size)).mean(3) for t in (q, k, v)]
+    a = (means[0] @ means[1].mT / 4).softmax(-1)
+    tiles = torch.zeros(a.shape, dtype=torch.bool).scatter_(-1, a.topk(top, -1).indices, True)
+    fine = masked(q, k, v, expand(tiles, size, size))
+    want = fine + coarse * (a @ means[2]).repeat_interleave(size, 2)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(TOKENS))
+    model = Model()
+    with maskaccel.patch(model, [m.VSA(top_k=top, cube=cube, coarse=coarse, grid=GRID)]), torch.no_grad():
+        got = model(*inputs)
+    torch.testing.assert_close(got.double(), want[:, :, back], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("sparsity", "floor"), [(0.5, 0), (0.9, 1)])
+def test_draft_percentile_of_a_head(sparsity, floor) -> None:
+    inputs, patch = qkv(smooth=4), (4, 8)
+    order = torch.tensor(moved((1, *patch)))
+    q, k, v = (t.double()[:, :, order] for t in inputs)
+    means = [t.unflatten(2, (-1, 32)).mean(3) for t in (q, k)]
+    p = (means[0] @ means[1].mT / 4).softmax(-1)
+    tiles = torch.zeros(p.shape, dtype=torch.bool)
+    for b, h in itertools.product(range(2), range(3)):
+        flat = sorted(p[b, h].flatten().tolist())
+        tiles[b, h] = p[b, h] >= flat[int(sparsity * len(flat))]
+    if floor:
+        tiles |= p == p.amax(-1, keepdim=True)
+    want = masked(q, k, v, expand(tiles, 32, 32)).nan_to_num(0.0)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(TOKENS))
+    model = Model()
+    method = m.DraftAttention(sparsity=sparsity, patch=patch, min_per_row=floor, grid=GRID)
+    with maskaccel.patch(model, [method]), torch.no_grad():
+        got = model(*inputs)
+    torch.testing.assert_close(got.double(), want[:, :, back], atol=2e-5, rtol=1e-5)
+
+
+def test_xattention_antidiagonals() -> None:
+    inputs, stride, block, tau = qkv(smooth=10), 8, 32, 0.6
+    q, k = (t.double() for t in inputs[:2])
+    groups = TOKENS // stride
+    s = torch.zeros(2, 3, groups, groups, dtype=torch.float64)
+    scores = (q @ k.mT).unflatten(3, (groups, stride)).unflatten(2, (groups, stride)).transpose(3, 4)
+    for i in range(stride):
+        s += scores[..., stride - 1 - i, i]
+    p = (s / (4 * stride)).softmax(-1)
+    per = block // stride
+    share = p.unflatten(3, (-1, per)).sum(4).unflatten(2, (-1, per)).sum(3) / per
+    tiles = torch.zeros(share.shape, dtype=torch.bool)
+    for b, h, i in itertools.product(*map(range, share.shape[:3])):
+        total = 0.0
+        for j in share[b, h, i].argsort(descending=True, stable=True).tolist():
+            tiles[b, h, i, j] = True
+            total += float(share[b, h, i, j])
+            if total > tau:
+                break
+    assert 0.2 < tiles.double().mean() < 0.95
+    check(m.XAttention(tau=tau, stride=stride, block=(block, block)), inputs, expand(tiles, block, block))
+
+
+def test_sparse_videogen_heads() -> None:
+    frames, places = GRID[0], math.prod(GRID[1:])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = qkv()
+    # Head 0 looks at its frame, head 1 at its place, head 2 at nothing in particular.
+    frame, place = torch.arange(TOKENS) // places, torch.arange(TOKENS) % places
+    codes = [torch.randn(n, 16, generator=generator) for n in (frames, places)]
+    q[:, 0], k[:, 0] = codes[0][frame] * 3, codes[0][frame] * 3
+    q[:, 1], k[:, 1] = codes[1][place] * 3, codes[1][place] * 3
+    width = 0.5
+    reach = round(width * places)
+    index = torch.arange(TOKENS)
+    turned = place * frames + frame
+    spatial = (index[:, None] - index).abs() <= reach
+    temporal = (turned[:, None] - turned).abs() <= reach
+    first = frame == 0
+    spatial, temporal = spatial | first, temporal | first
+    kept = torch.stack([spatial, temporal, spatial])
+    full = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    for head, (mine, other) in enumerate(((spatial, temporal), (temporal, spatial))):
+        part = [masked(q, k, v, mask)[:, head] - full[:, head] for mask in (mine, other)]
+        assert part[0].norm() < part[1].norm()
+    model = Model()
+    method = m.SparseVideoGen(width=width, samples=TOKENS, grid=GRID, block=(16, 32))
+    with maskaccel.patch(model, [method]), torch.no_grad():
+        got = model(q, k, v)
+    want = masked(q, k, v, kept)
+    torch.testing.assert_close(got[:, :2].double(), want[:, :2], atol=2e-5, rtol=1e-5)
+    either = [(got[:, 2].double() - masked(q, k, v, mask)[:, 2]).abs().amax((1, 2)) for mask in (spatial, temporal)]
+    assert (torch.minimum(*either) < 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: m.LiteAttention(threshold=math.nan), "threshold=nan"),
+        (lambda: m.LiteAttention(threshold=()), "must hold a number"),
+        (lambda: m.LiteAttention(threshold=(-3.0, math.inf)), "threshold=inf"),
+        (lambda: m.LiteAttention(refresh=0), "refresh=0"),
+        (lambda: m.LiteAttention(must_keep=((5, 3),)), "must_keep"),
+        (lambda: m.LiteAttention(block=(100, 64)), "block"),
+        (lambda: m.Rettention(density=0), "density=0"),
+        (lambda: m.Rettention(growth=math.nan), "growth=nan"),
+        (lambda: m.CLEAR(radius=-1), "radius=-1"),
+        (lambda: m.SlidingTile(window=(2, 3, 3)), "odd numbers"),
+        (lambda: m.SlidingTile(window=()), "window"),
+        (lambda: m.RadialAttention(decay=0), "decay=0"),
+        (lambda: m.Mask2DiT((5,), (6, 7)), "entry for each scene"),
+        (lambda: m.SpargeAttn(cdf=1.5), "cdf=1.5"),
+        (lambda: m.VSA(cube=(3, 3, 3)), "27 tokens"),
+        (lambda: m.VSA(top_k=0), "top_k=0"),
+        (lambda: m.DraftAttention(sparsity=1.0), "sparsity=1.0"),
+        (lambda: m.XAttention(stride=24), "stride=24"),
+        (lambda: m.SparseVideoGen(samples=0), "samples=0"),
+    ],
+)
+def test_bad_settings_are_refused(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_does_not_fit_a_call_is_told() -> None:
+    model = Model()
+    with maskaccel.patch(model, [m.SlidingTile(grid=(4, 6, 9))]), pytest.raises(ValueError, match=r"216 tokens"):
+        model(*qkv())
+    two = m.SlidingTile(window=((3, 3, 3),) * 2, grid=GRID)
+    with maskaccel.patch(model, [two]), pytest.raises(ValueError, match="2 heads; the attention has 3"):
+        model(*qkv())
+    with maskaccel.patch(model, [m.SlidingTile()]) as patch, torch.no_grad():
+        assert torch.equal(model(*qkv()), F.scaled_dot_product_attention(*qkv()))
+        assert patch.report().activity["SlidingTile"]["dense: the token grid is not known"] == 1
+    with pytest.raises(PatchError, match=r"both want|found nothing"):
+        maskaccel.patch(model, [m.SlidingTile(grid=GRID), m.LiteAttention()])
