@@ -138,7 +138,8 @@ def test_pt_dit_proxies(grid, window, dtype):
         return project(p, "proj", softmax_attention(q, k, v, 16**-0.5))
 
     layer = ProxyAttention(dim, heads, window)
-    check(layer, formula, [tokens(math.prod(grid), dim)], dtype, lambda x: layer(x, grid))
+    # large: from scores near 0 all proxies are one, and gradients of q what rounding leaves
+    check(layer, formula, [4 * tokens(math.prod(grid), dim)], dtype, lambda x: layer(x, grid))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -429,6 +430,18 @@ def test_training_after_sampling(name):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["DiffiTAttention", "PTDiTAttention"])
+def test_compiled(name):
+    make, extra = LAYERS[name]
+    layer = make()
+    random_parameters(layer)
+    extra = (tokens(1, 32)[:, 0],) if extra == "time" else extra
+    x = tokens(48, 32).requires_grad_()
+    compiled = torch.compile(layer, backend="aot_eager")
+    results = [torch.autograd.grad(f(x, *extra).square().sum(), x)[0] for f in (layer, compiled)]
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -159,3 +159,13 @@ def test_mask2former(positions, dtype):
         inputs += [randn(2, 37, dim, seed=5), randn(2, 143, dim, seed=6)]
     call = lambda queries, features, *at: layer(queries, features, mask, *at)  # noqa: E731
     check(layer, formula, inputs, dtype, call)
+
+
+def test_a_mask_made_in_inference_mode_can_be_trained_with():
+    layer = m.Mask2FormerAttention(48, 2)
+    with torch.inference_mode():
+        mask = m.predicted_mask(predicted(), (11, 13))
+        sampled = layer(randn(2, 37, 48), randn(2, 143, 48), mask)
+    out = layer(randn(2, 37, 48), randn(2, 143, 48), mask)
+    torch.testing.assert_close(out, sampled)
+    out.sum().backward()

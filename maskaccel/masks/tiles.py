@@ -346,7 +346,9 @@ class TileMask:
     def _made(self, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
         held = self._lists.get(transpose)
         if held is None:
-            made = torch.ops.maskaccel.tile_lists(self.bits, self.pattern_of, self.columns, transpose)
+            # Lists made in inference mode could not be saved for a backward later.
+            with torch.inference_mode(False):
+                made = torch.ops.maskaccel.tile_lists(self.bits, self.pattern_of, self.columns, transpose)
             # A longer list than the longest is only memory; on a GPU a look at it would wait.
             if self.device.type == "cpu" and not torch.compiler.is_compiling():
                 longest = int(made[1].sum(-1).max()) if made[1].numel() else 0

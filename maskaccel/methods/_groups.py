@@ -20,13 +20,13 @@ from ._layers import remembered
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """An order of the tokens of a sequence, and which of them attend to which.
+    """Groups of the tokens of a sequence.
 
     Attributes:
         order: int64 `(S,)`: token of each place, groups one after the other; None if nothing moves.
         inverse: Place of each token.
         size: Tokens of every group, or None if they differ.
-        mask: The mask of groups that differ in size, or overlap (neighbourhoods); in the order of `order`.
+        mask: The block-diagonal mask of groups that differ in size.
     """
 
     order: Tensor | None

@@ -20,36 +20,31 @@ from torch import Tensor, nn
 
 from ..masks import GridWindow, TileMask, TokenOrder
 from ..ops import qk_norm_rope
-from ._groups import Groups
+from ..ops.attention import tile_attention
 from ._layers import check_tokens, head_dim, linear, remembered, sizes, split
 
 _EPS = 1e-6  # added to the squared length of q and k
-_PATCH = (8, 8)  # of token order: a tile of 128 tokens is then two patches side by side
+_BLOCK = (64, 64)  # a neighbourhood is narrow: larger tiles hold more that it leaves out
 
 
 @remembered
-def neighbourhood(grid: tuple[int, int], kernel: int | None, device: torch.device) -> Groups:
-    """The order of tokens in which neighbourhoods touch few tiles, and their mask in that order."""
-    tokens = grid[0] * grid[1]
+def neighbourhood(grid: tuple[int, int], kernel: int | None, device: torch.device) -> TileMask | None:
+    """The mask of neighbourhoods, for tokens in raster order; None if all is near."""
     if kernel is None:
-        return Groups(None, None, tokens, None)
-    order = TokenOrder(grid, _PATCH)
-    mask = TileMask.from_rule(GridWindow(order, kernel // 2, clamp=True), (tokens, tokens), device=device)
-    return Groups(order.permutation.to(device), order.inverse.to(device), None, mask)
+        return None
+    order = TokenOrder(grid)
+    rule = GridWindow(order, kernel // 2, clamp=True)
+    return TileMask.from_rule(rule, (order.tokens, order.tokens), _BLOCK, device)
 
 
 @remembered
-def rope_table(
-    grid: tuple[int, int], heads: int, width: int, kernel: int | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, fp32 `(1, S, heads, width / 2)`, tokens in the order of `neighbourhood`."""
+def rope_table(grid: tuple[int, int], heads: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, fp32 `(1, S, heads, width / 2)`, for tokens in raster order."""
     frequencies = torch.linspace(math.log(math.pi), math.log(10 * math.pi), heads * width // 8 + 1)[:-1].exp()
     frequencies = frequencies.view(-1, heads).T  # (heads, width / 8)
-    axes = [(torch.arange(n) * 2 + 1 - n) / max(grid) for n in grid]
-    at = torch.cartesian_prod(*axes)  # (S, 2)
+    at = torch.cartesian_prod(*((torch.arange(n) * 2 + 1 - n) / max(grid) for n in grid))  # (S, 2)
     angles = (at[:, None, :, None] * frequencies[:, None]).flatten(2)  # (S, heads, width / 4)
-    angles = torch.cat([angles, torch.zeros_like(angles)], dim=2)[None]  # the other half is not rotated
-    angles = neighbourhood(grid, kernel, torch.device("cpu")).apply(angles).to(device)
+    angles = torch.cat([angles, torch.zeros_like(angles)], dim=2)[None].to(device)  # the other half is not rotated
     return angles.cos(), angles.sin()
 
 
@@ -86,11 +81,11 @@ class HDiTAttention(nn.Module):
         """Attention of `(B, H * W, dim)`, tokens in raster order of the grid (H, W); returns that shape."""
         grid = sizes("grid", grid, 2)  # type: ignore[assignment]
         check_tokens(x, self.dim, grid)
-        groups = neighbourhood(grid, self.kernel, x.device)
-        q, k, v = split(self.qkv(groups.apply(x)), 3, self.heads)
+        mask = neighbourhood(grid, self.kernel, x.device)
+        q, k, v = split(self.qkv(x), 3, self.heads)
         width = q.shape[3]
-        cos, sin = rope_table(grid, self.heads, width, self.kernel, x.device)
+        cos, sin = rope_table(grid, self.heads, width, x.device)
         # rms(x) is sqrt(width) times the unit vector of x
         q, k = qk_norm_rope(q, k, cos=cos, sin=sin, norm="rms", rope="half", eps=_EPS / width)
         q = q * self.scale[:, None].to(q.dtype)
-        return groups.undo(self.proj(groups.attention(q, k, v, 1 / width).flatten(2)))
+        return self.proj(tile_attention(q, k, v, mask, scale=1 / width).flatten(2))

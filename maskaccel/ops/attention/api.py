@@ -157,7 +157,11 @@ def _operands(mask: TileMask | None, wants_grad: bool) -> tuple:
     if mask is None:
         return _NO_MASK
     transposed = mask.transposed_lists() if wants_grad else (None, None, None)
-    return (*mask.lists(), *transposed, mask.pattern_of, mask.patterns)
+    operands = (*mask.lists(), *transposed, mask.pattern_of, mask.patterns)
+    if wants_grad and not torch.compiler.is_compiling():
+        # A mask that was made in inference mode: its tensors cannot be saved for the backward.
+        operands = tuple(t.clone() if t is not None and t.is_inference() else t for t in operands)
+    return operands
 
 
 def _choose(name: str, q: Tensor, backend: str | None) -> str:
