@@ -244,7 +244,7 @@ def test_explain_gives_a_reason_for_each_backend():
     [
         (["explain", "no_such_op"], "no_such_op"),
         (["explain", "norm_modulate", "--dtype", "int7"], "int7"),
-        (["plan", "NoSuch"], "no method 'NoSuch'; there are ClusCa, DBCache"),
+        (["plan", "NoSuch"], "no method 'NoSuch'; there are CLEAR, ClusCa"),
         (["plan", "FORA", "--set", "interval"], "'interval' is not of the form name=value"),
         (["plan", "FORA", "--set", "interval=2", "--set", "interval=3"], "names interval twice"),
         (["plan", "FORA", "--set", "pace=2"], "FORA has no argument pace; it has interval"),

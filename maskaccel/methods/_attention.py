@@ -75,7 +75,7 @@ def activity(policies: list[SitePolicy]) -> dict[str, Any]:
     held = sum(p.nbytes for p in policies)
     peak = sum(p.peak_bytes for p in policies)
     if peak:
-        result |= {"bytes now": held, "bytes at most": peak}
+        result |= {"bytes held": held, "peak bytes": peak}
     for reason, count in dense.items():
         result[f"dense: {reason}"] = count
     if not result["sparse calls"] and result["dense calls"]:
