@@ -349,10 +349,10 @@ class TileMask:
             # Lists made in inference mode could not be saved for a backward later.
             with torch.inference_mode(False):
                 made = torch.ops.maskaccel.tile_lists(self.bits, self.pattern_of, self.columns, transpose)
-            # A longer list than the longest is only memory; on a GPU a look at it would wait.
-            if self.device.type == "cpu" and not torch.compiler.is_compiling():
-                longest = int(made[1].sum(-1).max()) if made[1].numel() else 0
-                made = (made[0][..., : max(longest, 1)].contiguous(), *made[1:])
+                # A longer list than the longest is only memory; on a GPU a look at it would wait.
+                if self.device.type == "cpu" and not torch.compiler.is_compiling():
+                    longest = int(made[1].sum(-1).max()) if made[1].numel() else 0
+                    made = (made[0][..., : max(longest, 1)].contiguous(), *made[1:])
             held = self._lists[transpose] = made
         return held
 
