@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from . import eager
+from . import attention, eager
 from .eager import Inputs
 
 Shape = tuple[int, ...]
@@ -392,6 +392,7 @@ _ALL = (
         eager.norm_modulate_difference, ("y", "sums"), (),
         elements=lambda s: 3 * math.prod(s),
     ),
+    *attention.entries(Op),
 )  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for op in _ALL}
 

@@ -25,6 +25,11 @@ CPU_SHAPES: dict[str, tuple[Shape, ...]] = {
     "kmeans": ((2, 1024, 1152), CPU_TOKENS[1]),
     "combine_history_norm_modulate": tuple((3, *shape) for shape in CPU_TOKENS),
     "norm_modulate_difference": CPU_TOKENS,
+    "tile_attention": ((1, 2048, 8, 64), (1, 2048, 4, 128)),
+    "tile_attention.quarter": ((1, 2048, 8, 64), (1, 2048, 4, 128)),
+    "merge_attention": ((1, 4608, 24, 128),),
+    "linear_attention": ((1, 4608, 24, 128),),
+    "attention_column_sums": ((1, 2048, 8, 64),),
 }
 
 
