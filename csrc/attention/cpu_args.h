@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "../common/stable.h"
 #include "cpu_problem.h"
@@ -100,6 +101,12 @@ inline TileLists tile_lists(const ListArgs& a, int64_t B, int64_t H, int64_t row
   t.step_b = Bm == 1 ? 0 : Hm * rows;
   t.step_h = Hm == 1 ? 0 : rows;
   check_indices(a.order.name, t.order, Bm * Hm * rows, Bm * Hm * rows);
+  std::vector<bool> seen(static_cast<size_t>(Bm * Hm * rows));
+  for (int64_t r = 0; r < Bm * Hm * rows; ++r) {
+    const auto id = static_cast<size_t>(t.order[r]);
+    STD_TORCH_CHECK(!seen[id], a.order.name, " holds ", t.order[r], " twice; it must hold every row of tiles once");
+    seen[id] = true;
+  }
   for (int64_t r = 0; r < Bm * Hm * rows; ++r) {
     const int64_t partial = t.count[2 * r], full = t.count[2 * r + 1];
     STD_TORCH_CHECK(partial >= 0 && full >= 0 && partial + full <= t.length, a.count.name, " counts ", partial, " and ",

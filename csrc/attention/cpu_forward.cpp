@@ -47,21 +47,25 @@ struct Row {
   int64_t b, h, m;
 };
 
-// Rows of mask tiles of the key heads from `first` to `last`, those with most tiles first.
-std::vector<Row> rows_of(const AttentionForward& s, int64_t first, int64_t last) {
-  std::vector<Row> rows;
+// Rows of mask tiles of the key heads from `first` to `last`, those with most tiles first. With rows enough to keep
+// the threads busy, a head is done before the next one is begun: its keys and values stay in the nearer caches.
+std::vector<Row> rows_of(const AttentionForward& s, int64_t first, int64_t last, int64_t threads) {
+  const int64_t group = s.H / s.Hk, begin = first * group, heads = (last - first) * group;
+  const bool by_head = s.Mq >= 4 * threads;
+  std::vector<Row> rows(static_cast<size_t>(heads * s.Mq));
+  std::vector<int64_t> taken(static_cast<size_t>(heads));
+  int64_t next = 0;
   const auto take = [&](int64_t b, int64_t h, int64_t m) {
-    const int64_t head = b * s.Hk + s.key_head(h);
-    if (head >= first && head < last) rows.push_back({b, h, m});
+    const int64_t head = b * s.H + h - begin;
+    if (head < 0 || head >= heads) return;
+    rows[by_head ? head * s.Mq + taken[head]++ : next++] = {b, h, m};
   };
-  const bool each_b = s.lists.index != nullptr && s.lists.step_b != 0;
-  const bool each_h = s.lists.index != nullptr && s.lists.step_h != 0;
-  const int64_t samples = each_b ? s.B : 1, heads = each_h ? s.H : 1;
-  for (int64_t i = 0; i < samples * heads * s.Mq; ++i) {
+  const int64_t samples = s.lists.step_b != 0 ? s.B : 1, list_heads = s.lists.step_h != 0 ? s.H : 1;
+  for (int64_t i = 0; i < samples * list_heads * s.Mq; ++i) {
     const int64_t id = s.lists.index == nullptr ? i : s.lists.order[i];
-    const int64_t m = id % s.Mq, h = id / s.Mq % heads, b = id / s.Mq / heads;
-    for (int64_t b2 = each_b ? b : 0; b2 < (each_b ? b + 1 : s.B); ++b2)
-      for (int64_t h2 = each_h ? h : 0; h2 < (each_h ? h + 1 : s.H); ++h2) take(b2, h2, m);
+    const int64_t m = id % s.Mq, h = id / s.Mq % list_heads, b = id / s.Mq / list_heads;
+    for (int64_t b2 = b; b2 < (samples == 1 ? s.B : b + 1); ++b2)
+      for (int64_t h2 = h; h2 < (list_heads == 1 ? s.H : h + 1); ++h2) take(b2, h2, m);
   }
   return rows;
 }
@@ -88,7 +92,7 @@ void attend(AttentionForward& s) {
     const int64_t last = s.first_head + group < heads ? s.first_head + group : heads;
     parallel((last - s.first_head) * s.key_tiles(), grain_for(2 * s.tk * s.D),
              [&](int64_t begin, int64_t end) { kernels.pack(s, begin, end); });
-    const std::vector<Row> rows = rows_of(s, s.first_head, last);
+    const std::vector<Row> rows = rows_of(s, s.first_head, last, threads);
     const int64_t count = static_cast<int64_t>(rows.size());
     // Rows differ in length: whoever is free takes the next one, and the longest are not left for the end.
     std::atomic<int64_t> next{0};

@@ -90,7 +90,7 @@ MASKACCEL_OUTLINE void product_columns(int64_t m, int64_t steps, const float* a,
 // columns. `factor`, for Start::scaled, holds m numbers. c must not overlap a or b.
 // Sums over at most kLongestSum steps are taken on their own, in ascending order, and then added: rounding grows with
 // the length of one of them, not of all that are added up. One element is the same whatever m, n and the strides are.
-constexpr int64_t kLongestSum = 128;
+constexpr int64_t kLongestSum = 80;
 
 template <class O>
 MASKACCEL_OUTLINE void product(int64_t m, int64_t n, int64_t steps, const float* a, int64_t a_row, int64_t a_step,
