@@ -153,7 +153,7 @@ def evaluate(case: Case, run: Any, dtype: torch.dtype | None = None) -> list[Ten
 
 
 def magnitudes(case: Case) -> dict[str, float]:
-    """How large the terms are whose sums the gradients are, in fp64: where these cancel, rounding shows beside them."""
+    """How large the terms are whose sums gradients and lse are, in fp64: where these cancel, rounding shows beside them."""
     q, k, v, dout = (t.double().transpose(1, 2) for t in (case.q, case.k, case.v, case.dout))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     bias = case.kwargs.get("bias")
@@ -174,6 +174,7 @@ def magnitudes(case: Case) -> dict[str, float]:
     sizes = {"dq": ds @ k.abs() * scale, "dk": ds.mT @ q.abs() * scale, "dv": p.mT @ dout.abs()}
     if bias is not None:
         sizes["dbias"] = ds.sum_to_size(bias.shape)
+    sizes["lse"] = q.abs() @ k.abs().mT * scale  # of a row with few keys it is little more than a score
     return {name: float(size.max()) if size.numel() else 0.0 for name, size in sizes.items()}
 
 
