@@ -153,7 +153,7 @@ def evaluate(case: Case, run: Any, dtype: torch.dtype | None = None) -> list[Ten
 
 
 def magnitudes(case: Case) -> dict[str, float]:
-    """How large the terms are whose sums gradients and lse are, in fp64: where these cancel, rounding shows beside them."""
+    """How large the terms are that gradients and lse are sums of, in fp64: where they cancel, rounding shows."""
     q, k, v, dout = (t.double().transpose(1, 2) for t in (case.q, case.k, case.v, case.dout))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     bias = case.kwargs.get("bias")
