@@ -107,7 +107,7 @@ class Code:
             code = value.__code__.replace()
             copy = types.FunctionType(code, space, value.__name__, value.__defaults__, closure)
             copy.__dict__.update(vars(value))
-            for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__", "__annotations__"):
+            for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__"):
                 setattr(copy, name, getattr(value, name))
             self._copies[value] = copy
         return self._copies[value]
@@ -165,8 +165,8 @@ class Code:
 
             @functools.wraps(inner)
             def entered(self: Any, *args: Any, **kwargs: Any) -> Any:
-                outer = _CURRENT.bridged
-                _CURRENT.bridged = self.__dict__[SITE]
+                outer, bridged = _CURRENT.bridged, self.__dict__[SITE]
+                _CURRENT.bridged, bridged.part = bridged, 0
                 try:
                     return inner(self, *args, **kwargs)
                 finally:

@@ -75,11 +75,14 @@ class AttentionCall:
         k: Keys `(B, Sk, Hk, D)`.
         v: Values `(B, Sk, Hk, Dv)`.
         mask: The mask that the model gives, broadcastable to `(B, H, Sq, Sk)`, boolean (False is masked) or additive;
-            or None. A policy must honour it: `bias()` is what `tile_attention` takes for it.
+            or None. A policy must honour it: `bias()` is what `tile_attention` takes for it. It may be a `BlockMask`
+            of flex attention, which `refusal()` names.
         scale: Factor of the scores.
         is_causal: Whether the model asks for causal attention.
         dropout_p: Dropout probability that the model asks for.
         enable_gqa: Whether keys may have fewer heads than queries.
+        part: Number of this attention within the call of its module, from 0: image-to-video models attend to text and
+            to an image, Mochi to each sample by itself.
     """
 
     def __init__(self, bridged: Bridged, given: dict[str, Any], heads_first: bool,
@@ -93,11 +96,13 @@ class AttentionCall:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         self.q, self.k, self.v = q, k, v
         self.mask: Tensor | None = given["attn_mask"]
-        if not heads_first and self.mask is not None and self.mask.shape == (k.shape[0], k.shape[1]):
+        if not heads_first and isinstance(self.mask, Tensor) and self.mask.shape == (k.shape[0], k.shape[1]):
             self.mask = self.mask[:, None, None, :]  # what diffusers does with a padding mask
         self.scale: float = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
         self.is_causal, self.dropout_p = given["is_causal"], given["dropout_p"]
         self.enable_gqa = given["enable_gqa"]
+        self.part = bridged.part
+        self._special = given.get("attention_kwargs")
         self._bridged, self._attention, self._heads_first = bridged, attention, heads_first
 
     @property
@@ -135,10 +140,15 @@ class AttentionCall:
         """The model's mask as `tile_attention` takes it: additive, four dims, each full or 1; None without a mask.
 
         A boolean mask becomes 0 and -inf, an additive one stays as it is: the scores are the same to the bit.
+
+        Raises:
+            TypeError: The mask is no tensor.
         """
-        if self.mask is None:
-            return None
         mask = self.mask
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"attn_mask of {self.site.name} is a {type(mask).__name__}; only a tensor is a bias")
         if mask.dtype == torch.bool:
             mask = derived(mask, f"_maskaccel_bias_{self.q.dtype}", functools.partial(_additive, dtype=self.q.dtype))
         elif mask.dtype not in (self.q.dtype, torch.float32):
@@ -151,6 +161,10 @@ class AttentionCall:
             return f"dropout_p={self.dropout_p}"
         if self.is_causal:
             return "is_causal=True"
+        if self.mask is not None and not isinstance(self.mask, Tensor):
+            return f"attn_mask is a {type(self.mask).__name__}"
+        if self._special:
+            return f"attention_kwargs={sorted(self._special)} are for one backend of diffusers"
         width = self.q.shape[-1]
         if self.v.shape[-1] != width:
             return f"values of width {self.v.shape[-1]}, queries of {width}"
@@ -218,13 +232,14 @@ class Bridged:
         site: The site.
         calls: Calls so far, those in compiled graphs left out.
         left: How many of them the policy left dense.
+        part: Attentions so far in this call of the module.
     """
 
     def __init__(self, site: AttentionSite, method: str, policy: Policy, layout: TokenLayout, generation: Generation,
                  grid: tuple[int, ...] | None) -> None:  # fmt: skip
         self.site, self.method, self.policy, self.layout, self.generation = site, method, policy, layout, generation
         self.grid = grid
-        self.calls = self.left = 0
+        self.calls = self.left = self.part = 0
 
     def text(self, rows: int) -> tuple[int, int] | None:
         """Where the text is in a sequence of so many rows."""
@@ -250,7 +265,9 @@ class Bridged:
         if self.site.kind == "self" and len(grid) == 3:  # attention along time, or within a frame
             parts = (grid[:1],) if "temporal" in self.site.name else (grid, grid[1:])
         found = next((part for part in parts if _product(part) == rows), None)
-        if found is None and self.grid is not None and self.site.kind != "cross":
+        # A call with some of the queries only is no error: methods that compute some tokens make such calls.
+        some = self.layout.grid is not None and _product(self.layout.grid) != rows
+        if found is None and self.grid is not None and self.site.kind != "cross" and not some:
             raise ValueError(
                 f"{self.method}: grid={self.grid} has {_product(grid)} tokens, {self.site.name} has {rows}"
             )
@@ -264,11 +281,10 @@ class Bridged:
                 "rank holds a part of the sequence only; disable one of them"
             )
         given = {**_DEFAULTS, **dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-        mask, out = given["attn_mask"], None
-        # A flex BlockMask, or arguments of one backend, are for the model's own attention.
-        plain = (mask is None or isinstance(mask, Tensor)) and not given.get("attention_kwargs")
-        if plain and given["query"].ndim == 4:
+        out = None
+        if given["query"].ndim == 4:
             out = self.policy(AttentionCall(self, given, heads_first, lambda: attention(*args, **kwargs)))
+        self.part += 1
         if not torch.compiler.is_compiling():
             self.calls += 1
             self.left += out is None
