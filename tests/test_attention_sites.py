@@ -331,9 +331,9 @@ def test_context_parallelism_is_refused():
 
 def test_a_result_of_another_shape_is_refused():
     model, inputs = MODELS["DiTTransformer2DModel"]()
-    with maskaccel.patch(model, Probe(lambda call: call.dense()[:, 1:])):
-        with pytest.raises(ValueError, match=r"transformer_blocks.0.attn1 returned shape .* be \(B, Sq, H, Dv\)"):
-            run(model, inputs)
+    refused = pytest.raises(ValueError, match=r"transformer_blocks.0.attn1 returned shape .* be \(B, Sq, H, Dv\)")
+    with maskaccel.patch(model, Probe(lambda call: call.dense()[:, 1:])), refused:
+        run(model, inputs)
 
 
 # ------------------------------------------------------------------------------------------------ plain modules
@@ -524,9 +524,9 @@ def test_a_grid_that_the_user_gives():
     with maskaccel.patch(model, Probe(policy, grid=(5, 3))):
         run(model, inputs)
     assert grids == {(5, 3)}
-    with maskaccel.patch(model, Probe(policy, grid=(4, 4))):
-        with pytest.raises(ValueError, match=r"Probe: grid=\(4, 4\) has 16 tokens, transformer_blocks.0.attn has 15"):
-            run(model, inputs)
+    refused = pytest.raises(ValueError, match=r"Probe: grid=\(4, 4\) has 16 tokens, transformer_blocks.0.attn has 15")
+    with maskaccel.patch(model, Probe(policy, grid=(4, 4))), refused:
+        run(model, inputs)
 
 
 def test_positions_are_read_once_for_each_tensor(monkeypatch):
