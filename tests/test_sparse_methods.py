@@ -238,6 +238,8 @@ def test_liteattention_skips_what_fell_below() -> None:
                         new[b, h, i, j] = bool(((local - top) * math.log2(math.e) > threshold).any())
                         top = torch.maximum(top, local)
             mask = new
+        report = patch.report().activity["LiteAttention"]
+        assert report["tiles computed"] == pytest.approx(sum(densities) / 5 * report["tiles in all"])
     assert densities[0] == 1
     assert densities[-1] < 0.9, densities
     assert all(a >= b for a, b in itertools.pairwise(densities))
@@ -443,6 +445,39 @@ def test_sparse_videogen_heads() -> None:
 def test_bad_settings_are_refused(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [block(q, k, v) for block in self.blocks]
+
+
+def test_layers_have_methods_of_their_own() -> None:
+    model, inputs = Deep(), qkv()
+    narrow, wide = (
+        m.SlidingTile((1, 1, 1), tile=(2, 2, 4), grid=GRID),
+        m.SlidingTile((1, 3, 3), tile=(2, 2, 4), grid=GRID),
+    )
+    alone = []
+    for method in (narrow, wide):
+        with maskaccel.patch(model, [method]), torch.no_grad():
+            alone.append(model(*inputs)[0])
+    dense = model(*inputs)[0]
+    with maskaccel.patch(model, [m.ByLayer(((0, 1, narrow), (2, None, wide)))]) as patch, torch.no_grad():
+        got = model(*inputs)
+        report = patch.report()
+    for out, want in zip(got, (alone[0], dense, alone[1], alone[1]), strict=True):
+        assert torch.equal(out, want)
+    assert report.activity["ByLayer"]["sparse calls"] == 3
+    assert ("ByLayer", "Attention", "layer 1 is in none of the ranges") in report.skipped
+    with pytest.raises(ValueError, match="overlaps"):
+        m.ByLayer(((0, 3, narrow), (2, 4, wide)))
+    with pytest.raises(TypeError, match="must be a method of sparse attention"):
+        m.ByLayer(((0, 3, m.FORA()),))
 
 
 def test_what_does_not_fit_a_call_is_told() -> None:

@@ -4,6 +4,7 @@ Methods with an `attach` are for `maskaccel.patch` (`PATCHES`); the others are a
 parameters to train, or make the masks of such layers.
 """
 
+from .by_layer import ByLayer
 from .clear import CLEAR, ClearPooling
 from .clusca import ClusCa
 from .dbcache import DBCache, FBCache
@@ -56,6 +57,7 @@ __all__ = [
     "PAB",
     "SCM",
     "VSA",
+    "ByLayer",
     "ClearPooling",
     "ClusCa",
     "DBCache",

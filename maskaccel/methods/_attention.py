@@ -41,6 +41,10 @@ class SparseAttention:
         """Why a site stays as it is, or None."""
         return None
 
+    def grid_of(self, site: AttentionSite) -> tuple[int, ...] | None:
+        """The grid of a site's latent tokens that the user gives; None: the one that the model's call tells."""
+        return self.grid
+
     def attach(self, context: Context) -> None:
         """Plan the bridge of every site."""
         generation = context.track_generation(self.name)
@@ -50,14 +54,17 @@ class SparseAttention:
                 context.skip(self.name, site.module, reason)
                 continue
             policy = self.policy(site, generation)
-            bridge(context, self.name, site, policy, grid=self.grid)
+            bridge(context, self.name, site, policy, grid=self.grid_of(site))
             context.transaction.set(site.module, POLICY, policy, self.name)
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Attention calls, those left dense and why, and the tiles that were computed."""
-        found = [m.__dict__[POLICY] for m in model.modules() if POLICY in m.__dict__]
-        mine = [policy for policy in found if policy.method == self]
-        return activity(mine)
+        return activity([policy for policy in policies_of(model) if policy.method == self])
+
+
+def policies_of(model: nn.Module) -> list[SitePolicy]:
+    """The policies of a patched model."""
+    return [m.__dict__[POLICY] for m in model.modules() if POLICY in m.__dict__]
 
 
 def activity(policies: list[SitePolicy]) -> dict[str, Any]:
@@ -65,12 +72,12 @@ def activity(policies: list[SitePolicy]) -> dict[str, Any]:
     dense: Counter[str] = Counter()
     for policy in policies:
         dense.update(policy.left)
-    computed, tiles = sum(p.computed for p in policies), sum(p.tiles for p in policies)
+    steps = kept_by_step(policies)
     result: dict[str, Any] = {
         "sparse calls": sum(p.calls for p in policies),
         "dense calls": sum(dense.values()),
-        "tiles computed": computed,
-        "tiles in all": tiles,
+        "tiles computed": sum(kept for kept, _ in steps.values()),
+        "tiles in all": sum(tiles for _, tiles in steps.values()),
     }
     held = sum(p.nbytes for p in policies)
     peak = sum(p.peak_bytes for p in policies)
@@ -83,6 +90,28 @@ def activity(policies: list[SitePolicy]) -> dict[str, Any]:
     return result
 
 
+def kept_by_step(policies: list[SitePolicy]) -> dict[int, tuple[int, int]]:
+    """For each step of the runs so far the tiles computed and those there are, calls that stayed dense left out."""
+    found: dict[int, tuple[int, int]] = {}
+    for policy in policies:
+        for step, tally in policy.tallies.items():
+            kept, tiles = found.get(step, (0, 0))
+            found[step] = kept + tally.computed, tiles + tally.tiles
+    return dict(sorted(found.items()))
+
+
+class _Tally:
+    """Tiles of the calls at one step; what is on the device stays there until somebody asks."""
+
+    def __init__(self) -> None:
+        self.tiles = self.whole = 0
+        self.kept: Tensor | None = None
+
+    @property
+    def computed(self) -> int:
+        return self.whole + (0 if self.kept is None else int(self.kept))
+
+
 class SitePolicy:
     """Attention of one site over the tiles of a mask. A subclass gives `mask`.
 
@@ -91,15 +120,14 @@ class SitePolicy:
         site: Of which attention.
         calls: Calls over a mask.
         left: Calls that stayed dense, by reason.
+        tallies: Tiles of the calls at each step; those outside of a run are at step 0.
     """
 
     def __init__(self, method: Any, site: AttentionSite, generation: Generation) -> None:
         self.method, self.site, self.generation = method, site, generation
         self.calls, self.left = 0, Counter[str]()
-        self.tiles = 0
+        self.tallies: dict[int, _Tally] = {}
         self.peak_bytes = 0
-        self._static = 0
-        self._kept: Tensor | None = None
 
     def mask(self, call: AttentionCall) -> TileMask | str:
         """The mask of a call, or why it stays dense."""
@@ -128,19 +156,15 @@ class SitePolicy:
         batch, heads = call.q.shape[0], call.q.shape[2]
         block = getattr(self.method, "block", (128, 128)) if mask is None else mask.block
         total = batch * heads * math.ceil(call.q.shape[1] / block[0]) * math.ceil(call.k.shape[1] / block[1])
-        self.tiles += total
+        tally = self.tallies.setdefault(self.generation.index if self.generation.active else 0, _Tally())
+        tally.tiles += total
         if mask is None:
-            self._static += total
+            tally.whole += total
         else:
             repeat = batch * heads // (mask.batch * mask.heads)
             kept = mask.lists()[1].sum(dtype=torch.int64) * repeat
-            self._kept = kept if self._kept is None else self._kept + kept
+            tally.kept = kept if tally.kept is None else tally.kept + kept
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
-
-    @property
-    def computed(self) -> int:
-        """Tiles that were computed; it may wait for the device."""
-        return self._static + (0 if self._kept is None else int(self._kept))
 
     @property
     def nbytes(self) -> int:
