@@ -19,6 +19,7 @@ import torch
 
 from maskaccel.ops.adaln.schema import BARE
 from maskaccel.ops.adaln.schema import SCHEMAS as ADALN
+from maskaccel.ops.attention.schema import SCHEMAS as ATTENTION
 from maskaccel.ops.steps.schema import SCHEMAS as STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,6 @@ def build(folder: Path) -> Path:
 def load(folder: Path) -> None:
     """Build, define the ops and load the library, once a process."""
     library = build(folder)
-    for name, schema in {**ADALN, **BARE, **STEPS}.items():
+    for name, schema in {**ADALN, **ATTENTION, **BARE, **STEPS}.items():
         _LIBRARY.define(name + schema)
     torch.ops.load_library(str(library))

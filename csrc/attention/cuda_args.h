@@ -19,10 +19,11 @@ struct Rows {
 
 /// Lists of the tiles of a mask, by rows or by columns. All null without a mask: every tile is full.
 struct TileLists {
-  const int* index = nullptr;  // (Bm, Hm, lines, width)
-  const int* count = nullptr;  // (Bm, Hm, lines, 2): partial, full
-  const int* order = nullptr;  // (Bm * Hm * lines,)
+  const int* index = nullptr;  // (batch, heads, lines, width)
+  const int* count = nullptr;  // (batch, heads, lines, 2): partial, full
+  const int* order = nullptr;  // (batch * heads * lines,)
   int64_t width = 0;
+  int batch = 1, heads = 1;  // each 1, or that of q
 };
 
 /// An operand that broadcasts: stride 0 in a dim of one element.
@@ -39,8 +40,8 @@ struct AttentionArgs {
   Rows q, k, v;
   float scale = 1.f;
 
-  // The mask: tiles of (bm, bn), tile_rows x tile_columns of them; a dim of one element has mask_batch or mask_heads 1.
-  int bm = 128, bn = 128, tile_rows = 0, tile_columns = 0, mask_batch = 1, mask_heads = 1;
+  // The mask: tiles of (bm, bn), tile_rows x tile_columns of them.
+  int bm = 128, bn = 128, tile_rows = 0, tile_columns = 0;
   TileLists lists, lists_t;
   const int* pattern_of = nullptr;  // (.., tile_rows, tile_columns); both null: no partial tiles
   int64_t pattern_stride_b = 0, pattern_stride_h = 0;
@@ -69,6 +70,9 @@ struct AttentionArgs {
   float* ds = nullptr;                               // (B, H, Sq, Sk), zeroed before the launch
   int needs = 0;
 };
+
+/// With kPrune a tile is judged by the CTA that holds all its rows: the most it may have.
+constexpr int most_pruned_rows(int dim) { return dim <= 128 ? 128 : 64; }
 
 /// The path of every GPU from sm_80 on: mma.sync and cp.async.
 void launch_sm80(const AttentionArgs& a, Stream stream);

@@ -67,8 +67,8 @@ struct AttentionReader {
                count.name, " must be (", index.size(0), ", ", index.size(1), ", ", lines, ", 2), got ", shape_text(count));
     call.check(order.dim == 1 && order.size(0) == index.size(0) * index.size(1) * lines, order.name, " must be (",
                index.size(0) * index.size(1) * lines, ",), got ", shape_text(order));
-    a.mask_batch = static_cast<int>(index.size(0)), a.mask_heads = static_cast<int>(index.size(1));
-    return TileLists{ints(index), ints(count), ints(order), index.size(3)};
+    return TileLists{ints(index), ints(count), ints(order), index.size(3), static_cast<int>(index.size(0)),
+                     static_cast<int>(index.size(1))};
   }
 
   void elements(const Arg& pattern_of, const Arg& patterns) {

@@ -75,7 +75,7 @@ Schedule schedule(const AttentionArgs& a) {
   s.tile_rows = static_cast<int>(ceil_div(a.queries, bm));
   s.subs = bm / kRows;
   s.batch = a.batch, s.heads = a.heads;
-  if (a.lists.index != nullptr) s.mask_batch = a.mask_batch, s.mask_heads = a.mask_heads;
+  s.mask_batch = a.lists.batch, s.mask_heads = a.lists.heads;
   s.window = a.lists.index != nullptr ? std::min(kWindow, s.lines()) : s.tile_rows;
   return s;
 }

@@ -9,6 +9,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -28,6 +29,12 @@ struct Fiber {
   jmp_buf state;
 };
 
+// An asynchronous copy of 16 bytes: done when it is waited for, so that a wait too few shows. From null: zeros.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Machine {
   uint3 thread{0, 0, 0}, block{0, 0, 0};
   dim3 block_dim, grid_dim;
@@ -38,6 +45,9 @@ struct Machine {
   std::vector<Barrier> warps;
   std::vector<std::vector<double>> slots;  // two slots per thread: consecutive shuffles need one barrier each
   std::vector<int> parity;
+  std::vector<std::array<std::array<char, 32>, 2>> mail;  // as slots, of any type
+  std::vector<std::vector<std::vector<Copy>>> copies;     // of each thread: groups, the last one open
+  bool any = false;                                       // of a barrier with a vote
   Barrier cta;
   jmp_buf scheduler;
   ucontext_t main_context, entry;
@@ -80,6 +90,53 @@ inline T shuffle(T value, int source_lane) {
   return static_cast<T>(m.slots[base + source_lane][at]);
 }
 
+/// A value of every lane of the warp, for every lane to read.
+template <typename T>
+class Mail {
+ public:
+  explicit Mail(const T& mine) {
+    static_assert(sizeof(T) <= 32 && std::is_trivially_copyable_v<T>);
+    Machine& m = machine();
+    const int tid = current();
+    first_ = tid & ~31;
+    at_ = m.parity[tid] ^= 1;
+    std::memcpy(m.mail[tid][at_].data(), &mine, sizeof(T));
+    wait(m.warps[tid / 32]);
+  }
+  T operator[](int lane) const {
+    T value;
+    std::memcpy(&value, machine().mail[first_ + lane][at_].data(), sizeof(T));
+    return value;
+  }
+
+ private:
+  int first_, at_;
+};
+
+inline bool sync_threads_or(bool value) {
+  Machine& m = machine();
+  m.any = m.any || value;
+  wait(m.cta);
+  const bool result = m.any;
+  wait(m.cta);
+  m.any = false;  // by every thread, before any of them can vote again
+  wait(m.cta);
+  return result;
+}
+
+inline void start_copy(void* to, const void* from) { machine().copies[current()].back().push_back(Copy{to, from}); }
+inline void close_copies() { machine().copies[current()].emplace_back(); }
+inline void wait_copies(size_t open) {
+  auto& groups = machine().copies[current()];
+  while (groups.size() > open + 1) {
+    for (const Copy& c : groups.front()) {
+      if (c.from != nullptr) std::memcpy(c.to, c.from, 16);
+      if (c.from == nullptr) std::memset(c.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 inline void fiber_main() {
   Machine& m = machine();
   m.body();
@@ -95,6 +152,8 @@ inline void run_cta(int threads) {
   m.done.assign(threads, 0);
   m.parity.assign(threads, 0);
   m.slots.assign(threads, std::vector<double>(2, 0.0));
+  m.mail.resize(threads);
+  m.copies.assign(threads, std::vector<std::vector<Copy>>(1));
   m.warps.assign((threads + 31) / 32, Barrier{});
   for (size_t w = 0; w < m.warps.size(); ++w) m.warps[w].size = std::min(32, threads - static_cast<int>(w) * 32);
   m.cta = Barrier{threads, 0, 0};

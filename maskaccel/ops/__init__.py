@@ -16,6 +16,7 @@ from .attention import (
 )
 from .attention import autograd as _attention_autograd
 from .attention import reference as _attention_reference
+from .attention import serves as _attention_serves
 from .steps import api as _steps_api
 from .steps import (
     combine_history,
@@ -55,6 +56,7 @@ __all__ = [
 
 _adaln_autograd.register()
 _attention_autograd.register()
+_attention_serves.register()
 _steps_api.register()
 _backends.native.load()  # after the schemas: its kernels attach to them
 _backends.implement_fallbacks({**_adaln_fallback.KERNELS, **_attention_reference.KERNELS, **_steps_reference.KERNELS})

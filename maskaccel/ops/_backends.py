@@ -54,7 +54,29 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, op: str | No
         reason = None if native.has_cpu else "the native library was built without CPU kernels"
     else:
         reason = _cuda_reason(device.index or 0)
-    return reason or _lacks(op, backend, device)
+    return reason or _lacks(op, backend, device) or _untaken(op, backend, dtype)
+
+
+_Refuses = Callable[..., str | None]
+_LIMITS: dict[tuple[str, str], tuple[tuple[torch.dtype, ...], _Refuses]] = {}
+
+
+def limit(backend: str, op: str, dtypes: tuple[torch.dtype, ...], refuses: _Refuses) -> None:
+    """Tell what kernels of an op on a backend take: `dtypes`, and no call that `refuses(*args)` gives a reason for."""
+    _LIMITS[backend, op] = (dtypes, refuses)
+
+
+def call_refusal(backend: str, op: str, args: tuple) -> str | None:
+    """Why a backend that serves the op does not take this call; None if it does."""
+    return _LIMITS[backend, op][1](*args) if (backend, op) in _LIMITS else None
+
+
+def _untaken(op: str | None, backend: str, dtype: torch.dtype) -> str | None:
+    taken = _LIMITS[backend, op][0] if op is not None and (backend, op) in _LIMITS else KERNEL_DTYPES
+    if dtype in taken:
+        return None
+    names = " and ".join(str(t).removeprefix("torch.") for t in taken)
+    return f"the {backend} kernel of {op} takes {names}, not {str(dtype).removeprefix('torch.')}"
 
 
 def _lacks(op: str | None, backend: str, device: torch.device) -> str | None:
@@ -125,11 +147,15 @@ def implement_fallbacks(references: dict[str, Callable]) -> None:
         if not _registry.implemented("maskaccel", name, "cpu"):
             _registry.implement("maskaccel", name, function, "CPU")
         if not _registry.implemented("maskaccel", name, "cuda"):
-            _registry.implement("maskaccel", name, _triton_or(name, function), "CUDA")
+            _registry.implement("maskaccel", name, _best_or(name, function), "CUDA")
 
 
-def _triton_or(name: str, function: Callable) -> Callable:
+def _best_or(name: str, function: Callable) -> Callable:
     def kernel(*args):
+        if ("cuda", name) in _LIMITS:  # ops without limits are in this namespace where the native library holds them
+            x = args[0]
+            if refusal("cuda", x.device, x.dtype, name) is None and call_refusal("cuda", name, args) is None:
+                return _registry.op("maskaccel_raw", name)(*args)
         if _triton_reason() is None and _registry.implemented("maskaccel_triton", name, "cuda"):
             return _registry.op("maskaccel_triton", name)(*args)
         return function(*args)

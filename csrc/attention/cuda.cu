@@ -1,0 +1,142 @@
+// Binding of tile_attention and its backward to CUDA.
+#include "cuda_read.h"
+
+namespace maskaccel::cuda {
+namespace {
+
+Result integers(const Call& call, std::initializer_list<int64_t> sizes) {
+  return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i32, int64_t{sizeof(int)});
+}
+
+/// Index, count and order of the rows of tiles, of the columns, pattern_of, patterns, bias and relative positions.
+struct MaskInputs {
+  Arg index, count, order, index_t, count_t, order_t, pattern_of, patterns, bias, table, relpos_q, relpos_k;
+
+  explicit MaskInputs(Inputs& in)
+      : index(in.optional("index")),
+        count(in.optional("count")),
+        order(in.optional("order")),
+        index_t(in.optional("index_t")),
+        count_t(in.optional("count_t")),
+        order_t(in.optional("order_t")),
+        pattern_of(in.optional("pattern_of")),
+        patterns(in.optional("patterns")),
+        bias(in.optional("bias")),
+        table(in.optional("relpos_table")),
+        relpos_q(in.optional("relpos_q")),
+        relpos_k(in.optional("relpos_k")) {}
+
+  void read(AttentionReader& r, int64_t bm, int64_t bn, bool transposed) const {
+    r.tiles(bm, bn);
+    r.a.lists = r.lists(index, count, order, r.a.tile_rows);
+    if (transposed) {
+      r.call.check(!index || bool(index_t), "index_t, count_t and order_t are needed for the gradients of k and v");
+      r.a.lists_t = r.lists(index_t, count_t, order_t, r.a.tile_columns);
+      r.call.check(!index_t || bool(index), "index_t without index");
+    }
+    r.elements(pattern_of, patterns);
+    r.scores(bias, table, relpos_q, relpos_k);
+  }
+};
+
+void launch_forward(const Call& call, const AttentionArgs& a) {
+#ifdef MASKACCEL_SM90A
+  if (call.info().capability == 90 && sm90_serves(a)) return launch_sm90(a, call.stream());
+#endif
+  launch_sm80(a, call.stream());
+}
+
+void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
+  Inputs in(stack);
+  const Arg q = in.tensor("q"), k = in.tensor("k"), v = in.tensor("v");
+  const MaskInputs mask(in);
+  const Arg reference = in.optional("reference_lse"), out_scale = in.optional("out_scale"), out_add = in.optional("out_add");
+  const int64_t bm = in.integer(), bn = in.integer();
+  const double scale = in.number(), threshold = in.number();
+  const int64_t flags = in.integer();
+
+  const Call call("tile_attention", q);
+  AttentionReader r(call);
+  r.qkv(q, k, v);
+  mask.read(r, bm, bn, false);
+  r.epilogue(out_scale, out_add);
+  AttentionArgs& a = r.a;
+  call.check(flags >= 0 && flags <= (kKeep | kPrune), "flags are ", flags, "; allowed are 0 to ", kKeep | kPrune);
+  call.check(!(flags & kPrune) || a.bm <= most_pruned_rows(a.dim), "bm is ", bm, "; with PRUNE and head dim ", a.dim,
+             " at most ", most_pruned_rows(a.dim));
+  a.scale = static_cast<float>(scale);
+  a.skip_threshold = static_cast<float>(threshold);
+  a.flags = static_cast<int>(flags);
+  a.reference_lse = r.statistics(reference);
+  a.keep_words = static_cast<int>(ceil_div(a.tile_columns, 32));
+  Result out(call, {a.batch, a.queries, a.heads, a.dim}, a.dtype), lse(call, {a.batch, a.heads, a.queries}, Dtype::f32);
+  Result keep = flags & kKeep ? integers(call, {a.batch, a.heads, a.tile_rows, a.keep_words}) : integers(call, {0});
+  if (flags & kKeep) {
+    a.keep = static_cast<int*>(keep.data());
+    keep.clear(call);
+  }
+  a.out = out.data();
+  a.lse = lse.floats();
+  if (int64_t{a.batch} * a.heads * a.queries > 0) launch_forward(call, a);
+  stack[0] = out.release();
+  stack[1] = lse.release();
+  stack[2] = keep.release();
+}
+
+void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Inputs in(stack);
+  const Arg dout = in.tensor("dout"), dlse = in.optional("dlse");
+  const Arg q = in.tensor("q"), k = in.tensor("k"), v = in.tensor("v"), out = in.tensor("out"), lse = in.tensor("lse");
+  const MaskInputs mask(in);
+  const int64_t bm = in.integer(), bn = in.integer();
+  const double scale = in.number();
+  const int64_t needs = in.integer();
+
+  const Call call("tile_attention_backward", q);
+  call.check(needs >= 0 && needs < 16, "needs are ", needs, "; allowed are 0 to 15");
+  AttentionReader r(call);
+  r.qkv(q, k, v);
+  mask.read(r, bm, bn, needs & (kNeedK | kNeedV));
+  AttentionArgs& a = r.a;
+  a.scale = static_cast<float>(scale);
+  a.dout = r.rows(dout, a.queries, a.heads);
+  a.result = r.rows(out, a.queries, a.heads);
+  a.dlse = r.statistics(dlse);
+  a.lse = const_cast<float*>(r.statistics(lse));
+  a.needs = static_cast<int>(needs);
+
+  const bool empty = int64_t{a.batch} * a.heads * a.queries == 0 || a.keys == 0;
+  const auto gradient = [&](int64_t bit, int64_t tokens, int64_t heads, void*& data) {
+    if (!(needs & bit)) return Result(call, {0}, a.dtype);
+    Result t(call, {a.batch, tokens, heads, a.dim}, a.dtype);
+    data = t.data();
+    if (empty) t.clear(call);
+    return t;
+  };
+  Result dq = gradient(kNeedQ, a.queries, a.heads, a.dq), dk = gradient(kNeedK, a.keys, a.key_heads, a.dk);
+  Result dv = gradient(kNeedV, a.keys, a.key_heads, a.dv);
+  Result ds = needs & kNeedS ? Result(call, {a.batch, a.heads, a.queries, a.keys}, Dtype::f32) : Result(call, {0}, Dtype::f32);
+  if (needs & kNeedS) {
+    a.ds = ds.floats();
+    ds.clear(call);
+  }
+  if (!empty && needs != 0) {
+    Workspace workspace(call);
+    launch_sm80_backward(a, workspace(backward_workspace(a)), call.stream());
+  }
+  stack[0] = dq.release();
+  stack[1] = dk.release();
+  stack[2] = dv.release();
+  stack[3] = ds.release();
+}
+
+void register_ops(Library& m) {
+  m.impl("tile_attention", &tile_attention);
+  m.impl("tile_attention_backward", &tile_attention_backward);
+}
+
+// Not in the namespace `maskaccel`: its op takes fp32 too, so Python chooses (ops/attention/serves.py).
+MASKACCEL_CUDA_RAW_LIBRARY(register_ops)
+
+}  // namespace
+}  // namespace maskaccel::cuda

@@ -1,0 +1,56 @@
+// Launches the backward of the sm_80 path.
+#include "cuda_backward.cuh"
+
+namespace maskaccel::cuda {
+namespace {
+
+constexpr const char* kOp = "tile_attention_backward";
+
+/// Rows of tiles, and the pieces that the last one's end may reach past them.
+int64_t padded_queries(const AttentionArgs& a) { return int64_t{a.tile_rows} * a.bm + 64; }
+
+template <typename Plan>
+void launch_gradient(const GradientParams& params, Stream stream) {
+  const AttentionArgs& a = params.a;
+  const int64_t lines = int64_t{a.batch} * (Plan::kKeyRows ? int64_t{a.key_heads} * a.tile_columns : int64_t{a.heads} * a.tile_rows);
+  const int64_t blocks = ceil_div(Plan::kKeyRows ? a.bn : a.bm, Plan::kRows);
+  launch(kOp, attention_backward_kernel<Plan>, dim3(static_cast<unsigned>(lines * blocks), Plan::kSplit), Plan::kThreads,
+         Plan::kShared, stream, params);
+}
+
+template <typename T, int kWidth, int kValues = kWidth>
+void launch_plan(const GradientParams& params, Stream stream) {
+  const int needs = params.a.needs;
+  if (needs & (kNeedQ | kNeedS)) launch_gradient<BackwardPlan<T, kWidth, kValues, false>>(params, stream);
+  if (needs & (kNeedK | kNeedV)) launch_gradient<BackwardPlan<T, kWidth, kValues, true>>(params, stream);
+}
+
+template <typename T>
+void launch_dim(const GradientParams& params, Stream stream) {
+  const AttentionArgs& a = params.a;
+  int64_t lanes = 2;
+  while (lanes * kVec < a.dim) lanes *= 2;
+  const int64_t threads = int64_t{a.batch} * a.heads * params.terms.padded * lanes;
+  launch(kOp, attention_delta_kernel<T>, dim3(static_cast<unsigned>(ceil_div(threads, 128))), 128, 0, stream, params);
+  if (a.dim <= 64) return launch_plan<T, 64>(params, stream);
+  if (a.dim == 72) return launch_plan<T, 80, 72>(params, stream);
+  if (a.dim <= 96) return launch_plan<T, 96>(params, stream);
+  if (a.dim <= 128) return launch_plan<T, 128>(params, stream);
+  launch_plan<T, 256>(params, stream);
+}
+
+}  // namespace
+
+int64_t backward_workspace(const AttentionArgs& a) { return 2 * int64_t{a.batch} * a.heads * padded_queries(a); }
+
+void launch_sm80_backward(const AttentionArgs& a, float* workspace, Stream stream) {
+  GradientParams params;
+  params.a = a;
+  params.terms.padded = static_cast<int>(padded_queries(a));
+  params.terms.lse = workspace;
+  params.terms.delta = workspace + int64_t{a.batch} * a.heads * padded_queries(a);
+  if (a.dtype == Dtype::bf16) return launch_dim<bf16>(params, stream);
+  launch_dim<fp16>(params, stream);
+}
+
+}  // namespace maskaccel::cuda
