@@ -175,7 +175,10 @@ def magnitudes(case: Case) -> dict[str, float]:
     if bias is not None:
         sizes["dbias"] = ds.sum_to_size(bias.shape)
     sizes["lse"] = q.abs() @ k.abs().mT * scale  # of a row with few keys it is little more than a score
-    return {name: float(size.max()) if size.numel() else 0.0 for name, size in sizes.items()}
+    # A backward forms the probabilities again, as exp(s - lse) in fp32: the roundings of both are factors of them.
+    largest = float(lse.masked_fill(lse.isneginf(), 0.0).abs().max()) + float((s * case.kept).abs().max())
+    again = torch.finfo(torch.float32).eps / torch.finfo(case.q.dtype).eps * largest
+    return {name: (1 + again) * float(size.max()) if size.numel() else 0.0 for name, size in sizes.items()}
 
 
 def results(case: Case, backend: str | None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
