@@ -492,3 +492,48 @@ def test_what_does_not_fit_a_call_is_told() -> None:
         assert patch.report().activity["SlidingTile"]["dense: the token grid is not known"] == 1
     with pytest.raises(PatchError, match=r"both want|found nothing"):
         maskaccel.patch(model, [m.SlidingTile(grid=GRID), m.LiteAttention()])
+
+
+def test_calibrated_thresholds(tmp_path) -> None:
+    """Within the error asked for, and less is asked for less skipping; a file binds its block."""
+    from maskaccel import calibration
+
+    class Two(Deep):
+        def forward(self, sharp: tuple, flat: tuple) -> None:
+            self.blocks[0](*sharp)
+            self.blocks[1](*flat)
+
+    model = Two()
+    del model.blocks[2:]
+    inputs = qkv(smooth=8, sharp=16.0), qkv(smooth=8, sharp=1.0)
+    results = []
+    for error in (1e-5, 0.02):
+        found = calibration.measure(model, "skip", error=error, rows=16, columns=32)
+        with found, torch.no_grad(), found.generation(4) as run:
+            for _ in range(4):
+                model(*inputs)
+                run.step()
+        results.append(found.result())
+    strict, result = results
+    assert [len(row) for row in result["thresholds"]] == [4, 4]
+    pairs = list(zip(*(itertools.chain(*r["thresholds"]) for r in results), strict=True))
+    assert all(low <= high for low, high in pairs)
+    assert any(low < high for low, high in pairs), strict["thresholds"]
+    path = tmp_path / "skip.json"
+    result.save(path)
+    method = m.LiteAttention(thresholds=str(path), block=(16, 32))
+    outputs = {}
+    for name, one in (("dense", None), ("sparse", method)):
+        with maskaccel.patch(model, [one]) if one else maskaccel.patch(model, [m.LiteAttention(-100.0)]) as patch:
+            with torch.no_grad(), patch.generation(4) as run:
+                for _ in range(4):
+                    outputs[name] = model.blocks[0](*inputs[0])
+                    run.step()
+            report = patch.report().activity["LiteAttention"]
+    error = (outputs["sparse"] - outputs["dense"]).abs().mean() / outputs["dense"].abs().mean()
+    assert error <= 0.02
+    assert report["tiles computed"] < 0.97 * report["tiles in all"]
+    with pytest.raises(PatchError, match=r"tiles of \(16, 32\), not \(128, 128\)"):
+        maskaccel.patch(model, [m.LiteAttention(thresholds=str(path))])
+    with pytest.raises(ValueError, match="error=0"):
+        calibration.measure(model, "skip", error=0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models._decoupled import STATE
-from . import channels, distances, magnitudes, products, teacache
+from . import channels, distances, magnitudes, products, skip, teacache
 from .file import Calibration
 from .probe import Probe
 
@@ -66,6 +66,12 @@ KINDS = {
         products.Products,
         products.check,
         lambda found, path: f"DPCache({path!r})",
+    ),
+    "skip": Kind(
+        "thresholds for each layer and step, for LiteAttention",
+        skip.SkipThresholds,
+        skip.check,
+        lambda found, path: f"LiteAttention(thresholds={path!r}, block=({found['rows']}, {found['columns']}))",
     ),
     "teacache": Kind(
         "polynomial from the change of the modulated input to that of the output, for TeaCache",

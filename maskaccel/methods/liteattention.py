@@ -94,6 +94,10 @@ class LiteAttention(SparseAttention):
         if self.thresholds is None:
             return None
         found = calibration_of(self.thresholds, "skip", model, field="thresholds")
+        if self.block != (found["rows"], found["columns"]):
+            raise ValueError(
+                f"thresholds were measured in tiles of {found['rows'], found['columns']}, not {self.block}"
+            )
         return found["thresholds"]
 
     def policy(self, site: AttentionSite, generation: Generation) -> _Skipping:
