@@ -23,8 +23,7 @@ from maskaccel.ops.attention.schema import SCHEMAS as ATTENTION
 from maskaccel.ops.steps.schema import SCHEMAS as STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# wgmma and TMA, which the sm_90a sources are made of, have no emulation.
-SOURCES = sorted(p for p in (ROOT / "csrc").rglob("cuda*.cu") if "sm90" not in p.name)
+SOURCES = sorted((ROOT / "csrc").rglob("cuda*.cu"))
 _LIBRARY = torch.library.Library("maskaccel_emulated", "FRAGMENT")
 
 
@@ -64,8 +63,8 @@ def build(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch_dir, cuda = Path(torch.__file__).parent, cuda_include()
     includes = [cuda, Path(str(cuda)) / "cccl", cutlass_include(), torch_dir / "include"]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DMASKACCEL_EMULATE", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags += ["-DTORCH_STABLE_ONLY", *(f"-I{path}" for path in includes)]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DMASKACCEL_EMULATE", "-DMASKACCEL_SM90A"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", *(f"-I{path}" for path in includes)]
 
     def compile_one(source: Path) -> str:
         out = folder / f"{library.stem}_{source.stem}.{os.getpid()}.o"

@@ -64,6 +64,7 @@ void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
   call.check(flags >= 0 && flags <= (kKeep | kPrune), "flags are ", flags, "; allowed are 0 to ", kKeep | kPrune);
   call.check(!(flags & kPrune) || a.bm <= most_pruned_rows(a.dim), "bm is ", bm, "; with PRUNE and head dim ", a.dim,
              " at most ", most_pruned_rows(a.dim));
+  a.multiprocessors = call.info().multiprocessors;
   a.scale = static_cast<float>(scale);
   a.skip_threshold = static_cast<float>(threshold);
   a.flags = static_cast<int>(flags);

@@ -13,6 +13,28 @@ using namespace sm90;
 constexpr int64_t kMostInt = (int64_t{1} << 31) - 1;
 constexpr int kWindow = 16;  // rows of a mask that heads share, before the next head takes its turn
 
+struct Sizes {
+  int64_t batch, tokens, heads;
+};
+
+/// Whether TMA can read it: rows on 16 bytes, and no dim of several elements that all lie at one place.
+bool readable(const Rows& rows, const Sizes& n) {
+  constexpr int64_t kLimit = int64_t{1} << 39;  // elements of 2 bytes
+  const auto good = [&](int64_t size, int64_t stride) { return size == 1 || (stride > 0 && stride < kLimit); };
+  return rows.vec && good(n.batch, rows.stride_b) && good(n.tokens, rows.stride_s) && good(n.heads, rows.stride_h);
+}
+
+#ifdef MASKACCEL_EMULATE
+
+bool has_descriptors() { return true; }
+
+TensorMap describe(const char*, const Rows& rows, const Sizes& n, const AttentionArgs& a, int slab, int box) {
+  return TensorMap{static_cast<const char*>(rows.data), a.dim, n.tokens, n.heads, n.batch, rows.stride_s, rows.stride_h,
+                   rows.stride_b, slab, box};
+}
+
+#else
+
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -33,19 +55,10 @@ Encode encoder() {
   return found;
 }
 
-struct Sizes {
-  int64_t batch, tokens, heads;
-};
-
-/// Whether TMA can read it: rows on 16 bytes, and no dim of several elements that all lie at one place.
-bool readable(const Rows& rows, const Sizes& n) {
-  constexpr int64_t kLimit = int64_t{1} << 39;  // elements of 2 bytes
-  const auto good = [&](int64_t size, int64_t stride) { return size == 1 || (stride > 0 && stride < kLimit); };
-  return rows.vec && good(n.batch, rows.stride_b) && good(n.tokens, rows.stride_s) && good(n.heads, rows.stride_h);
-}
+bool has_descriptors() { return encoder() != nullptr; }
 
 /// Boxes of `box` rows and `slab` columns of one head. What lies outside the tensor arrives as zeros.
-CUtensorMap describe(const char* name, const Rows& rows, const Sizes& n, const AttentionArgs& a, int slab, int box) {
+TensorMap describe(const char* name, const Rows& rows, const Sizes& n, const AttentionArgs& a, int slab, int box) {
   const auto bytes = [](int64_t size, int64_t stride) { return static_cast<cuuint64_t>(size == 1 ? 16 : stride * 2); };
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(a.dim), static_cast<cuuint64_t>(n.tokens),
                                static_cast<cuuint64_t>(n.heads), static_cast<cuuint64_t>(n.batch)};
@@ -55,13 +68,15 @@ CUtensorMap describe(const char* name, const Rows& rows, const Sizes& n, const A
   const auto swizzle = slab == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                        : slab == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                     : CU_TENSOR_MAP_SWIZZLE_32B;
-  CUtensorMap map;
+  TensorMap map;
   const CUresult result = encoder()(&map, type, 4, const_cast<void*>(rows.data), sizes, strides, boxes, ones,
                                     CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "tile_attention: no TMA descriptor for ", name, ": CUDA driver error ", int{result});
   return map;
 }
+
+#endif
 
 /// Without lists and keep bits the tiles of the call do not matter: the kernel takes its own.
 bool uses_mask_tiles(const AttentionArgs& a) { return a.lists.index != nullptr || a.flags != 0; }
@@ -123,7 +138,7 @@ bool sm90_serves(const AttentionArgs& a) {
   if (lines > kMostInt / 2 || schedule(a).items() > kMostInt / 2) return false;
   if (int64_t{a.keys} + keys_of_tile(a) > kMostInt || int64_t{a.queries} + rows_of_tile(a) > kMostInt) return false;
   const Sizes queries{a.batch, a.queries, a.heads}, keys{a.batch, a.keys, a.key_heads};
-  return readable(a.q, queries) && readable(a.k, keys) && readable(a.v, keys) && encoder() != nullptr;
+  return readable(a.q, queries) && readable(a.k, keys) && readable(a.v, keys) && has_descriptors();
 }
 
 void launch_sm90(const AttentionArgs& a, Stream stream) {

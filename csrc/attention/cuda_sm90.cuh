@@ -34,78 +34,20 @@
 //   is loaded meanwhile.
 #pragma once
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
-#include <cuda.h>
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/tensor.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
-
-#include "cuda_args.h"
+#include "cuda_sm90_machine.cuh"
 #include "cuda_schedule.h"
 
 namespace maskaccel::cuda::sm90 {
 
-constexpr int kRows = 128;     // of a query tile
-constexpr int kGroup = 128;    // threads of a warp group
-constexpr int kThreads = 384;  // producer, two consumers
 constexpr int kConsumerWarps = 8;
 
 struct Params {
-  CUtensorMap q, k, v;
+  TensorMap q, k, v;
   AttentionArgs a;
   Schedule schedule;
   float scale_log2;  // scores are kept unscaled; exponentials are powers of two
   int bm, bn;        // of the mask, or the kernel's own without one
 };
-
-/// Whether TMA writes rows of `kColumns` elements where wgmma reads them: in slabs of kSlab columns, one after the other,
-/// each of `kRowsOfSlab` dense rows. `place(row, column)` is the offset in elements, before the swizzle.
-template <int kRowsOfSlab, int kSlab, int kColumns, typename Place>
-constexpr bool in_slabs(Place place) {
-  for (int row : {0, 1, 7, 8, kRowsOfSlab / 2 + 3, kRowsOfSlab - 1}) {
-    for (int column = 0; column < kColumns; column += 8) {
-      if (place(row, column) != column / kSlab * kSlab * kRowsOfSlab + row * kSlab + column % kSlab) return false;
-    }
-  }
-  return true;
-}
-
-/// Shapes and layouts for heads of up to kDim elements. TMA fills what a head does not have with zeros.
-///
-/// Q and K lie in slabs of 64 columns with the 128-byte swizzle. V is read across its rows, and its slabs have the widest
-/// swizzle that divides kDim: wgmma documents only whole swizzle atoms in that direction, so heads of 72 take 80 columns.
-template <typename T_, int kDim_>
-struct Shapes {
-  using T = T_;
-  static constexpr int kDim = kDim_, kWide = (kDim + 63) / 64 * 64;
-  static constexpr int kKeys = kDim > 128 ? 64 : 128;  // of a block
-  static constexpr int kStages = kDim > 128 ? 2 : kDim > 64 ? 3 : 4;
-  static constexpr int kSlab = 64, kSlabV = kDim % 64 == 0 ? 64 : kDim % 32 == 0 ? 32 : 16;
-
-  template <int... kSizes>
-  using Sizes = cute::Shape<cute::Int<kSizes>...>;
-  using AtomK = cute::GMMA::Layout_K_SW128_Atom<T>;
-  using AtomV = std::conditional_t<
-      kSlabV == 64, cute::GMMA::Layout_MN_SW128_Atom<T>,
-      std::conditional_t<kSlabV == 32, cute::GMMA::Layout_MN_SW64_Atom<T>, cute::GMMA::Layout_MN_SW32_Atom<T>>>;
-  using LayoutQ = decltype(cute::tile_to_shape(AtomK{}, Sizes<kRows, kWide>{}));
-  using LayoutK = decltype(cute::tile_to_shape(AtomK{}, Sizes<kKeys, kWide, kStages>{}));
-  using LayoutV = decltype(cute::tile_to_shape(AtomV{}, Sizes<kDim, kKeys, kStages>{},
-                                               cute::Step<cute::_2, cute::_1, cute::_3>{}));  // (column, key, stage)
-  static_assert(in_slabs<kRows, kSlab, kWide>([](int r, int c) { return int(LayoutQ{}.layout_b()(r, c)); }));
-  static_assert(in_slabs<kKeys, kSlab, kWide>([](int r, int c) { return int(LayoutK{}.layout_b()(r, c, 0)); }));
-  static_assert(in_slabs<kKeys, kSlabV, kDim>([](int r, int c) { return int(LayoutV{}.layout_b()(c, r, 0)); }));
-
-  using Scores = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<T, T, float, Sizes<64, kKeys, 16>, cute::GMMA::Major::K, cute::GMMA::Major::K>()));
-  using Values = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<T, T, float, Sizes<64, kDim, 16>, cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
-
-  static constexpr int kBytesQ = kRows * kWide * 2, kBytesK = kKeys * kWide * 2, kBytesV = kKeys * kDim * 2;
-};
-
-using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 /// One query tile, for the consumers.
 struct alignas(16) ItemCard {
@@ -139,13 +81,19 @@ struct alignas(1024) Storage {
       key_empty[s].init(kConsumerWarps);
       value_empty[s].init(kConsumerWarps);
     }
-    cutlass::arch::fence_barrier_init();
+    publish_barriers();
   }
 };
 
 /// Bytes to ask for: the start of dynamic shared memory is only known to lie on 16 bytes.
 template <typename S>
 constexpr int kSharedBytes = sizeof(Storage<S>) + 1024;
+
+template <typename S>
+__device__ __forceinline__ Storage<S>& storage() {
+  char* bytes = reinterpret_cast<char*>(dynamic_shared());
+  return *reinterpret_cast<Storage<S>*>(bytes + (1024 - reinterpret_cast<uintptr_t>(bytes) % 1024) % 1024);
+}
 
 /// A place in a ring of stages, and the parity of its present round.
 template <int kStages>
@@ -160,21 +108,16 @@ struct Ring {
   }
 };
 
-/// Loads a slab-wise tile: rows from `first` on of one head.
+/// Loads rows from `first` on of one head, slab by slab.
 template <int kRowsOfSlab, int kSlab, int kColumns, typename T>
-__device__ __forceinline__ void load(const CUtensorMap& map, Barrier& full, cute::TMA::CacheHintSm90 hint, T* to,
-                                     int first, int head, int batch) {
+__device__ __forceinline__ void load(const TensorMap& map, Barrier& full, bool once, T* to, int first, int head, int batch) {
 #pragma unroll
-  for (int c = 0; c < kColumns; c += kSlab) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint),
-                                 to + c * kRowsOfSlab, c, first, head, batch);
-  }
+  for (int c = 0; c < kColumns; c += kSlab) load_box(map, full, once, to + c * kRowsOfSlab, c, first, head, batch);
 }
 
 /// The thread that loads.
 template <typename S>
 struct Producer {
-  static constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST, kAgain = cute::TMA::CacheHintSm90::EVICT_LAST;
   const Params& p;
   Storage<S>& shared;
   Ring<S::kStages> keys, values;
@@ -185,7 +128,7 @@ struct Producer {
   __device__ __forceinline__ Walk walk() const {
     const TileLists& lists = p.a.lists;
     if (lists.index == nullptr) return Walk(nullptr, 0, (p.a.keys + p.bn - 1) / p.bn, p.bn, S::kKeys, p.a.keys);
-    const int2 count = __ldg(reinterpret_cast<const int2*>(lists.count) + item.line);
+    const int2 count = read(reinterpret_cast<const int2*>(lists.count) + item.line);
     return Walk(lists.index + item.line * lists.width, count.x, count.x + count.y, p.bn, S::kKeys, p.a.keys);
   }
   __device__ __forceinline__ void load_keys(const Walk& walk) {
@@ -193,14 +136,14 @@ struct Producer {
     shared.key_empty[keys.stage].wait(keys.parity ^ 1);
     shared.blocks[keys.stage] = BlockCard{walk.begin, walk.tile, walk.is_partial(), walk.last()};
     full.arrive_and_expect_tx(S::kBytesK);
-    load<S::kKeys, S::kSlab, S::kWide>(p.k, full, kAgain, shared.k[keys.stage], walk.begin, key_head, item.batch);
+    load<S::kKeys, S::kSlab, S::kWide>(p.k, full, false, shared.k[keys.stage], walk.begin, key_head, item.batch);
     keys.advance();
   }
   __device__ __forceinline__ void load_values(int first) {
     Barrier& full = shared.value_full[values.stage];
     shared.value_empty[values.stage].wait(values.parity ^ 1);
     full.arrive_and_expect_tx(S::kBytesV);
-    load<S::kKeys, S::kSlabV, S::kDim>(p.v, full, kAgain, shared.v[values.stage], first, key_head, item.batch);
+    load<S::kKeys, S::kSlabV, S::kDim>(p.v, full, false, shared.v[values.stage], first, key_head, item.batch);
     values.advance();
   }
   __device__ __forceinline__ void present(ItemCard::Kind kind) {
@@ -209,7 +152,7 @@ struct Producer {
     parity ^= 1;
     if (kind != ItemCard::kBlocks) return shared.query_full.arrive();
     shared.query_full.arrive_and_expect_tx(S::kBytesQ);
-    load<kRows, S::kSlab, S::kWide>(p.q, shared.query_full, kOnce, shared.q, item.tile_row * p.bm + item.sub * kRows,
+    load<kRows, S::kSlab, S::kWide>(p.q, shared.query_full, true, shared.q, item.tile_row * p.bm + item.sub * kRows,
                                     item.head, item.batch);
   }
   __device__ __forceinline__ void run() {

@@ -8,13 +8,7 @@ namespace maskaccel::cuda::sm90 {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kNone = -INFINITY;
-
-/// 2^x in one instruction; results below the normal numbers are 0.
-__device__ __forceinline__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+enum NamedBarrier : int { kTurn = 1, kVote = 3 };  // of the consumers; kTurn has one for each of them
 
 /// Bits of the elements of a block that are kept, for the two rows of a thread. Bit 8 i + e is of column 8 i + 2 (lane % 4)
 /// + e: shifted once, so that a test is of a constant bit.
@@ -32,17 +26,17 @@ struct KeptBits {
       for (int i = 0; i < kKeys / 32; ++i) {
         const int left = p.a.keys - block.begin - 32 * i;
         const uint32_t inside = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-        words[r][i] = pattern < 0 ? ~0u : static_cast<uint32_t>(__ldg(from + int64_t{8} * r * across + i));
+        words[r][i] = pattern < 0 ? ~0u : static_cast<uint32_t>(read(from + int64_t{8} * r * across + i));
         words[r][i] = (words[r][i] & inside) >> shift;
       }
     }
   }
-  template <typename Fragment>
-  __device__ __forceinline__ void apply(Fragment& scores) const {
+  template <int kSize>
+  __device__ __forceinline__ void apply(float (&scores)[kSize]) const {
 #pragma unroll
-    for (int i = 0; i < cute::size(scores); ++i) {
+    for (int i = 0; i < kSize; ++i) {
       const int column = i / 4 * 8 + i % 2;
-      if ((words[i / 2 % 2][column / 32] & 1u << column % 32) == 0) scores(i) = kNone;
+      if ((words[i / 2 % 2][column / 32] & 1u << column % 32) == 0) scores[i] = kNone;
     }
   }
 };
@@ -51,20 +45,20 @@ struct KeptBits {
 struct Softmax {
   float most[2] = {kNone, kNone}, sum[2] = {0.f, 0.f};
 
-  template <typename Fragment>
-  static __device__ __forceinline__ void largest(const Fragment& scores, float (&tile)[2]) {
+  template <int kSize>
+  static __device__ __forceinline__ void largest(const float (&scores)[kSize], float (&tile)[2]) {
     tile[0] = tile[1] = kNone;
 #pragma unroll
-    for (int i = 0; i < cute::size(scores); ++i) tile[i / 2 % 2] = fmaxf(tile[i / 2 % 2], scores(i));
+    for (int i = 0; i < kSize; ++i) tile[i / 2 % 2] = fmaxf(tile[i / 2 % 2], scores[i]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      tile[r] = fmaxf(tile[r], __shfl_xor_sync(~0u, tile[r], 1));
-      tile[r] = fmaxf(tile[r], __shfl_xor_sync(~0u, tile[r], 2));
+      tile[r] = fmaxf(tile[r], shuffle_xor(tile[r], 1));
+      tile[r] = fmaxf(tile[r], shuffle_xor(tile[r], 2));
     }
   }
   /// Turns scores, whose largest are `tile`, into exponentials. Returns by what earlier results shrink.
-  template <typename Fragment>
-  __device__ __forceinline__ void update(Fragment& scores, const float (&tile)[2], float scale_log2, float (&shrink)[2]) {
+  template <int kSize>
+  __device__ __forceinline__ void update(float (&scores)[kSize], const float (&tile)[2], float scale_log2, float (&shrink)[2]) {
     float base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -75,37 +69,19 @@ struct Softmax {
       sum[r] *= shrink[r];
     }
 #pragma unroll
-    for (int i = 0; i < cute::size(scores); ++i) {
-      scores(i) = exp2_of(scores(i) * scale_log2 - base[i / 2 % 2]);
-      sum[i / 2 % 2] += scores(i);
+    for (int i = 0; i < kSize; ++i) {
+      scores[i] = exp2_of(scores[i] * scale_log2 - base[i / 2 % 2]);
+      sum[i / 2 % 2] += scores[i];
     }
   }
   __device__ __forceinline__ void add_up() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+      sum[r] += shuffle_xor(sum[r], 1);
+      sum[r] += shuffle_xor(sum[r], 2);
     }
   }
 };
-
-// Named barriers of the consumers (0 is that of the CTA).
-enum NamedBarrier : int { kTurn = 1, kVote = 3 };
-
-__device__ __forceinline__ void named_arrive(int id) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory");
-}
-__device__ __forceinline__ void named_wait(int id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
-/// Whether any thread of both groups says yes.
-__device__ __forceinline__ bool named_any(int id, bool mine) {
-  int any;
-  asm volatile(
-      "{\n.reg .pred a, b;\nsetp.ne.s32 a, %2, 0;\nbar.red.or.pred b, %1, 256, a;\nselp.s32 %0, 1, 0, b;\n}"
-      : "=r"(any)
-      : "r"(id), "r"(static_cast<int>(mine))
-      : "memory");
-  return any != 0;
-}
 
 /// The test of LiteAttention for the two rows of a thread, and the bit of the tile.
 struct KeepTest {
@@ -136,8 +112,8 @@ struct KeepTest {
     }
     const bool prune = p.a.flags & kPrune;
     if (prune) mine = named_any(kVote, mine);
-    const bool any = __any_sync(~0u, mine);
-    if (any && words != nullptr && thread % (prune ? 2 * kGroup : kWarp) == 0) atomicOr(words + tile / 32, 1 << tile % 32);
+    const bool any = warp_ballot(mine) != 0;
+    if (any && words != nullptr && thread % (prune ? 2 * kGroup : kWarp) == 0) set_bits(words + tile / 32, 1 << tile % 32);
     return any || !prune;
   }
 };
@@ -151,7 +127,7 @@ __device__ __forceinline__ void transpose_of_four(uint32_t (&words)[4]) {
     for (int i = 0; i < 4; ++i) {
       if (i & step) continue;
       const bool upper = t & step;
-      const uint32_t got = __shfl_xor_sync(~0u, upper ? words[i] : words[i ^ step], step);
+      const uint32_t got = shuffle_xor(upper ? words[i] : words[i ^ step], step);
       if (upper) {
         words[i] = got;
       } else {
@@ -162,8 +138,8 @@ __device__ __forceinline__ void transpose_of_four(uint32_t (&words)[4]) {
 }
 
 /// Writes out and lse of the two rows of a thread: `first` and `first + 8`.
-template <typename S, typename Fragment>
-__device__ __forceinline__ void write(const Params& p, const ItemCard& item, int first, Fragment& out, Softmax& softmax) {
+template <typename S>
+__device__ __forceinline__ void write(const Params& p, const ItemCard& item, int first, float (&out)[S::kOut], Softmax& softmax) {
   using T = typename S::T;
   const AttentionArgs& a = p.a;
   softmax.add_up();
@@ -172,22 +148,22 @@ __device__ __forceinline__ void write(const Params& p, const ItemCard& item, int
     const int row = first + 8 * r;
     const bool inside = row < a.queries;
     const bool nothing = softmax.sum[r] == 0.f;
-    float factor = nothing ? 0.f : __fdividef(1.f, softmax.sum[r]);
+    float factor = nothing ? 0.f : inverse(softmax.sum[r]);
     if (a.out_scale.data != nullptr && inside) {
       factor *= static_cast<const float*>(
           a.out_scale.data)[item.batch * a.out_scale.stride_b + item.head * a.out_scale.stride_h + row * a.out_scale.stride_q];
     }
 #pragma unroll
-    for (int i = 0; i < cute::size(out); ++i) {
-      if (i / 2 % 2 == r) out(i) *= factor;
+    for (int i = 0; i < S::kOut; ++i) {
+      if (i / 2 % 2 == r) out[i] *= factor;
     }
     if (a.out_add.data != nullptr && inside) {
       const int64_t at = item.batch * a.out_add.stride_b + row * a.out_add.stride_s + item.head * a.out_add.stride_h;
 #pragma unroll
-      for (int i = 0; i < cute::size(out); ++i) {
+      for (int i = 0; i < S::kOut; ++i) {
         const int column = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
         if (i / 2 % 2 != r || column >= a.dim) continue;
-        out(i) += a.out_add.wide ? static_cast<const float*>(a.out_add.data)[at + column]
+        out[i] += a.out_add.wide ? static_cast<const float*>(a.out_add.data)[at + column]
                                  : static_cast<float>(static_cast<const T*>(a.out_add.data)[at + column]);
       }
     }
@@ -197,17 +173,15 @@ __device__ __forceinline__ void write(const Params& p, const ItemCard& item, int
     }
     T* to = static_cast<T*>(a.out) + ((int64_t{item.batch} * a.queries + row) * a.heads + item.head) * a.dim;
     constexpr int kBlocks = S::kDim / 8;
-    cutlass::NumericArrayConverter<T, float, 2> convert;
 #pragma unroll
     for (int group = 0; group < kBlocks; group += 4) {
       uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (group + i >= kBlocks) continue;
+      for (int i = 0; i < 4 && group + i < kBlocks; ++i) {
         const int at = (group + i) * 4 + r * 2;
-        cutlass::Array<float, 2> pair;
-        pair[0] = out(at), pair[1] = out(at + 1);
-        words[i] = reinterpret_cast<const uint32_t&>(static_cast<const cutlass::Array<T, 2>&>(convert(pair)));
+        T pair[2];
+        round_all({out[at], out[at + 1]}, pair);
+        std::memcpy(&words[i], pair, sizeof pair);
       }
       transpose_of_four(words);
       const int column = (group + static_cast<int>(threadIdx.x) % 4) * 8;

@@ -12,9 +12,17 @@ namespace maskaccel::cuda {
 
 // A tiny device, so that small tests walk several rows per CTA.
 DeviceInfo device_info(int) {
-  const char* shared = std::getenv("MASKACCEL_EMULATE_SHARED");
-  return DeviceInfo{1, shared != nullptr ? std::atoi(shared) : 96 * 1024, 80};
+  const auto setting = [](const char* name, int otherwise) {
+    const char* text = std::getenv(name);
+    return text != nullptr ? std::atoi(text) : otherwise;
+  };
+  return DeviceInfo{setting("MASKACCEL_EMULATE_MULTIPROCESSORS", 1), setting("MASKACCEL_EMULATE_SHARED", 96 * 1024),
+                    setting("MASKACCEL_EMULATE_CAPABILITY", 80)};
 }
+
+/// Threads of a CTA of the last launch: which kernel ran.
+extern "C" int maskaccel_emulated_threads() { return static_cast<int>(emulation::machine().block_dim.x); }
+
 Stream current_stream(int) { return nullptr; }
 void check_launch(const char*) {}
 void set_shared_limit(const void*, int) {}
