@@ -94,7 +94,7 @@ class TileRow {
     s.keys_size = s.Sk * (s.D / O::kDepth);
     s.values_size = (s.Sk + O::kDepth - 1) / O::kDepth * whole_vectors(s.D);
     const int64_t queries = state_rows(s);
-    s.work_size = queries * (s.D / O::kDepth + whole_vectors(s.D) + kVectors) + scores_size(s) + s.tq * s.tk;
+    s.work_size = queries * (s.D / O::kDepth + whole_vectors(s.D) + kVectors) + scores_size(s);
   }
 
   TileRow(const AttentionForward& s, float* work, int64_t b, int64_t h, int64_t m)
@@ -115,7 +115,6 @@ class TileRow {
     reference_ = take(rows);
     in_tile_ = take(rows);
     scores_ = take(scores_size(s));
-    spare_ = take(s.tq * s.tk);
     plain_ = !s.terms.any() && s.scale > 0.0f;
     factor_ = static_cast<float>((plain_ ? s.scale : 1.0) * kLog2e);
     for (int64_t i = 0; i < rows; ++i) {
@@ -193,7 +192,7 @@ class TileRow {
     const int64_t words = s_.D / O::kDepth;
     product<O>(x.keys, whole_vectors(x.queries), words, keys_ + x.k0 * words, words, 1, packed_queries_ + i * words,
                x.ld, x.scores, x.ld);
-    if (!plain_) add_terms(s_.terms, x, s_.scale, spare_);
+    if (!plain_) add_terms(s_.terms, x, s_.scale);
     if (bits != nullptr) apply_pattern(x, bits + i * s_.elements.words + j / 32, s_.elements.words);
   }
 
@@ -265,7 +264,7 @@ class TileRow {
   int32_t* keep_ = nullptr;      // of this row
   bool plain_;                   // scores are inner products times a positive number
   float factor_;                 // from scores as formed to units of log2
-  float *packed_queries_, *sums_, *scores_, *spare_;
+  float *packed_queries_, *sums_, *scores_;
   float *largest_, *total_, *decay_, *reference_, *in_tile_;  // per query
 };
 

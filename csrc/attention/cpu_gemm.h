@@ -9,6 +9,7 @@ namespace MASKACCEL_ISA {
 // What a product is added to: zero, the result's own values, or those times a factor for each row.
 enum class Start { zero, own, scaled };
 
+// `factor` is null unless `start` is Start::scaled.
 template <class O, int ROWS, int VECTORS>
 MASKACCEL_INLINE void product_block(int64_t steps, const float* a, int64_t a_row, int64_t a_step, const float* b,
                                     int64_t ldb, float* c, int64_t ldc, Start start, const float* factor) {
@@ -39,7 +40,7 @@ MASKACCEL_INLINE void product_block(int64_t steps, const float* a, int64_t a_row
   };
   if (start == Start::zero) {
     put([](const float*, int, V s) MASKACCEL_HOT { return s; });
-  } else if (start == Start::own) {
+  } else if (factor == nullptr) {
     put([](const float* to, int, V s) MASKACCEL_HOT { return add(load(to, Full{}), s); });
   } else {
     put([&](const float* to, int i, V s) MASKACCEL_HOT { return fma(load(to, Full{}), set1(factor[i]), s); });
@@ -104,7 +105,8 @@ MASKACCEL_OUTLINE void product(int64_t m, int64_t n, int64_t steps, const float*
       const int64_t count = (steps - k + sums - part - 1) / (sums - part);
       const auto run = [&](auto width) MASKACCEL_HOT {
         product_columns<O, decltype(width)::k>(m, count, a + k * a_step, a_row, a_step, b + k * ldb, ldb, c, ldc,
-                                               part == 0 ? start : Start::own, factor);
+                                               part == 0 ? start : Start::own,
+                                               part == 0 && start == Start::scaled ? factor : nullptr);
       };
       switch (wide) {
 #if defined(__AVX512F__)

@@ -211,28 +211,34 @@ MASKACCEL_INLINE void transpose_square(V* r) {
 }
 #endif
 
-template <class O, class T>
-MASKACCEL_OUTLINE void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t columns, float* to,
-                                       int64_t ld) {
+// f(c, i, vector) with the words of pack_transposed: word c of rows i to i + W - 1, zeros past the last row, for all
+// words and i = 0, W, ... below `lanes`.
+template <class O, class T, class F>
+MASKACCEL_INLINE void each_transposed(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t lanes, F&& f) {
   const int64_t words = columns / O::kDepth;
-  for (int64_t i = 0; i < ld; i += W) {
+  for (int64_t i = 0; i < lanes; i += W) {
     const int64_t there = rows - i < W ? (rows > i ? rows - i : 0) : W;
-    const Tail wide{static_cast<int>(ld - i < W ? ld - i : W)};
     each_vector(words, [&](int64_t c, auto part) MASKACCEL_HOT {
       V square[W];
       for (int64_t j = 0; j < W; ++j)
         square[j] = j < there ? O::words(x + (i + j) * stride + c * O::kDepth, part) : set1(0.0f);
       transpose_square(square);
       const int64_t lines = words - c < W ? words - c : W;
-      for (int64_t j = 0; j < lines; ++j) {
-        if (wide.n == W) {
-          store(to + (c + j) * ld + i, square[j], Full{});
-        } else {
-          store(to + (c + j) * ld + i, square[j], wide);
-        }
-      }
+      for (int64_t j = 0; j < lines; ++j) f(c + j, i, square[j]);
     });
   }
+}
+
+template <class O, class T>
+MASKACCEL_OUTLINE void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t columns, float* to,
+                                       int64_t ld) {
+  each_transposed<O>(x, stride, rows, columns, ld, [&](int64_t c, int64_t i, V v) MASKACCEL_HOT {
+    if (ld - i >= W) {
+      store(to + c * ld + i, v, Full{});
+    } else {
+      store(to + c * ld + i, v, Tail{static_cast<int>(ld - i)});
+    }
+  });
 }
 
 }  // namespace MASKACCEL_ISA

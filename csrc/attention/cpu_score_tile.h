@@ -21,53 +21,75 @@ struct ScoreTile {
   int64_t ld = 0;           // a multiple of W
 };
 
+// scores = scale * scores + bias
 template <class T>
-MASKACCEL_OUTLINE void bias_tile(const ScoreTerms& t, const ScoreTile& x, float* to) {
+MASKACCEL_OUTLINE void add_bias(const ScoreTerms& t, const ScoreTile& x, float scale) {
   const T* const bias = static_cast<const T*>(t.bias) + x.b * t.bias_b + x.h * t.bias_h + x.q0 * t.bias_i +
                         x.k0 * t.bias_j;
-  if (t.bias_j == 1) return pack_transposed<Singles>(bias, t.bias_i, x.queries, x.keys, to, x.ld);
-  if (t.bias_i == 1) return pack_rows<Singles>(bias, t.bias_j, x.keys, x.queries, to, x.ld);
-  for (int64_t j = 0; j < x.keys; ++j)
-    for (int64_t i = 0; i < x.queries; ++i) to[j * x.ld + i] = to_float(bias[i * t.bias_i + j * t.bias_j]);
+  const V by = set1(scale);
+  const auto put = [&](int64_t j, int64_t i, V v) MASKACCEL_HOT {
+    float* const p = x.scores + j * x.ld + i;
+    store(p, fma(load(p, Full{}), by, v), Full{});
+  };
+  const int64_t lanes = whole_vectors(x.queries);
+  if (t.bias_i != 0 && t.bias_j == 1) {
+    each_transposed<Singles>(bias, t.bias_i, x.queries, x.keys, lanes, put);
+    return;
+  }
+  for (int64_t j = 0; j < x.keys; ++j) {
+    const T* const of_key = bias + j * t.bias_j;
+    if (t.bias_i == 0) {
+      const V same = set1(to_float(*of_key));
+      for (int64_t i = 0; i < lanes; i += W) put(j, i, same);
+    } else if (t.bias_i == 1) {
+      each_vector(x.queries, [&](int64_t i, auto part) MASKACCEL_HOT { put(j, i, load(of_key + i, part)); });
+    } else {
+      for (int64_t i = 0; i < x.queries; ++i) {
+        float& score = x.scores[j * x.ld + i];
+        score = score * scale + to_float(of_key[i * t.bias_i]);
+      }
+    }
+  }
 }
 
-// Bias and relative positions of the tile, summed. `to` has the layout of the scores.
-MASKACCEL_OUTLINE void score_terms(const ScoreTerms& t, const ScoreTile& x, float* to) {
-  switch (t.bias_dtype) {
-    case Dtype::bf16:
-      bias_tile<bf16>(t, x, to);
-      break;
-    case Dtype::f16:
-      bias_tile<f16>(t, x, to);
-      break;
-    default:
-      if (t.bias != nullptr) bias_tile<float>(t, x, to);
-  }
-  if (t.table == nullptr) return;
+// scores = scale * scores + relative position
+MASKACCEL_OUTLINE void add_relpos(const ScoreTerms& t, const ScoreTile& x, float scale) {
   const float* const table = t.table + x.h * t.table_h;
   const int32_t* const of_query = t.relpos_q + x.b * t.relpos_q_b + x.q0;
   const int32_t* const of_key = t.relpos_k + x.b * t.relpos_k_b + x.k0;
-  for (int64_t j = 0; j < x.keys; ++j, to += x.ld) {
-    const float* const shifted = table - of_key[j];
-    if (t.bias == nullptr) {
-      for (int64_t i = 0; i < x.queries; ++i) to[i] = shifted[of_query[i]];
-    } else {
-      for (int64_t i = 0; i < x.queries; ++i) to[i] += shifted[of_query[i]];
+  const V by = set1(scale);
+  const auto lanes = [&](int64_t i, int64_t count) MASKACCEL_HOT {
+    float of_lane[W] = {};  // filled one by one: a gather is slower
+    for (int64_t j = 0; j < x.keys; ++j) {
+      float* const p = x.scores + j * x.ld + i;
+      for (int64_t lane = 0; lane < count; ++lane) of_lane[lane] = table[of_query[i + lane] - of_key[j]];
+      store(p, fma(load(p, Full{}), by, load(of_lane, Full{})), Full{});
     }
-  }
+  };
+  int64_t i = 0;
+  for (; i + W <= x.queries; i += W) lanes(i, W);
+  if (i < x.queries) lanes(i, x.queries - i);
 }
 
-// scores = scale * scores + terms; `spare` is room for one tile.
-MASKACCEL_OUTLINE void add_terms(const ScoreTerms& t, const ScoreTile& x, float scale, float* spare) {
-  const V by = set1(scale);
-  const bool terms = t.any();
-  if (terms) score_terms(t, x, spare);
-  const int64_t lanes = whole_vectors(x.queries);
-  for (int64_t j = 0; j < x.keys; ++j)
-    for (int64_t i = j * x.ld; i < j * x.ld + lanes; i += W) {
-      const V s = load(x.scores + i, Full{});
-      store(x.scores + i, terms ? fma(s, by, load(spare + i, Full{})) : mul(s, by), Full{});
+// scores = scale * scores + bias + relative position
+MASKACCEL_OUTLINE void add_terms(const ScoreTerms& t, const ScoreTile& x, float scale) {
+  if (t.bias != nullptr) {
+    switch (t.bias_dtype) {
+      case Dtype::bf16:
+        add_bias<bf16>(t, x, scale);
+        break;
+      case Dtype::f16:
+        add_bias<f16>(t, x, scale);
+        break;
+      default:
+        add_bias<float>(t, x, scale);
     }
+    scale = 1.0f;
+  }
+  if (t.table != nullptr) return add_relpos(t, x, scale);
+  if (scale == 1.0f) return;
+  for (int64_t j = 0; j < x.keys; ++j)
+    for (int64_t i = 0; i < x.queries; ++i) x.scores[j * x.ld + i] *= scale;
 }
 
 // Bit j of each of W words chooses between a score and -inf.
