@@ -432,6 +432,40 @@ class TileMask:
         turned = pack_words(unpack_words(self.patterns, self.block[1]).mT)
         return TileMask(bits, block, shape, self.pattern_of.mT.contiguous(), turned)
 
+    def part(
+        self,
+        queries: tuple[int, int] | None = None,
+        keys: tuple[int, int] | None = None,
+        heads: tuple[int, int] | None = None,
+    ) -> TileMask:
+        """The mask of some of the tokens or heads: what a rank of ring (queries, keys) or Ulysses (heads) attention needs.
+
+        Args:
+            queries: `(start, end)` in tokens, on borders of tiles; the end may be that of the sequence.
+            keys: The same of the keys.
+            heads: `(start, end)`; a mask of all heads stays one.
+        """
+        tiles, sizes = [], []
+        for name, span, tokens, block in (
+            ("queries", queries, self.shape[0], self.block[0]),
+            ("keys", keys, self.shape[1], self.block[1]),
+        ):
+            start, end = (0, tokens) if span is None else span
+            if not 0 <= start < end <= tokens or start % block or (end % block and end != tokens):
+                raise ValueError(f"{name}={span} must lie in (0, {tokens}), on borders of tiles of {block}")
+            tiles.append(slice(start // block, math.ceil(end / block)))
+            sizes.append(end - start)
+        one = heads is None or self.heads == 1
+        if heads is not None and not one and not 0 <= heads[0] < heads[1] <= self.heads:
+            raise ValueError(f"heads={heads} must lie in (0, {self.heads})")
+        head = slice(None) if one or heads is None else slice(*heads)
+        bits = pack_words(self.tiles()[:, head, tiles[0], tiles[1]])
+        pattern_of = self.pattern_of
+        if pattern_of is not None:
+            mine = head if pattern_of.shape[1] > 1 else slice(None)
+            pattern_of = pattern_of[:, mine, tiles[0], tiles[1]].contiguous()
+        return TileMask(bits, self.block, sizes, pattern_of, self.patterns)
+
     def dilate(self, rows: int = 1, columns: int = 1) -> TileMask:
         """Tiles within so many rows and columns of a kept one are kept too, in full; partial tiles become full."""
         if rows < 0 or columns < 0:
