@@ -438,7 +438,7 @@ class TileMask:
         keys: tuple[int, int] | None = None,
         heads: tuple[int, int] | None = None,
     ) -> TileMask:
-        """The mask of some of the tokens or heads: what a rank of ring (queries, keys) or Ulysses (heads) attention needs.
+        """The mask of some tokens or heads: what a rank of ring (queries, keys) or Ulysses (heads) attention needs.
 
         Args:
             queries: `(start, end)` in tokens, on borders of tiles; the end may be that of the sequence.
@@ -487,52 +487,13 @@ class TileMask:
     # ------------------------------------------------------------------------------------------------ FlexAttention
     def to_block_mask(self) -> Any:
         """The mask as FlexAttention's `BlockMask`, element for element."""
-        from torch.nn.attention.flex_attention import BlockMask
+        from .flex import to_block_mask
 
-        bm, bn = self.block
-        tiles = self.tiles()
-        partial = torch.zeros_like(tiles) if self.pattern_of is None else tiles & (self.pattern_of >= 0)
-        parts: list[Any] = []
-        for kept in (partial, tiles & ~partial):
-            parts += [kept.sum(-1).to(torch.int32), (~kept).long().sort(dim=-1, stable=True).indices.to(torch.int32)]
-        mask_mod = None
-        if self.pattern_of is not None and self.patterns is not None:
-            pattern_of, patterns, single_b, single_h = self.pattern_of, self.patterns, 1, 1
-            single_b, single_h = (int(n == 1) for n in pattern_of.shape[:2])
-
-            def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                which = pattern_of[b * (1 - single_b), h * (1 - single_h), i // bm, j // bn]
-                word = patterns[which.clamp(min=0), i % bm, j % bn // 32]
-                return (which < 0) | (((word >> (j % 32)) & 1) != 0)
-
-        return BlockMask.from_kv_blocks(  # type: ignore[misc]
-            *parts, BLOCK_SIZE=(bm, bn), mask_mod=mask_mod, seq_lengths=self.shape
-        )
+        return to_block_mask(self)
 
     @classmethod
     def from_block_mask(cls, block_mask: Any) -> TileMask:
         """The mask of a FlexAttention `BlockMask`: its full blocks, and its `mask_mod` in the partial ones."""
-        block = check_block(block_mask.BLOCK_SIZE)
-        sq, sk = block_mask.seq_lengths
-        device = block_mask.kv_num_blocks.device
-        columns = math.ceil(sk / block[1])
+        from .flex import from_block_mask
 
-        def tiles(counts: Tensor, index: Tensor) -> Tensor:
-            used = torch.arange(index.shape[-1], device=device) < counts[..., None]
-            kept = torch.zeros((*index.shape[:-1], columns + 1), dtype=torch.bool, device=device)
-            return kept.scatter_(-1, torch.where(used, index.long(), columns), True)[..., :columns]
-
-        partial = tiles(block_mask.kv_num_blocks, block_mask.kv_indices)
-        full = torch.zeros_like(partial)
-        if block_mask.full_kv_num_blocks is not None:
-            full = tiles(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-        keep = kept_elements(full, None, None, *block, sq, sk)
-        some = kept_elements(partial, None, None, *block, sq, sk)
-        if bool(partial.any()):
-            batch, heads = partial.shape[:2]
-            index = [torch.arange(n, device=device) for n in (batch, heads, sq, sk)]
-            elements = block_mask.mask_mod(
-                index[0][:, None, None, None], index[1][:, None, None], index[2][:, None], index[3]
-            )
-            some = some & elements
-        return cls.from_bool(keep | some, block)
+        return from_block_mask(block_mask)
