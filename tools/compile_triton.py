@@ -100,6 +100,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of everything to compile; names start with the dtype."""
     for dtype in (torch.bfloat16, torch.float32):
         yield from cases_of(dtype)
+        yield from small_attention_cases(dtype)
 
 
 def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -238,6 +239,42 @@ def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{prefix} kmeans {name}", lambda m=metric: steps["kmeans"](x, None, 16, 1, m)
     per_channel = empty(4, WIDTH, dtype=torch.float32)
     yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
+
+
+def small_attention_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Tile lists, merged and linear attention."""
+    from maskaccel.ops.attention.triton_small import KERNELS
+
+    prefix = "bf16" if dtype == torch.bfloat16 else "fp32"
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if dtype == torch.bfloat16:  # integers alone
+        bits, patterns = empty(1, HEADS, 80, 3, dtype=torch.int32), empty(1, 1, 80, 80, dtype=torch.int32)
+        for transpose in (False, True):
+            for given in (None, patterns):
+                name = f"{'columns' if transpose else 'rows'}{'' if given is None else ' patterns'}"
+                yield f"{prefix} lists {name}", lambda t=transpose, p=given: KERNELS["tile_lists"](bits, p, 80, t)
+    for width in (64, 72, 128, 256):
+        q, k = empty(BATCH, 1024, 8, width), empty(BATCH, 1024, 2, width)
+        lse = empty(BATCH, 8, 1024, dtype=torch.float32)
+        if width < 128:
+            yield f"{prefix} merge {width}", lambda q=q, lse=lse: KERNELS["merge_attention"](q, lse, q, lse)
+            yield (
+                f"{prefix} merge backward {width}",
+                lambda q=q, lse=lse: KERNELS["merge_attention_backward"](q, lse, q, lse, q, lse),
+            )
+        for feature_map in (0, 1) if width == 64 else (0,):
+            name = f"{'elu1' if feature_map else 'relu'} {width}"
+            yield (
+                f"{prefix} linear {name}",
+                lambda q=q, k=k, f=feature_map: KERNELS["linear_attention"](q, k, k, f, 0, 1e-6),
+            )
+            yield (
+                f"{prefix} linear backward {name}",
+                lambda q=q, k=k, f=feature_map: KERNELS["linear_attention_backward"](q, q, k, k, f, 0, 1e-6),
+            )
 
 
 def compile_part(job: tuple[int, int, int, str]) -> tuple[list[Compiled], list[str], int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import _triton as host
-from . import triton_launch
+from . import triton_launch, triton_small
 
-KERNELS: dict[str, Callable] = {**triton_launch.KERNELS}
+KERNELS: dict[str, Callable] = {**triton_launch.KERNELS, **triton_small.KERNELS}
 
 
 def available() -> str | None:
