@@ -42,7 +42,7 @@ MASKACCEL_INLINE void product_block(int64_t steps, const float* a, int64_t a_row
     put([](const float*, int, V s) MASKACCEL_HOT { return s; });
   } else if (factor == nullptr) {
     put([](const float* to, int, V s) MASKACCEL_HOT { return add(load(to, Full{}), s); });
-  } else {
+  } else if (factor != nullptr) {
     put([&](const float* to, int i, V s) MASKACCEL_HOT { return fma(load(to, Full{}), set1(factor[i]), s); });
   }
 }
@@ -133,26 +133,31 @@ MASKACCEL_OUTLINE void product(int64_t m, int64_t n, int64_t steps, const float*
   }
 }
 
-// 2^x: within 1.6e-7 of the exact value, and exactly 1 at 0. Below the normal numbers it is 0 or, on AVX-512,
-// subnormal; 0 at -inf; NaN stays.
-MASKACCEL_INLINE V vexp2(V x) {
-#if defined(__AVX512F__)
-  const V fraction = _mm512_reduce_ps(x, 0);  // 0 for -inf
-  const V whole = sub(x, fraction);
-#else
-  const V whole = vround(vmax(set1(-126.0f), x));
-  const V fraction = sub(x, whole);
-#endif
-  V p = set1(0x1.5bba14p-10f);
-  p = fma(p, fraction, set1(0x1.3cea88p-7f));
-  p = fma(p, fraction, set1(0x1.c6b752p-5f));
-  p = fma(p, fraction, set1(0x1.ebf9bcp-3f));
-  p = fma(p, fraction, set1(0x1.62e42ap-1f));
+// 2^(whole + fraction) for whole numbers and fractions of about a half at most: within 7e-8 of the exact value, and
+// exactly 1 at 0. Below the normal numbers it is 0 or, on AVX-512, subnormal; NaN stays.
+MASKACCEL_INLINE V vexp2_of(V whole, V fraction) {
+  V p = set1(0x1.41801cp-13f);
+  p = fma(p, fraction, set1(0x1.5f0950p-10f));
+  p = fma(p, fraction, set1(0x1.3b2dcep-7f));
+  p = fma(p, fraction, set1(0x1.c6af7ap-5f));
+  p = fma(p, fraction, set1(0x1.ebfbdcp-3f));
+  p = fma(p, fraction, set1(0x1.62e430p-1f));
   p = fma(p, fraction, set1(1.0f));
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, whole);
 #else
-  return less(x, set1(-126.0f), set1(0.0f), mul(p, pow2_normal(whole)));
+  return mul(p, pow2_normal(vmax(set1(-127.0f), whole)));  // the factor for -127 is 0
+#endif
+}
+
+// 2^x, as above; 0 at -inf.
+MASKACCEL_INLINE V vexp2(V x) {
+#if defined(__AVX512F__)
+  const V fraction = _mm512_reduce_ps(x, 0);  // 0 for -inf
+  return vexp2_of(sub(x, fraction), fraction);
+#else
+  const V near = vmax(set1(-127.0f), x), whole = vround(near);
+  return vexp2_of(whole, sub(near, whole));
 #endif
 }
 

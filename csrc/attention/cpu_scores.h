@@ -7,8 +7,6 @@
 namespace maskaccel {
 namespace MASKACCEL_ISA {
 
-constexpr float kLog2e = 1.44269504088896340736f;
-
 // Bits of W elements of a pattern's row, from element `at` on, a multiple of W.
 MASKACCEL_INLINE uint32_t bits_at(const int32_t* row, int64_t at) {
   return (static_cast<uint32_t>(row[at / 32]) >> (at % 32)) & ((1u << W) - 1);
@@ -35,32 +33,31 @@ MASKACCEL_INLINE V choose(uint32_t bits, V yes, V no) {
 }
 
 template <class T>
-MASKACCEL_INLINE void bias_row(const T* bias, int64_t step, int64_t n, float factor, float* to) {
+MASKACCEL_INLINE void bias_row(const T* bias, int64_t step, int64_t n, float* to) {
   if (step == 1) {
-    const V f = set1(factor);
     int64_t j = 0;
-    for (; j + W <= n; j += W) store(to + j, mul(load(bias + j, Full{}), f), Full{});
-    if (j < n) store(to + j, mul(load(bias + j, Tail{static_cast<int>(n - j)}), f), Full{});
+    for (; j + W <= n; j += W) store(to + j, load(bias + j, Full{}), Full{});
+    if (j < n) store(to + j, load(bias + j, Tail{static_cast<int>(n - j)}), Full{});
   } else {
-    for (int64_t j = 0; j < n; ++j) to[j] = to_float(bias[j * step]) * factor;
+    for (int64_t j = 0; j < n; ++j) to[j] = to_float(bias[j * step]);
   }
 }
 
-// factor * (bias + relpos) of query i and keys j to j + n - 1, then zeros up to a whole vector.
+// Bias and relative position of query i and keys j to j + n - 1, then zeros up to a whole vector.
 MASKACCEL_OUTLINE void added_scores(const ScoreTerms& t, int64_t b, int64_t h, int64_t i, int64_t j, int64_t n,
-                                    float factor, float* to) {
+                                    float* to) {
   for (int64_t l = n / W * W; l < (n + W - 1) / W * W; ++l) to[l] = 0.0f;
   if (t.bias != nullptr) {
     const int64_t at = b * t.bias_b + h * t.bias_h + i * t.bias_i + j * t.bias_j;
     switch (t.bias_dtype) {
       case Dtype::bf16:
-        bias_row(static_cast<const bf16*>(t.bias) + at, t.bias_j, n, factor, to);
+        bias_row(static_cast<const bf16*>(t.bias) + at, t.bias_j, n, to);
         break;
       case Dtype::f16:
-        bias_row(static_cast<const f16*>(t.bias) + at, t.bias_j, n, factor, to);
+        bias_row(static_cast<const f16*>(t.bias) + at, t.bias_j, n, to);
         break;
       default:
-        bias_row(static_cast<const float*>(t.bias) + at, t.bias_j, n, factor, to);
+        bias_row(static_cast<const float*>(t.bias) + at, t.bias_j, n, to);
     }
   } else {
     for (int64_t l = 0; l < n; ++l) to[l] = 0.0f;
@@ -68,7 +65,7 @@ MASKACCEL_OUTLINE void added_scores(const ScoreTerms& t, int64_t b, int64_t h, i
   if (t.table == nullptr) return;
   const float* const table = t.table + h * t.table_h + t.relpos_q[b * t.relpos_q_b + i];
   const int32_t* const keys = t.relpos_k + b * t.relpos_k_b + j;
-  for (int64_t l = 0; l < n; ++l) to[l] += factor * table[-static_cast<int64_t>(keys[l])];
+  for (int64_t l = 0; l < n; ++l) to[l] += table[-static_cast<int64_t>(keys[l])];
 }
 
 }  // namespace MASKACCEL_ISA
