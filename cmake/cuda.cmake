@@ -46,7 +46,8 @@ target_sources(maskaccel PRIVATE
   csrc/adaln/cuda_norm.cu csrc/adaln/cuda_norm_backward.cu csrc/adaln/cuda_qk.cu csrc/adaln/cuda_activation.cu
   csrc/steps/cuda_steps.cu csrc/steps/cuda_gram.cu csrc/steps/cuda_sites.cu
   csrc/steps/cuda_normed.cu csrc/steps/cuda_scatter.cu csrc/steps/cuda_kmeans.cu
-  csrc/attention/cuda.cu csrc/attention/cuda_sm80.cu csrc/attention/cuda_sm80_backward.cu)
+  csrc/attention/cuda.cu csrc/attention/cuda_sm80.cu csrc/attention/cuda_sm80_backward.cu csrc/attention/cuda_sm80_sums.cu
+  csrc/attention/cuda_lists.cu csrc/attention/cuda_merge.cu)
 target_include_directories(maskaccel SYSTEM PRIVATE "${cutlass_include}")
 
 # wgmma exists on sm_90a alone, so these sources are compiled for nothing else.

@@ -33,16 +33,64 @@ def emulated():
     return torch.ops.maskaccel_emulated
 
 
+SMALL = ("merge_attention", "merge_attention_backward", "tile_lists")
+
+
 @pytest.mark.parametrize("seed", range(SEEDS))
-@pytest.mark.parametrize("op", ["tile_attention", "tile_attention_backward"])
+@pytest.mark.parametrize("op", ["tile_attention", "tile_attention_backward", "attention_column_sums", *SMALL])
 def test_matches_reference(emulated, op, seed):
     """Random calls over the whole contract: masks, layouts, grouped heads, bias, epilogue, keep bits, pruning."""
-    args = draw(op, seed, DTYPES[seed % 2])
+    args = draw(op, seed, torch.float32 if op in SMALL and seed % 3 == 0 else DTYPES[seed % 2])
     if op == "tile_attention" and cuda_refusal(args[0], args[-5], args[-1]) is not None:
         pytest.skip("the kernel refuses this call")
     got = run(op, getattr(emulated, op), args)
     results = wanted(got, run_plain(op, args), run_plain(op, widened(args)))
     assert_all_close_to_truth(*results, f"{op} seed {seed} ({describe(args)})")
+
+
+def test_empty_small_ops(emulated):
+    """No rows, no tiles, no samples."""
+    for shape in ((0, 3, 2, 8), (1, 0, 2, 8), (1, 3, 2, 0)):
+        out, lse = torch.zeros(shape), torch.zeros(shape[0], shape[2], shape[1])
+        merged = emulated.merge_attention(out, lse, out, lse)
+        assert torch.equal(merged[0], out) and torch.allclose(merged[1], lse + 0.6931472)
+        assert [t.shape for t in emulated.merge_attention_backward(out, lse, out, lse, out, lse)] == [
+            out.shape, lse.shape, out.shape, lse.shape,
+        ]  # fmt: skip
+    for batch, rows, tiles in ((0, 3, 40), (1, 0, 40), (1, 3, 0)):
+        bits = torch.zeros(batch, 2, rows, -(-tiles // 32), dtype=torch.int32)
+        for transpose in (False, True):
+            got = emulated.tile_lists(bits, None, tiles, transpose)
+            assert all(map(torch.equal, got, reference.tile_lists(bits, None, tiles, transpose)))
+
+
+def test_order_of_many_lines(emulated):
+    """More lines than a CTA has threads, equal and unequal ones."""
+    bits = torch.randint(0, 2**5, (2, 3, 70, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    for transpose in (False, True):
+        got = emulated.tile_lists(bits, None, 30, transpose)
+        assert all(map(torch.equal, got, reference.tile_lists(bits, None, 30, transpose)))
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (r"tile_lists: bits must be contiguous int32 \(B, H, M, 2\), got \(1, 1, 2, 1\)",
+         lambda ops: ops.tile_lists(torch.zeros(1, 1, 2, 1, dtype=torch.int32), None, 40, False)),
+        (r"tile_lists: pattern_of must be contiguous int32 \(1\|1, 1\|1, 2, 30\), got \(1, 1, 2, 1\)",
+         lambda ops: ops.tile_lists(*[torch.zeros(1, 1, 2, 1, dtype=torch.int32)] * 2, 30, False)),
+        (r"merge_attention: lse2 must be contiguous float32 \(1, 3, 2\), got \(1, 2, 3\)",
+         lambda ops: ops.merge_attention(torch.zeros(1, 2, 3, 8), torch.zeros(1, 3, 2), torch.zeros(1, 2, 3, 8),
+                                         torch.zeros(1, 2, 3))),
+        (r"merge_attention: out2 must be \(1, 2, 3, 8\) of the dtype of out1",
+         lambda ops: ops.merge_attention(torch.zeros(1, 2, 3, 8), torch.zeros(1, 3, 2), torch.zeros(1, 2, 3, 9),
+                                         torch.zeros(1, 3, 2))),
+    ],
+)  # fmt: skip
+def test_bad_input_of_small_ops(emulated, message, call):
+    """Named with what is allowed."""
+    with pytest.raises(RuntimeError, match=message):
+        call(emulated)
 
 
 def _values(gen: torch.Generator, dtype: torch.dtype, *shape: int, loud: float = 0.0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-// Binding of tile_attention and its backward to CUDA.
+// Binding of tile_attention, its backward and attention_column_sums to CUDA.
 #include "cuda_read.h"
 
 namespace maskaccel::cuda {
@@ -7,37 +7,6 @@ namespace {
 Result integers(const Call& call, std::initializer_list<int64_t> sizes) {
   return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i32, int64_t{sizeof(int)});
 }
-
-/// Index, count and order of the rows of tiles, of the columns, pattern_of, patterns, bias and relative positions.
-struct MaskInputs {
-  Arg index, count, order, index_t, count_t, order_t, pattern_of, patterns, bias, table, relpos_q, relpos_k;
-
-  explicit MaskInputs(Inputs& in)
-      : index(in.optional("index")),
-        count(in.optional("count")),
-        order(in.optional("order")),
-        index_t(in.optional("index_t")),
-        count_t(in.optional("count_t")),
-        order_t(in.optional("order_t")),
-        pattern_of(in.optional("pattern_of")),
-        patterns(in.optional("patterns")),
-        bias(in.optional("bias")),
-        table(in.optional("relpos_table")),
-        relpos_q(in.optional("relpos_q")),
-        relpos_k(in.optional("relpos_k")) {}
-
-  void read(AttentionReader& r, int64_t bm, int64_t bn, bool transposed) const {
-    r.tiles(bm, bn);
-    r.a.lists = r.lists(index, count, order, r.a.tile_rows);
-    if (transposed) {
-      r.call.check(!index || bool(index_t), "index_t, count_t and order_t are needed for the gradients of k and v");
-      r.a.lists_t = r.lists(index_t, count_t, order_t, r.a.tile_columns);
-      r.call.check(!index_t || bool(index), "index_t without index");
-    }
-    r.elements(pattern_of, patterns);
-    r.scores(bias, table, relpos_q, relpos_k);
-  }
-};
 
 void launch_forward(const Call& call, const AttentionArgs& a) {
 #ifdef MASKACCEL_SM90A
@@ -49,7 +18,8 @@ void launch_forward(const Call& call, const AttentionArgs& a) {
 void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const Arg q = in.tensor("q"), k = in.tensor("k"), v = in.tensor("v");
-  const MaskInputs mask(in);
+  const ListInputs lists(in, false), unread(in, true);
+  const ScoreInputs scores(in);
   const Arg reference = in.optional("reference_lse"), out_scale = in.optional("out_scale"), out_add = in.optional("out_add");
   const int64_t bm = in.integer(), bn = in.integer();
   const double scale = in.number(), threshold = in.number();
@@ -58,7 +28,9 @@ void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
   const Call call("tile_attention", q);
   AttentionReader r(call);
   r.qkv(q, k, v);
-  mask.read(r, bm, bn, false);
+  r.tiles(bm, bn);
+  r.a.lists = r.lists(lists, r.a.tile_rows);
+  scores.read(r);
   r.epilogue(out_scale, out_add);
   AttentionArgs& a = r.a;
   call.check(flags >= 0 && flags <= (kKeep | kPrune), "flags are ", flags, "; allowed are 0 to ", kKeep | kPrune);
@@ -88,7 +60,8 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const Arg dout = in.tensor("dout"), dlse = in.optional("dlse");
   const Arg q = in.tensor("q"), k = in.tensor("k"), v = in.tensor("v"), out = in.tensor("out"), lse = in.tensor("lse");
-  const MaskInputs mask(in);
+  const ListInputs lists(in, false), lists_t(in, true);
+  const ScoreInputs scores(in);
   const int64_t bm = in.integer(), bn = in.integer();
   const double scale = in.number();
   const int64_t needs = in.integer();
@@ -97,7 +70,12 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   call.check(needs >= 0 && needs < 16, "needs are ", needs, "; allowed are 0 to 15");
   AttentionReader r(call);
   r.qkv(q, k, v);
-  mask.read(r, bm, bn, needs & (kNeedK | kNeedV));
+  r.tiles(bm, bn);
+  r.a.lists = r.lists(lists, r.a.tile_rows);
+  r.a.lists_t = r.lists(lists_t, r.a.tile_columns);
+  call.check(bool(lists.index) == bool(lists_t.index) || !(needs & (kNeedK | kNeedV)),
+             "index and index_t must be given together or not at all for the gradients of k and v");
+  scores.read(r);
   AttentionArgs& a = r.a;
   a.scale = static_cast<float>(scale);
   a.dout = r.rows(dout, a.queries, a.heads);
@@ -131,12 +109,39 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   stack[3] = ds.release();
 }
 
+void attention_column_sums(StableIValue* stack, uint64_t, uint64_t) {
+  Inputs in(stack);
+  const Arg q = in.tensor("q"), k = in.tensor("k"), lse = in.tensor("lse");
+  const ListInputs lists_t(in, true);
+  const ScoreInputs scores(in);
+  const int64_t bm = in.integer(), bn = in.integer();
+  const double scale = in.number();
+
+  const Call call("attention_column_sums", q);
+  AttentionReader r(call);
+  r.qkv(q, k, k);
+  r.tiles(bm, bn);
+  AttentionArgs& a = r.a;
+  a.lists_t = r.lists(lists_t, a.tile_columns);
+  scores.read(r);
+  a.scale = static_cast<float>(scale);
+  a.lse = const_cast<float*>(r.statistics(lse));
+  Result sums(call, {a.batch, a.heads, a.keys}, Dtype::f32);
+  if (int64_t{a.batch} * a.heads * a.queries == 0) {
+    sums.clear(call);
+  } else if (a.keys > 0) {
+    launch_sm80_sums(a, sums.floats(), call.stream());
+  }
+  stack[0] = sums.release();
+}
+
 void register_ops(Library& m) {
   m.impl("tile_attention", &tile_attention);
   m.impl("tile_attention_backward", &tile_attention_backward);
+  m.impl("attention_column_sums", &attention_column_sums);
 }
 
-// Not in the namespace `maskaccel`: its op takes fp32 too, so Python chooses (ops/attention/serves.py).
+// Not in the namespace `maskaccel`: its ops take fp32 too, so Python chooses (ops/attention/serves.py).
 MASKACCEL_CUDA_RAW_LIBRARY(register_ops)
 
 }  // namespace

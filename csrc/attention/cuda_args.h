@@ -81,6 +81,9 @@ void launch_sm80(const AttentionArgs& a, Stream stream);
 int64_t backward_workspace(const AttentionArgs& a);
 void launch_sm80_backward(const AttentionArgs& a, float* workspace, Stream stream);
 
+/// Of each key the attention it receives: fp32 (B, H, Sk).
+void launch_sm80_sums(const AttentionArgs& a, float* sums, Stream stream);
+
 #ifdef MASKACCEL_SM90A
 /// The path of sm_90a: wgmma and TMA. Where it does not serve a call, the path above does.
 bool sm90_serves(const AttentionArgs& a);

@@ -21,16 +21,15 @@ struct GradientParams {
   RowTerms terms;
 };
 
-/// kWidth and kValues as for the forward. What few calls ask for costs no registers here, so every plan serves it.
-template <typename T_, int kWidth_, int kValues_, bool kKeyRows_>
-struct BackwardPlan {
-  using T = T_;
-  static constexpr int kWidth = kWidth_;
+/// What few calls ask for costs no registers here, so every plan serves it.
+template <typename I, bool kKeyRows_>
+struct BackwardPlan : I {
+  using I::kWidth;
   static constexpr bool kKeyRows = kKeyRows_, kGeneral = true;
   static constexpr int kThreads = 4 * kWarp, kRows = 64;
   // Two gradients of wide heads do not fit the registers: two CTAs form half of their columns each.
-  static constexpr int kSplit = kKeyRows && kWidth > 128 ? 2 : 1, kValues = kValues_ / kSplit;
-  static constexpr int kPiece = kWidth <= 96 ? 64 : kWidth <= 128 ? 32 : 16;
+  static constexpr int kSplit = kKeyRows && kWidth > 160 ? 2 : 1, kValues = I::kValues / kSplit;
+  static constexpr int kPiece = kWidth <= 96 ? 64 : kWidth <= 160 ? 32 : 16;
   static constexpr int kTile = kPiece * kStep<kWidth>;
   static constexpr int kShared = (2 * kRows * kStep<kWidth> + 4 * kTile) * 2;
 };

@@ -10,12 +10,11 @@
 
 namespace maskaccel::cuda {
 
-/// kWidth: head dim of the tiles, a multiple of 16. kValues: of the result; 72 needs no padding there. kGeneral: with what few calls
-/// ask for, added scores, skip tests and rows that lie on no 16 bytes; it takes the registers of half the rows of a warp.
-template <typename T_, int kWidth_, int kValues_, bool kGeneral_>
-struct ForwardPlan {
-  using T = T_;
-  static constexpr int kWidth = kWidth_, kValues = kValues_;
+/// kGeneral: with what few calls ask for, added scores, skip tests and rows that lie on no 16 bytes; it takes the registers of
+/// half the rows of a warp.
+template <typename I, bool kGeneral_>
+struct ForwardPlan : I {
+  using I::kWidth;
   static constexpr bool kGeneral = kGeneral_;
   static constexpr int kBlocks = kGeneral || kWidth > 128 ? 1 : 2;  // of 16 rows a warp: every key fragment serves them all
   static constexpr int kWarps = kGeneral && kWidth <= 128 ? 8 : 4, kThreads = kWarps * kWarp;

@@ -6,7 +6,16 @@
 
 namespace maskaccel::cuda {
 
-constexpr int64_t kMostIndex = (int64_t{1} << 31) - 1;
+constexpr int64_t kMostIndex = (int64_t{1} << 30) - 1;  // of tokens, so that the end of a tile is an int too
+
+/// Index, count and order of lists of tiles, as the schema has them.
+struct ListInputs {
+  Arg index, count, order;
+  ListInputs(Inputs& in, bool transposed)
+      : index(in.optional(transposed ? "index_t" : "index")),
+        count(in.optional(transposed ? "count_t" : "count")),
+        order(in.optional(transposed ? "order_t" : "order")) {}
+};
 
 struct AttentionReader {
   const Call& call;
@@ -50,11 +59,13 @@ struct AttentionReader {
     call.check(bm >= 16 && bm % 16 == 0 && bm <= kMostIndex, "bm is ", bm, "; allowed are multiples of 16");
     call.check(bn >= 32 && bn % 32 == 0 && bn <= kMostIndex, "bn is ", bn, "; allowed are multiples of 32");
     a.bm = static_cast<int>(bm), a.bn = static_cast<int>(bn);
+    call.check(int64_t{a.batch} * a.heads * (a.queries / 16 + a.keys / 16 + 2) < int64_t{1} << 31, "q and k have too many tiles");
     a.tile_rows = static_cast<int>(ceil_div(a.queries, bm)), a.tile_columns = static_cast<int>(ceil_div(a.keys, bn));
   }
 
   /// After `tiles`. The lists over `lines` lines of tiles.
-  TileLists lists(const Arg& index, const Arg& count, const Arg& order, int64_t lines) {
+  TileLists lists(const ListInputs& in, int64_t lines) const {
+    const Arg &index = in.index, &count = in.count, &order = in.order;
     call.check(bool(index) == bool(count) && bool(index) == bool(order), index.name, ", ", count.name, " and ", order.name,
                " must be given together or not at all");
     if (!index) return {};
@@ -148,6 +159,22 @@ struct AttentionReader {
       strides[i] = t.size(i) == 1 ? 0 : t.stride(i);
     }
     return Broadcast{t.data, strides[0], strides[1], strides[2], strides[3], dtype_of_arg(t) == Dtype::f32};
+  }
+};
+
+/// What decides and changes single scores: patterns, bias, relative positions.
+struct ScoreInputs {
+  Arg pattern_of, patterns, bias, table, relpos_q, relpos_k;
+  explicit ScoreInputs(Inputs& in)
+      : pattern_of(in.optional("pattern_of")),
+        patterns(in.optional("patterns")),
+        bias(in.optional("bias")),
+        table(in.optional("relpos_table")),
+        relpos_q(in.optional("relpos_q")),
+        relpos_k(in.optional("relpos_k")) {}
+  void read(AttentionReader& r) const {
+    r.elements(pattern_of, patterns);
+    r.scores(bias, table, relpos_q, relpos_k);
   }
 };
 

@@ -18,25 +18,15 @@ void launch_gradient(const GradientParams& params, Stream stream) {
          Plan::kShared, stream, params);
 }
 
-template <typename T, int kWidth, int kValues = kWidth>
-void launch_plan(const GradientParams& params, Stream stream) {
-  const int needs = params.a.needs;
-  if (needs & (kNeedQ | kNeedS)) launch_gradient<BackwardPlan<T, kWidth, kValues, false>>(params, stream);
-  if (needs & (kNeedK | kNeedV)) launch_gradient<BackwardPlan<T, kWidth, kValues, true>>(params, stream);
-}
-
-template <typename T>
-void launch_dim(const GradientParams& params, Stream stream) {
+template <typename I>
+void launch_instance(const GradientParams& params, Stream stream) {
   const AttentionArgs& a = params.a;
   int64_t lanes = 2;
   while (lanes * kVec < a.dim) lanes *= 2;
   const int64_t threads = int64_t{a.batch} * a.heads * params.terms.padded * lanes;
-  launch(kOp, attention_delta_kernel<T>, dim3(static_cast<unsigned>(ceil_div(threads, 128))), 128, 0, stream, params);
-  if (a.dim <= 64) return launch_plan<T, 64>(params, stream);
-  if (a.dim == 72) return launch_plan<T, 80, 72>(params, stream);
-  if (a.dim <= 96) return launch_plan<T, 96>(params, stream);
-  if (a.dim <= 128) return launch_plan<T, 128>(params, stream);
-  launch_plan<T, 256>(params, stream);
+  launch(kOp, attention_delta_kernel<typename I::T>, dim3(static_cast<unsigned>(ceil_div(threads, 128))), 128, 0, stream, params);
+  if (a.needs & (kNeedQ | kNeedS)) launch_gradient<BackwardPlan<I, false>>(params, stream);
+  if (a.needs & (kNeedK | kNeedV)) launch_gradient<BackwardPlan<I, true>>(params, stream);
 }
 
 }  // namespace
@@ -49,8 +39,7 @@ void launch_sm80_backward(const AttentionArgs& a, float* workspace, Stream strea
   params.terms.padded = static_cast<int>(padded_queries(a));
   params.terms.lse = workspace;
   params.terms.delta = workspace + int64_t{a.batch} * a.heads * padded_queries(a);
-  if (a.dtype == Dtype::bf16) return launch_dim<bf16>(params, stream);
-  launch_dim<fp16>(params, stream);
+  by_instance(a, [&](auto instance) { launch_instance<decltype(instance)>(params, stream); });
 }
 
 }  // namespace maskaccel::cuda

@@ -6,6 +6,31 @@
 
 namespace maskaccel::cuda {
 
+/// A kernel's element type, head dim in its tiles (a multiple of 16) and in its results (72 needs no padding there).
+template <typename T_, int kWidth_, int kValues_ = kWidth_>
+struct Instance {
+  using T = T_;
+  static constexpr int kWidth = kWidth_, kValues = kValues_;
+};
+
+/// f of the narrowest instance that holds the head.
+template <typename T, typename F>
+void by_dim(int dim, F&& f) {
+  if (dim <= 32) return f(Instance<T, 32>{});
+  if (dim <= 64) return f(Instance<T, 64>{});
+  if (dim == 72) return f(Instance<T, 80, 72>{});
+  if (dim == 80) return f(Instance<T, 80>{});
+  if (dim <= 96) return f(Instance<T, 96>{});
+  if (dim <= 128) return f(Instance<T, 128>{});
+  if (dim <= 160) return f(Instance<T, 160>{});
+  f(Instance<T, 256>{});
+}
+template <typename F>
+void by_instance(const AttentionArgs& a, F&& f) {
+  if (a.dtype == Dtype::bf16) return by_dim<bf16>(a.dim, f);
+  by_dim<fp16>(a.dim, f);
+}
+
 /// The line of tiles (a row of them, or a column) that a CTA works on.
 struct Line {
   int b, h, line;
