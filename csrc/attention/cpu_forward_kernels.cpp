@@ -13,11 +13,16 @@ namespace maskaccel {
 namespace MASKACCEL_ISA {
 namespace {
 
+// Per query, of the tiles so far: the largest score as formed and in units of log2, and the sum of the exponentials;
+// and what the sums before the last tile are to be multiplied by.
+struct Softmax {
+  float *score, *largest, *total, *decay;
+  Softmax at(int64_t i) const { return {score + i, largest + i, total + i, decay + i}; }
+};
+
 // Scores of N vectors of queries turned into probabilities in place, as left operand O (stacked along the keys).
-// `m`, `l`: maximum and sum of the tiles before, updated; `decay`: what the sums before are to be multiplied by.
 template <class O, int N>
-MASKACCEL_INLINE void softmax_columns(float* scores, int64_t ld, int64_t keys, float factor, float* m, float* l,
-                                      float* decay) {
+MASKACCEL_INLINE void softmax_columns(float* scores, int64_t ld, int64_t keys, float factor, const Softmax& at) {
   const V by = set1(factor);
   V most[N], sum[N];
 #pragma GCC unroll 4
@@ -28,12 +33,13 @@ MASKACCEL_INLINE void softmax_columns(float* scores, int64_t ld, int64_t keys, f
   }
 #pragma GCC unroll 4
   for (int v = 0; v < N; ++v) {
-    const V before = load(m + v * W, Full{});
+    store(at.score + v * W, vmax(load(at.score + v * W, Full{}), most[v]), Full{});
+    const V before = load(at.largest + v * W, Full{});
     const V now = vmax(before, mul(most[v], by));
-    store(m + v * W, now, Full{});
+    store(at.largest + v * W, now, Full{});
     // A query that has kept nothing yet: -inf - 0, not -inf - -inf.
     most[v] = less(now, set1(-std::numeric_limits<float>::max()), set1(0.0f), now);
-    store(decay + v * W, vexp2(sub(before, most[v])), Full{});
+    store(at.decay + v * W, vexp2(sub(before, most[v])), Full{});
     sum[v] = set1(0.0f);
   }
   const auto exponential = [&](const float* row, int v) MASKACCEL_HOT {
@@ -61,16 +67,16 @@ MASKACCEL_INLINE void softmax_columns(float* scores, int64_t ld, int64_t keys, f
   }
 #pragma GCC unroll 4
   for (int v = 0; v < N; ++v)
-    store(l + v * W, fma(load(l + v * W, Full{}), load(decay + v * W, Full{}), sum[v]), Full{});
+    store(at.total + v * W, fma(load(at.total + v * W, Full{}), load(at.decay + v * W, Full{}), sum[v]), Full{});
 }
 
 template <class O>
-MASKACCEL_OUTLINE void softmax_tile(const ScoreTile& x, float factor, float* m, float* l, float* decay) {
+MASKACCEL_OUTLINE void softmax_tile(const ScoreTile& x, float factor, const Softmax& of) {
   const int64_t lanes = whole_vectors(x.queries);
   int64_t i = 0;
   for (; i + 4 * W <= lanes; i += 4 * W)
-    softmax_columns<O, 4>(x.scores + i, x.ld, x.keys, factor, m + i, l + i, decay + i);
-  for (; i < lanes; i += W) softmax_columns<O, 1>(x.scores + i, x.ld, x.keys, factor, m + i, l + i, decay + i);
+    softmax_columns<O, 4>(x.scores + i, x.ld, x.keys, factor, of.at(i));
+  for (; i < lanes; i += W) softmax_columns<O, 1>(x.scores + i, x.ld, x.keys, factor, of.at(i));
 }
 
 // most = max(most, largest score of each query).
@@ -109,17 +115,18 @@ class TileRow {
     };
     packed_queries_ = take(rows * (s.D / O::kDepth));
     sums_ = take(rows * ld_values());
-    largest_ = take(rows);
-    total_ = take(rows);
-    decay_ = take(rows);
+    state_.score = take(rows);
+    state_.largest = take(rows);
+    state_.total = take(rows);
+    state_.decay = take(rows);
     reference_ = take(rows);
     in_tile_ = take(rows);
     scores_ = take(scores_size(s));
     plain_ = !s.terms.any() && s.scale > 0.0f;
     factor_ = static_cast<float>((plain_ ? s.scale : 1.0) * kLog2e);
     for (int64_t i = 0; i < rows; ++i) {
-      largest_[i] = kMinusInf;
-      total_[i] = 0.0f;
+      state_.score[i] = state_.largest[i] = kMinusInf;
+      state_.total[i] = 0.0f;
     }
     for (int64_t i = 0; i < rows * ld_values(); ++i) sums_[i] = 0.0f;
     if (s.reference_lse != nullptr) {
@@ -155,7 +162,7 @@ class TileRow {
   }
 
  private:
-  static constexpr int64_t kVectors = 5;  // of per-query state
+  static constexpr int64_t kVectors = 6;  // of per-query state
   static int64_t state_rows(const AttentionForward& s) {
     const int64_t queries = (s.Sq + s.tq - 1) / s.tq * s.tq;
     return queries < s.bm ? queries : s.bm;
@@ -197,10 +204,10 @@ class TileRow {
   }
 
   void absorb(int64_t i, const ScoreTile& x) const {
-    softmax_tile<O>(x, factor_, largest_ + i, total_ + i, decay_ + i);
+    softmax_tile<O>(x, factor_, state_.at(i));
     const int64_t ld = ld_values();
     product<O>(x.queries, ld, (x.keys + O::kDepth - 1) / O::kDepth, x.scores, 1, x.ld,
-               values_ + x.k0 / O::kDepth * ld, ld, sums_ + i * ld, ld, Start::scaled, decay_ + i);
+               values_ + x.k0 / O::kDepth * ld, ld, sums_ + i * ld, ld, Start::scaled, state_.decay + i);
   }
 
   // Takes mask tile n into the sums. `bits`: its pattern, null if it is full.
@@ -214,7 +221,7 @@ class TileRow {
       return;
     }
     for (int64_t i = 0; i < queries_; ++i) in_tile_[i] = kMinusInf;
-    if (s_.reference_lse == nullptr) std::memcpy(reference_, largest_, sizeof(float) * queries_);
+    if (s_.reference_lse == nullptr) std::memcpy(reference_, state_.largest, sizeof(float) * queries_);
     each_tile(n, [&](int64_t i, const ScoreTile& x, int64_t j) {
       form(i, x, j, bits);
       raise_maximum(x, factor_, in_tile_ + i);
@@ -235,13 +242,13 @@ class TileRow {
 
   template <class A>
   void write() const {
-    const double natural = (plain_ ? s_.scale : 1.0) / factor_;  // undoes the rounding of the factor, too
+    const double unit = plain_ ? s_.scale : 1.0;
     for (int64_t i = 0; i < queries_; ++i) {
       const int64_t q = q0_ + i;
-      const float total = total_[i];
+      const float total = state_.total[i];
       const bool empty = total == 0.0f;
       s_.lse[(b_ * s_.H + h_) * s_.Sq + q] =
-          empty ? kMinusInf : static_cast<float>(largest_[i] * natural + std::log(static_cast<double>(total)));
+          empty ? kMinusInf : static_cast<float>(state_.score[i] * unit + std::log(static_cast<double>(total)));
       float scale = empty ? 0.0f : 1.0f / total;
       if (s_.out_scale != nullptr)
         scale *= s_.out_scale[b_ * s_.out_scale_b + h_ * s_.out_scale_h + q * s_.out_scale_s];
@@ -265,7 +272,8 @@ class TileRow {
   bool plain_;                   // scores are inner products times a positive number
   float factor_;                 // from scores as formed to units of log2
   float *packed_queries_, *sums_, *scores_;
-  float *largest_, *total_, *decay_, *reference_, *in_tile_;  // per query
+  Softmax state_;
+  float *reference_, *in_tile_;  // per query, in units of log2: what the test of a mask tile compares
 };
 
 template <class T>
