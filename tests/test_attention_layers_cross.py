@@ -169,3 +169,14 @@ def test_a_mask_made_in_inference_mode_can_be_trained_with():
     out = layer(randn(2, 37, 48), randn(2, 143, 48), mask)
     torch.testing.assert_close(out, sampled)
     out.sum().backward()
+
+
+def test_masks_of_every_layer_read_nothing_from_the_device():
+    """On meta tensors every `item()` and copy to the host raises."""
+    layer = m.Mask2FormerAttention(48, 2).to("meta")
+    queries, features = (torch.empty(2, n, 48, device="meta", requires_grad=True) for n in (37, 143))
+    for _ in range(2):
+        mask = m.predicted_mask(torch.empty(2, 37, 5, 7, device="meta"), (11, 13))
+        queries = layer(queries, features, mask)
+    queries.sum().backward()
+    assert features.grad.is_meta and features.grad.shape == features.shape
