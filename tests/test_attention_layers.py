@@ -142,6 +142,19 @@ def test_pt_dit_proxies(grid, window, dtype):
     check(layer, formula, [4 * tokens(math.prod(grid), dim)], dtype, lambda x: layer(x, grid))
 
 
+@pytest.mark.parametrize(("grid", "window"), [((2, 6, 4), (1, 3, 2)), ((3, 5, 7), (2, 2, 4))])
+def test_pt_dit_random_proxies(grid, window):
+    """One token of each window, windows in raster order; every token has its turn."""
+    x = torch.arange(math.prod(grid)).float()[None, :, None].expand(2, -1, 16)
+    of = places(*grid) // torch.tensor(window)
+    windows, which = torch.unique(of, dim=0, return_inverse=True)
+    layer = ProxyAttention(16, 1, window, "random")
+    torch.manual_seed(0)
+    drawn = torch.stack([layer.proxies(x, grid)[0, :, 0].long() for _ in range(200)])
+    assert torch.equal(which[drawn], torch.arange(len(windows)).expand(200, -1))
+    assert set(drawn.flatten().tolist()) == set(range(math.prod(grid)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [None, (1, 1, 2)])
 def test_pt_dit_windows(shift, dtype):
@@ -464,6 +477,7 @@ def test_tokens_that_do_not_fit(name):
         (lambda: m.UDiTAttention(48, 2, kernel=4), "kernel=4"),
         (lambda: m.UDiTAttention(48, 2, factor=0), "factor=0"),
         (lambda: m.PTDiTAttention(48, 2, (1, 0, 2)), "window"),
+        (lambda: m.PTDiTAttention(48, 2, proxy="last"), "proxy='last'"),
         (lambda: WindowAttention(48, 2, (2, 2), (2, 0)), "shift"),
         (lambda: m.DiT3DAttention(48, 2, (4, 4, 4), pad="mask"), "pad='mask'"),
         (lambda: m.DiT3DAttention(48, 2, (4, 4)), "grid"),

@@ -77,11 +77,16 @@ def _ids(parts: Tensor) -> Tensor:
     return torch.unique(parts, dim=0, return_inverse=True)[1]
 
 
+def window_ids(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """int64 `(S,)`, the window of each token; shifted ones are cut off at the border, as Swin's masked shift does."""
+    moved = coordinates(grid) + torch.tensor(shift)
+    return _ids(torch.div(moved, torch.tensor(window), rounding_mode="floor"))
+
+
 @remembered
 def windows(grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device) -> Groups:
-    """Windows of the grid; shifted ones are cut off at the border, as Swin's masked shift does."""
-    moved = coordinates(grid) + torch.tensor(shift)
-    return Groups.of(_ids(torch.div(moved, torch.tensor(window), rounding_mode="floor")), device)
+    """Windows of the grid, which may be shifted."""
+    return Groups.of(window_ids(grid, window, shift), device)
 
 
 @remembered

@@ -6,9 +6,9 @@ frequencies that differ between heads, on half of the channels:
 
     s = scale_h * rope(q / |q|) . rope(k / |k|),   rope angles: y and x in [-1, 1], frequencies from pi to 10 pi
 
-Inferred, from memory of the authors' code: the frequencies, eps, and that the longer side of a grid reaches from -1 to
-1. The authors rotate channels (i, i + D / 4) for i < D / 4 of a head; here they are (i, i + D / 2), which is the same
-function of q and k with their channels in another order. This is the attention alone.
+Inferred (the authors' code was not at hand): the frequencies, eps, and that the longer side of a grid reaches from -1
+to 1. The authors rotate channels (i, i + D / 4) for i < D / 4 of a head; here they are (i, i + D / 2), which is the
+same function of q and k with their channels in another order. This is the attention alone.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class LiTAttention(nn.Module):
 
     Args:
         dim: Channels.
-        heads: Attention heads; the paper takes 2 to 4, with far more channels each than a DiT. Kernels take up to 256
+        heads: Attention heads; the paper takes 2 or 3, with far more channels each than a DiT. Kernels take up to 256
             channels a head; above that two matrix products of torch do.
         kernel: Size of the convolution.
         qkv_bias: Whether the projections of q, k and v have a bias.
