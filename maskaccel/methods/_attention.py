@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from ..masks import TileMask, TokenOrder
 from ..ops import tile_attention
 from ..patching.attention import AttentionCall, AttentionSite, attention_sites, bridge
+from ..patching.order import order_stack, ordered_calls
 from ..patching.patch import Context
 from ..state.generation import Generation
+
+_UNLIKE = "queries and keys are not the same tokens"
 
 POLICY = "_maskaccel_attention_policy"
 
@@ -41,6 +45,10 @@ class SparseAttention:
         """Why a site stays as it is, or None."""
         return None
 
+    def patch_for(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The patch in whose order the whole model is to run; None: raster order."""
+        return None
+
     def grid_of(self, site: AttentionSite) -> tuple[int, ...] | None:
         """The grid of a site's latent tokens that the user gives; None: the one that the model's call tells."""
         return self.grid
@@ -56,10 +64,18 @@ class SparseAttention:
             policy = self.policy(site, generation)
             bridge(context, self.name, site, policy, grid=self.grid_of(site))
             context.transaction.set(site.module, POLICY, policy, self.name)
+        if type(self).patch_for is not SparseAttention.patch_for:
+            reason = order_stack(context, self.name, self.patch_for, self.grid)
+            if reason is not None:
+                context.skip(self.name, context.model, f"tokens are put in order in each attention: {reason}")
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Attention calls, those left dense and why, and the tiles that were computed."""
-        return activity([policy for policy in policies_of(model) if policy.method == self])
+        found = activity([policy for policy in policies_of(model) if policy.method == self])
+        ordered = ordered_calls(model)
+        if ordered is not None and ordered.method == self.name:
+            found["model calls in order"] = ordered.calls
+        return found
 
 
 def policies_of(model: nn.Module) -> list[SitePolicy]:
@@ -188,6 +204,8 @@ class FixedMask(SitePolicy):
 
     def made(self, call: AttentionCall) -> tuple[TokenOrder | None, TileMask] | str:
         """The order and the mask of a call, or why it stays dense."""
+        if call.q.shape[1] != call.k.shape[1]:
+            return _UNLIKE
         key = (call.grid, call.text, call.q.shape[1:3], call.k.shape[1], call.q.device)
         if key not in self._made:
             found = self.method.fixed(call)
@@ -230,7 +248,8 @@ class SelectedTiles(SitePolicy):
         key = (call.grid, call.text, call.q.shape[1], call.k.shape[1])
         if key not in self._orders:
             self._orders[key] = self.method.token_order(call)
-        return self._orders[key]
+        order = self._orders[key]
+        return _UNLIKE if order is not None and call.q.shape[1] != call.k.shape[1] else order
 
     def text_tiles(self, call: AttentionCall) -> TileMask | None:
         """The tiles that hold text, as queries or keys; made once for each shape."""
@@ -247,14 +266,11 @@ class SelectedTiles(SitePolicy):
         order = why if why is not None else self.order(call)
         if isinstance(order, str):
             return self.leave(order)
-        q, k, v, bias = call.q, call.k, call.v, call.bias()
-        if order is not None and not order.is_raster:
-            q, k, v, bias = order.apply(q), order.apply(k), order.apply(v), ordered_bias(order, bias)
+        q, k, v, bias, back = in_order(call, order)
         with torch.no_grad():
             mask = self.method.select(q, k, self.text_tiles(call))
         self.count(mask, call)
-        out = tile_attention(q, k, v, mask, scale=call.scale, bias=bias, **self.method.options())
-        return out if order is None else order.undo(out)
+        return back(tile_attention(q, k, v, mask, scale=call.scale, bias=bias, **self.method.options()))
 
     def dense_step(self) -> str | None:
         """Why this step stays dense, or None."""
@@ -274,21 +290,45 @@ def text_tiles(call: AttentionCall, block: tuple[int, int]) -> TileMask:
 
 
 def attend(call: AttentionCall, mask: TileMask, order: TokenOrder | None = None, **options: Any) -> Tensor:
-    """`tile_attention` of a call, with its tokens put in the order of the mask; options are of row-wise nature."""
-    q, k, v, bias = call.q, call.k, call.v, call.bias()
-    if order is None or order.is_raster:
-        return tile_attention(q, k, v, mask, scale=call.scale, bias=bias, **options)
-    q, k, v = (order.apply(t) for t in (q, k, v))
-    return order.undo(tile_attention(q, k, v, mask, scale=call.scale, bias=ordered_bias(order, bias), **options))
+    """`tile_attention` of a call, with its tokens in the order of the mask; options are of row-wise nature."""
+    q, k, v, bias, back = in_order(call, order)
+    return back(tile_attention(q, k, v, mask, scale=call.scale, bias=bias, **options))
 
 
-def ordered_bias(order: TokenOrder, bias: Tensor | None) -> Tensor | None:
+def in_order(
+    call: AttentionCall, order: TokenOrder | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """Queries, keys, values and bias of a call in an order, and what puts a result back.
+
+    Where the whole model runs in this order there is nothing to do.
+    """
+    q, k, v, bias, have = call.q, call.k, call.v, call.bias(), call.order
+    wanted = None if order is None or order.is_raster else order
+    if have == wanted:
+        return q, k, v, bias, _as_it_is
+    if have is not None:  # another order than the model's: by way of the raster
+        q, k, v, bias = have.undo(q), have.undo(k), have.undo(v), _moved_bias(have.undo, bias)
+    if wanted is not None:
+        q, k, v, bias = wanted.apply(q), wanted.apply(k), wanted.apply(v), _moved_bias(wanted.apply, bias)
+
+    def back(out: Tensor) -> Tensor:
+        out = out if wanted is None else wanted.undo(out)
+        return out if have is None else have.apply(out)
+
+    return q, k, v, bias, back
+
+
+def _as_it_is(out: Tensor) -> Tensor:
+    return out
+
+
+def _moved_bias(move: Callable[..., Tensor], bias: Tensor | None) -> Tensor | None:
     """A bias `(B, H, Sq, Sk)` for tokens in another order; dims of 1 stay."""
     if bias is None:
         return None
     for dim in (2, 3):
         if bias.shape[dim] > 1:
-            bias = order.apply(bias, dim)
+            bias = move(bias, dim)
     return bias
 
 

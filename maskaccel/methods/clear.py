@@ -19,7 +19,7 @@ from ..masks.tiles import DEFAULT_BLOCK
 from ..ops import tile_attention
 from ..patching.attention import AttentionCall, AttentionSite
 from ..state.generation import Generation
-from ._attention import FixedMask, SparseAttention, beside, check_block, check_count, check_number, ordered_bias
+from ._attention import FixedMask, SparseAttention, beside, check_block, check_count, check_number, in_order
 
 
 class ClearPooling(nn.Module):
@@ -94,6 +94,10 @@ class CLEAR(SparseAttention):
         check_count("dense_steps", self.dense_steps)
         check_block(self.block)
 
+    def patch_for(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The patch of the mask's order."""
+        return self.patch if len(grid) == 2 else None
+
     def policy(self, site: AttentionSite, generation: Generation) -> FixedMask:
         """The attention of one module."""
         return _Disc(self, site, generation)
@@ -132,18 +136,16 @@ class _Disc(FixedMask):
             return self.leave(found)
         order, mask = found
         assert order is not None
-        q, k, v = (order.apply(t) for t in (call.q, call.k, call.v))
-        bias = ordered_bias(order, call.bias())
+        q, k, v, bias, back = in_order(call, order)
         if method.pooling is not None:
             start = order.prefix
             image = slice(start, start + math.prod(order.grid))
             layer = self.site.layer
-            k = torch.cat([k, method.pooling(call.k[:, image], order.grid, layer)], dim=1)
-            v = torch.cat([v, method.pooling(call.v[:, image], order.grid, layer)], dim=1)
+            k, v = (torch.cat([t, method.pooling(order.undo(t)[:, image], order.grid, layer)], dim=1) for t in (k, v))
             if bias is not None and bias.shape[3] > 1:
                 bias = torch.nn.functional.pad(bias, (0, k.shape[1] - bias.shape[3]))
         scale = call.scale
         if method.trained_tokens is not None:
             scale = scale * math.sqrt(math.log(k.shape[1]) / math.log(method.trained_tokens))
         self.count(mask, call)
-        return order.undo(tile_attention(q, k, v, mask, scale=scale, bias=bias))
+        return back(tile_attention(q, k, v, mask, scale=scale, bias=bias))

@@ -57,6 +57,10 @@ class DraftAttention(SparseAttention):
         """Tile size: a patch."""
         return (math.prod(self.patch),) * 2
 
+    def patch_for(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The patch, in every frame."""
+        return (*(1,) * (len(grid) - 2), *self.patch) if len(grid) >= 2 else None
+
     def policy(self, site: AttentionSite, generation: Generation) -> SelectedTiles:
         """The attention of one module."""
         return SelectedTiles(self, site, generation)
@@ -65,7 +69,7 @@ class DraftAttention(SparseAttention):
         """The order of patches within frames."""
         if call.grid is None or call.text is None or len(call.grid) < 2:
             return "the token grid is not known"
-        return beside(call.grid, call.text, (*(1,) * (len(call.grid) - 2), *self.patch))
+        return beside(call.grid, call.text, self.patch_for(call.grid))
 
     def options(self) -> dict[str, Any]:
         """None."""

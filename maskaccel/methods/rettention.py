@@ -96,8 +96,8 @@ class _Reshaped(SitePolicy):
     def _both(self, call: AttentionCall) -> tuple[TileMask, TileMask] | str:
         """The window and its complement."""
         grid, text = call.grid, call.text
-        if grid is None or text is None:
-            return "the token grid is not known"
+        if grid is None or text is None or call.q.shape[1] != call.k.shape[1]:
+            return "the token grid is not known, or queries and keys are not the same tokens"
         key = (grid, text, call.q.device)
         if key not in self._masks:
             window = self.method.window(grid, text)

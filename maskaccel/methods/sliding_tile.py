@@ -55,6 +55,10 @@ class SlidingTile(SparseAttention):
             return self.window  # type: ignore[return-value]
         return (self.window,)  # type: ignore[return-value]
 
+    def patch_for(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The tile."""
+        return self.tile[-len(grid) :] if len(self.tile) >= len(grid) else None
+
     def policy(self, site: AttentionSite, generation: Generation) -> FixedMask:
         """The attention of one module."""
         return FixedMask(self, site, generation)

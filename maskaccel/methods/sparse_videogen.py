@@ -107,8 +107,8 @@ class _Heads(SitePolicy):
             why = "the token grid is not known"
         if why is None and call.grid is not None and len(call.grid) != 3:
             why = "it is for videos"
-        if why is None and call.k.shape[2] != call.q.shape[2]:
-            why = "grouped queries"
+        if why is None and call.k.shape[1:3] != call.q.shape[1:3]:
+            why = "grouped queries, or keys of other tokens"
         if why is None and call.mask is not None:
             why = "the model gives a mask"
         if why is not None:

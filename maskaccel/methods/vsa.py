@@ -18,7 +18,7 @@ from ..masks import TileMask, TokenOrder
 from ..ops import tile_attention, tile_pool, tile_scores, tile_select
 from ..patching.attention import AttentionCall, AttentionSite
 from ..state.generation import Generation
-from ._attention import SelectedTiles, SparseAttention, beside, check_count, check_number, ordered_bias
+from ._attention import SelectedTiles, SparseAttention, beside, check_count, check_number, in_order
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class VSA(SparseAttention):
         """Tile size: a cube."""
         return (math.prod(self.cube),) * 2
 
+    def patch_for(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The cube."""
+        return self.cube if len(grid) == len(self.cube) else None
+
     def policy(self, site: AttentionSite, generation: Generation) -> SelectedTiles:
         """The attention of one module."""
         return _Cubes(self, site, generation)
@@ -88,13 +92,12 @@ class _Cubes(SelectedTiles):
         order = why if why is not None else self.order(call)
         if isinstance(order, str):
             return self.leave(order)
-        assert order is not None
         size = self.method.block[0]
-        q, k, v = (order.apply(t) for t in (call.q, call.k, call.v))
+        q, k, v, bias, back = in_order(call, order)
         with torch.no_grad():
             mask = self.method.select(q, k, self.text_tiles(call))
         self.count(mask, call)
-        fine = tile_attention(q, k, v, mask, scale=call.scale, bias=ordered_bias(order, call.bias()))
+        fine = tile_attention(q, k, v, mask, scale=call.scale, bias=bias)
         rough = tile_attention(tile_pool(q, size), tile_pool(k, size), tile_pool(v, size), scale=call.scale)
         spread = rough.repeat_interleave(size, dim=1)[:, : q.shape[1]]
-        return order.undo(fine + self.method.coarse * spread)
+        return back(fine + self.method.coarse * spread)

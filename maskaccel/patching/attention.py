@@ -33,6 +33,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from ..masks import TokenOrder
 from ..models import stack_of
 from ..models._attention import derived
 from ..models._tokens import Kind, Tokens, kind_of, parameters, tokens_of
@@ -131,6 +132,18 @@ class AttentionCall:
         """
         return self._bridged.grid_of(self.q.shape[1], self.k.shape[1])
 
+    @property
+    def order(self) -> TokenOrder | None:
+        """The order that the tokens are in already, text included; None: raster."""
+        order = self._bridged.layout.order
+        if order is None or self.text is None:
+            return None
+        start, length = self.text
+        first, last = (length, 0) if start == 0 else (0, length)
+        return (
+            order if (order.prefix, order.suffix) == (first, last) else TokenOrder(order.grid, order.patch, first, last)
+        )
+
     def dense(self) -> Tensor:
         """What the model's own attention gives, `(B, Sq, H, Dv)`."""
         out = self._attention()
@@ -190,12 +203,14 @@ class TokenLayout:
     Attributes:
         grid: Grid of the latent tokens, or None.
         text: Number of text tokens in joint sequences, or None: whatever is not in the grid.
+        order: The order in which the latent tokens run through the blocks now (`patching/order.py`); None: raster.
     """
 
     def __init__(self, model: nn.Module, tokens: Tokens) -> None:
         self.tokens, self.names = tokens, parameters(model)
         self.grid: tuple[int, ...] | None = None
         self.text: int | None = None
+        self.order: TokenOrder | None = None
         self._grid_of = None if tokens.grid is None else tokens.grid(model)
         self._seen: tuple[Tensor, int] | None = None  # what the grid was read from on the host
 
@@ -421,6 +436,11 @@ class _State:
         if not self.code.methods(cls) and not self.code.attributes(owner):
             return f"{cls.__name__}.{entry} calls no scaled_dot_product_attention or dispatch_attention_fn"
         return None
+
+
+def layout_of(context: Context) -> TokenLayout:
+    """What the calls of a model say of their tokens; kept up to date once a method has asked."""
+    return _state(context).layout
 
 
 def _state(context: Context) -> _State:
