@@ -30,6 +30,10 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "kmeans": _TOKENS,
     "combine_history_norm_modulate": tuple((3, *shape) for shape in _TOKENS),
     "norm_modulate_difference": _TOKENS,
+    **dict.fromkeys(
+        ("tile_attention", "tile_attention.quarter", "merge_attention", "linear_attention", "attention_column_sums"),
+        ((2, 150, 4, 64), (1, 37, 2, 72)),
+    ),
 }
 
 
