@@ -18,7 +18,7 @@ const float* statistics(const Arg& a, const AttentionProblem& s) {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// fp32 numbers that the call needs, each piece on a cache line.
+// Memory of one call: fp32 numbers, each piece on a cache line, and counters that start at 0.
 class Workspace {
  public:
   void want(float*& piece, int64_t numbers) {
@@ -29,11 +29,16 @@ class Workspace {
     memory_ = Output({total_}, Dtype::f32);
     for (const auto& piece : pieces_) *piece.first = memory_.floats() + piece.second;
   }
+  std::atomic<int64_t>* counters(int64_t n) {
+    counters_.emplace_back(new std::atomic<int64_t>[n]());
+    return counters_.back().get();
+  }
 
  private:
   std::vector<std::pair<float**, int64_t>> pieces_;
   int64_t total_ = 0;
   Output memory_;
+  std::vector<std::unique_ptr<std::atomic<int64_t>[]>> counters_;
 };
 
 int64_t threads() {
@@ -43,7 +48,7 @@ int64_t threads() {
 }
 
 // What both ops do before the kernels run. The cut into blocks must not depend on the threads.
-void plan(AttentionPass& s, Workspace& workspace, std::atomic<int64_t>& next) {
+void plan(AttentionPass& s, Workspace& workspace) {
   if (s.lists_t.index == nullptr) {
     s.bm = s.bn = AttentionBlocks::kTile;
     s.Mq = tiles_of(s.Sq, s.bm);
@@ -54,9 +59,13 @@ void plan(AttentionPass& s, Workspace& workspace, std::atomic<int64_t>& next) {
   s.key_blocks = s.Nk == 0 ? 0 : (s.Nk - 1) * tile_blocks + tiles_of(s.Sk - (s.Nk - 1) * s.bn, s.blocks.keys);
   s.padded_rows = round_up(s.Sq, 2);
   s.padded_dim = round_up(s.D, 16);
-  s.heads_at_once = std::max<int64_t>(1, std::min(threads(), s.B * s.Hk));
-  s.next_item = &next;
-  const int64_t rows = s.B * s.H * s.padded_rows, depth = attention_backward_kernels().depth(s.dtype);
+  // More than threads: a block of keys then seldom waits for the one before it. Many more would not stay in the cache.
+  s.heads_at_once = std::max<int64_t>(1, std::min(threads() * 3 / 2, s.B * s.Hk));
+  s.row_chunks = tiles_of(s.Sq, AttentionBlocks::kTile);
+  s.next_item = workspace.counters(1);
+  s.packed = workspace.counters(s.B * s.Hk);
+  s.done = workspace.counters(s.groups());
+  const int64_t rows = s.slots() * s.padded_rows, depth = attention_backward_kernels().depth(s.dtype);
   workspace.want(s.q_rows, rows * s.row_words(depth));
   if (depth > 1) workspace.want(s.q_stacked, rows / depth * s.padded_dim);
   workspace.want(s.minus_shift, rows);
@@ -88,8 +97,8 @@ void plan_turns(AttentionBackward& s, std::vector<int32_t>& turn_of, std::vector
 
 // On every thread of torch until there are no items left.
 template <class F>
-void on_all_threads(int64_t items, const F& f) {
-  parallel(std::min(items, threads()), 1, [&](int64_t, int64_t) { f(); });
+void on_all_threads(const F& f) {
+  parallel(threads(), 1, [&](int64_t, int64_t) { f(); });
 }
 
 void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
@@ -128,9 +137,8 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
 
   const AttentionBackwardKernels& kernels = attention_backward_kernels();
   Workspace workspace;
-  std::atomic<int64_t> next{0};
-  plan(s, workspace, next);
-  const int64_t depth = kernels.depth(s.dtype), rows = s.B * s.H * s.padded_rows;
+  plan(s, workspace);
+  const int64_t depth = kernels.depth(s.dtype), rows = s.slots() * s.padded_rows;
   workspace.want(s.dout_rows, rows * s.row_words(depth));
   if (depth > 1) workspace.want(s.dout_stacked, rows / depth * s.padded_dim);
   workspace.want(s.delta, rows);
@@ -139,20 +147,16 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   if (depth == 1) s.q_stacked = s.q_rows, s.dout_stacked = s.dout_rows;
 
   std::vector<int32_t> turn_of, turns;
-  std::unique_ptr<std::atomic<int32_t>[]> turn;
   if ((needs & kNeedQ) != 0) {
     plan_turns(s, turn_of, turns);
     s.query_blocks = s.Mq * tiles_of(s.bm, s.blocks.queries);
-    turn.reset(new std::atomic<int32_t>[s.B * s.H * s.query_blocks]());
-    s.turn = turn.get();
+    s.turn = workspace.counters(s.B * s.H * s.query_blocks);
   }
-  const int64_t chunks = tiles_of(s.Sq, AttentionBlocks::kTile);
-  parallel(s.B * s.H * chunks, 1, [&](int64_t begin, int64_t end) { kernels.prepare(s, begin, end); });
   if ((needs & kNeedS) != 0 && a.lists_t.index)
     parallel(s.B * s.H * s.Sq, 64, [&](int64_t begin, int64_t end) {
       std::memset(s.ds + begin * s.Sk, 0, static_cast<size_t>((end - begin) * s.Sk) * sizeof(float));
     });
-  on_all_threads(s.B * s.Hk * s.key_blocks, [&] { kernels.run(s); });
+  on_all_threads([&] { kernels.run(s); });
   stack[0] = dq.release();
   stack[1] = dk.release();
   stack[2] = dv.release();
@@ -176,13 +180,10 @@ void attention_column_sums(StableIValue* stack, uint64_t, uint64_t) {
   s.sums = sums.floats();
   const AttentionBackwardKernels& kernels = attention_backward_kernels();
   Workspace workspace;
-  std::atomic<int64_t> next{0};
-  plan(s, workspace, next);
+  plan(s, workspace);
   workspace.allocate();
   if (s.q_stacked == nullptr) s.q_stacked = s.q_rows;
-  const int64_t chunks = tiles_of(s.Sq, AttentionBlocks::kTile);
-  parallel(s.B * s.H * chunks, 1, [&](int64_t begin, int64_t end) { kernels.prepare_sums(s, begin, end); });
-  on_all_threads(s.B * s.Hk * s.key_blocks, [&] { kernels.run_sums(s); });
+  on_all_threads([&] { kernels.run_sums(s); });
   stack[0] = sums.release();
 }
 

@@ -36,27 +36,54 @@ class Carver {
   float* at_;
 };
 
+void wait_for(const std::atomic<int64_t>& count, int64_t value) {
+  for (int64_t tries = 0; count.load(std::memory_order_acquire) != value; ++tries)
+    if (tries > 64) sched_yield();
+}
+
+// A chunk of rows to pack, or a block of keys.
 struct Item {
-  int64_t b, hk, n, part;  // key tile, block of it
-  int64_t first, keys;
+  bool pack;
+  int64_t b, hk, group;
+  int64_t h, first;       // to pack: query head and first row; else only first, the first key
+  int64_t n, part, keys;  // key tile, block of it, keys of the block
 };
 
 template <class S>
 bool next_item(const S& s, Item& item) {
-  const int64_t heads = s.B * s.Hk, id = s.next_item->fetch_add(1, std::memory_order_relaxed);
-  if (id >= heads * s.key_blocks) return false;
-  const int64_t group = id / (s.heads_at_once * s.key_blocks), left = heads - group * s.heads_at_once;
-  const int64_t size = left < s.heads_at_once ? left : s.heads_at_once, in_group = id % (s.heads_at_once * s.key_blocks);
-  const int64_t head = group * s.heads_at_once + in_group % size, block = in_group / size;
-  const int64_t per_tile = (s.bn + s.blocks.keys - 1) / s.blocks.keys;
+  const int64_t chunks = s.queries_per_key() * s.row_chunks, of_head = chunks + s.key_blocks;
+  const int64_t id = s.next_item->fetch_add(1, std::memory_order_relaxed), at_once = s.heads_at_once;
+  if (id >= s.B * s.Hk * of_head) return false;
+  item.group = id / (at_once * of_head);
+  const int64_t left = s.B * s.Hk - item.group * at_once, size = left < at_once ? left : at_once;
+  int64_t at = id % (at_once * of_head);
+  item.pack = at < size * chunks;
+  if (!item.pack) at -= size * chunks;
+  const int64_t head = item.group * at_once + at % size;
+  at /= size;
   item.b = head / s.Hk;
   item.hk = head % s.Hk;
-  item.n = block / per_tile;
-  item.part = block % per_tile;
+  if (item.pack) {
+    item.h = item.hk * s.queries_per_key() + at / s.row_chunks;
+    item.first = at % s.row_chunks * AttentionBlocks::kTile;
+    // Two groups ago the rows of the workspace were another head's.
+    if (item.group >= 2) wait_for(s.done[item.group - 2], at_once * s.key_blocks);
+    return true;
+  }
+  const int64_t per_tile = (s.bn + s.blocks.keys - 1) / s.blocks.keys;
+  item.n = at / per_tile;
+  item.part = at % per_tile;
   item.first = item.n * s.bn + item.part * s.blocks.keys;
   const int64_t tile_end = (item.n + 1) * s.bn < s.Sk ? (item.n + 1) * s.bn : s.Sk;
   item.keys = tile_end - item.first < s.blocks.keys ? tile_end - item.first : s.blocks.keys;
+  wait_for(s.packed[head], chunks);
   return true;
+}
+
+template <class S>
+void item_done(const S& s, const Item& item) {
+  std::atomic<int64_t>& count = item.pack ? s.packed[item.b * s.Hk + item.hk] : s.done[item.group];
+  count.fetch_add(1, std::memory_order_acq_rel);
 }
 
 // A block of queries that an item meets.
@@ -118,17 +145,10 @@ void pack_tokens(const HeadRows& x, const AttentionPass& s, int64_t b, int64_t h
 struct Rows {
   int64_t b, h, first, rows, padded, at;  // at: row of the workspace
 };
-// Blocks of kTile rows of all heads.
-inline Rows rows_of(const AttentionPass& s, int64_t id) {
-  constexpr int64_t kRows = AttentionBlocks::kTile;
-  const int64_t chunks = (s.Sq + kRows - 1) / kRows, head = id / chunks;
-  Rows r;
-  r.b = head / s.H;
-  r.h = head % s.H;
-  r.first = id % chunks * kRows;
-  r.rows = s.Sq - r.first < kRows ? s.Sq - r.first : kRows;
+inline Rows rows_of(const AttentionPass& s, const Item& item) {
+  Rows r = {item.b, item.h, item.first, 0, 0, s.slot_row(item.b, item.h) + item.first};
+  r.rows = s.Sq - r.first < AttentionBlocks::kTile ? s.Sq - r.first : AttentionBlocks::kTile;
   r.padded = even(r.rows);
-  r.at = head * s.padded_rows + r.first;
   return r;
 }
 
@@ -147,33 +167,29 @@ void pack_queries(const AttentionPass& s, const Rows& r) {
 }
 
 template <class T>
-void prepare_as(const AttentionBackward& s, int64_t begin, int64_t end) {
+void prepare_rows(const AttentionBackward& s, const Item& item) {
   constexpr int64_t depth = OperandOf<T>::kDepth;
-  for (int64_t id = begin; id < end; ++id) {
-    const Rows r = rows_of(s, id);
-    pack_queries<T>(s, r);
-    pack_tokens<T>(s.dout, s, r.b, r.h, r.first, r.rows, r.padded, s.dout_rows + r.at * s.row_words(depth),
-                   s.dout_stacked + r.at / depth * s.padded_dim);
-    for (int64_t i = 0; i < r.padded; ++i) {
-      // A row that keeps nothing has no gradient, whatever stands in out and dlse.
-      float sum = 0.0f;
-      if (s.share[r.at + i] != 0.0f) {
-        const T *const a = element<T>(s.dout, r.b, r.first + i, r.h), *const o = element<T>(s.out, r.b, r.first + i, r.h);
-        V total = set1(0.0f);
-        each_vector(s.D, [&](int64_t d, auto part) MASKACCEL_HOT { total = fma(load(a + d, part), load(o + d, part), total); });
-        sum = hsum(total);
-        if (s.dlse != nullptr) sum -= s.dlse[(r.b * s.H + r.h) * s.Sq + r.first + i];
-      }
-      s.delta[r.at + i] = sum;
+  const Rows r = rows_of(s, item);
+  pack_queries<T>(s, r);
+  pack_tokens<T>(s.dout, s, r.b, r.h, r.first, r.rows, r.padded, s.dout_rows + r.at * s.row_words(depth),
+                 s.dout_stacked + r.at / depth * s.padded_dim);
+  for (int64_t i = 0; i < r.padded; ++i) {
+    // A row that keeps nothing has no gradient, whatever stands in out and dlse.
+    float sum = 0.0f;
+    if (s.share[r.at + i] != 0.0f) {
+      const T *const a = element<T>(s.dout, r.b, r.first + i, r.h), *const o = element<T>(s.out, r.b, r.first + i, r.h);
+      V total = set1(0.0f);
+      each_vector(
+          s.D, [&](int64_t d, auto part) MASKACCEL_HOT { total = fma(load(a + d, part), load(o + d, part), total); });
+      sum = hsum(total);
+      if (s.dlse != nullptr) sum -= s.dlse[(r.b * s.H + r.h) * s.Sq + r.first + i];
     }
-    if ((s.needs & kNeedQ) == 0) continue;
-    const int64_t tile_rows = s.bm;
-    for (int64_t i = 0; i < r.rows; ++i) {
-      const int64_t m = (r.first + i) / tile_rows;
-      const int64_t turns = s.turns == nullptr ? s.key_blocks : s.turns[s.turn_row(r.b, r.h, m)];
-      if (turns == 0) std::memset(static_cast<T*>(s.dq) + ((r.b * s.Sq + r.first + i) * s.H + r.h) * s.D, 0, s.D * sizeof(T));
-    }
+    s.delta[r.at + i] = sum;
   }
+  if ((s.needs & kNeedQ) == 0) return;
+  for (int64_t i = r.first; i < r.first + r.rows; ++i)
+    if (s.turns_of(r.b, r.h, i / s.bm) == 0)
+      std::memset(static_cast<T*>(s.dq) + ((r.b * s.Sq + i) * s.H + r.h) * s.D, 0, s.D * sizeof(T));
 }
 
 // The operands that an item forms of its keys, and its sums.
@@ -277,22 +293,31 @@ class Backward {
   void run() {
     Item item;
     while (next_item(s_, item)) {
-      prepare(item);
-      const int64_t group = s_.H / s_.Hk;
-      bool first = true;
-      for (int64_t g = 0; g < group; ++g)
-        each_meeting(s_, item, item.hk * group + g, [&](const Meeting& at) {
-          meet(item, at, first);
-          first = false;
-        });
-      finish(item, first);
+      if (item.pack) {
+        prepare_rows<T>(s_, item);
+      } else {
+        keys(item);
+      }
+      item_done(s_, item);
     }
   }
 
  private:
   bool needs(int what) const { return (s_.needs & what) != 0; }
 
-  void prepare(const Item& item) {
+  void keys(const Item& item) {
+    pack_keys(item);
+    const int64_t heads = s_.queries_per_key();
+    bool first = true;
+    for (int64_t h = item.hk * heads; h < (item.hk + 1) * heads; ++h)
+      each_meeting(s_, item, h, [&](const Meeting& at) {
+        meet(item, at, first);
+        first = false;
+      });
+    finish(item, first);
+  }
+
+  void pack_keys(const Item& item) {
     const T *const k = element<T>(s_.k, item.b, item.first, item.hk), *const v = element<T>(s_.v, item.b, item.first, item.hk);
     columns_ = (item.keys + kColumns - 1) / kColumns * kColumns;
     pack_transposed<O>(k, s_.k.stride_s, item.keys, s_.D, k_.k_across, k_.ld);
@@ -301,7 +326,7 @@ class Backward {
   }
 
   void meet(const Item& item, const Meeting& at, bool first) {
-    const int64_t row = (at.b * s_.H + at.h) * s_.padded_rows + at.first, words = s_.row_words(kDepth);
+    const int64_t row = s_.slot_row(at.b, at.h) + at.first, words = s_.row_words(kDepth);
     const int64_t dim = s_.padded_dim, keys = even(item.keys);
     product<O>(at.rows, columns_, s_.D / kDepth, s_.q_rows + row * words, words, 1, k_.k_across, k_.ld, k_.scores, k_.ld);
     if (needs(kNeedQ | kNeedK | kNeedS))
@@ -383,21 +408,18 @@ class Backward {
 
   void add_to_dq(const Item& item, const Meeting& at, int64_t row) {
     const int64_t per_tile = (s_.bm + s_.blocks.queries - 1) / s_.blocks.queries;
-    std::atomic<int32_t>& turn = s_.turn[(at.b * s_.H + at.h) * s_.query_blocks + at.m * per_tile + at.part];
+    std::atomic<int64_t>& turn = s_.turn[(at.b * s_.H + at.h) * s_.query_blocks + at.m * per_tile + at.part];
     const int64_t tile_blocks = (s_.bn + s_.blocks.keys - 1) / s_.blocks.keys;
     const int64_t mine = s_.turns == nullptr ? item.n * tile_blocks + item.part : s_.turn_of[at.entry] + item.part;
-    const int64_t all = s_.turns == nullptr ? s_.key_blocks : s_.turns[s_.turn_row(at.b, at.h, at.m)];
-    for (int64_t tries = 0; turn.load(std::memory_order_acquire) != mine; ++tries) {
-      if (tries > 64) sched_yield();
-    }
+    wait_for(turn, mine);
     float* const sum = s_.dq_sum + row * s_.padded_dim;
     product<O>(at.rows, s_.padded_dim, (item.keys + kDepth - 1) / kDepth, k_.dscores_rows, k_.ld, 1, k_.k_stacked,
                s_.padded_dim, sum, s_.padded_dim, mine == 0 ? Start::zero : Start::own);
-    if (mine + 1 == all) {
+    if (mine + 1 == s_.turns_of(at.b, at.h, at.m)) {
       const int64_t there = s_.Sq - at.first < at.rows ? s_.Sq - at.first : at.rows;
       write(sum, there, s_.scale, static_cast<T*>(s_.dq) + ((at.b * s_.Sq + at.first) * s_.H + at.h) * s_.D, s_.H * s_.D);
     }
-    turn.store(static_cast<int32_t>(mine + 1), std::memory_order_release);
+    turn.store(mine + 1, std::memory_order_release);
   }
 
   void finish(const Item& item, bool empty) {
@@ -426,11 +448,6 @@ void run_as(const AttentionBackward& s) {
   Backward<T>(s).run();
 }
 
-template <class T>
-void prepare_sums_as(const AttentionColumnSums& s, int64_t begin, int64_t end) {
-  for (int64_t id = begin; id < end; ++id) pack_queries<T>(s, rows_of(s, id));
-}
-
 // sum += part, with what rounding took away kept in `lost` (Kahan): thousands of queries are summed.
 MASKACCEL_INLINE void add_exactly(float* sum, float* lost, float* part, int64_t n) {
   for (int64_t j = 0; j < n; j += W) {
@@ -447,15 +464,19 @@ void run_sums_as(const AttentionColumnSums& s) {
   using O = OperandOf<T>;
   const KeyBlock k = carve<T>(s, false);
   float *const sum = k.sums, *const lost = sum + kMostKeys, *const part = lost + kMostKeys;
-  const int64_t group = s.H / s.Hk, words = s.row_words(O::kDepth);
+  const int64_t group = s.queries_per_key(), words = s.row_words(O::kDepth);
   Item item;
-  while (next_item(s, item)) {
+  for (; next_item(s, item); item_done(s, item)) {
+    if (item.pack) {
+      pack_queries<T>(s, rows_of(s, item));
+      continue;
+    }
     const int64_t columns = whole_vectors(item.keys);
     pack_transposed<O>(element<T>(s.k, item.b, item.first, item.hk), s.k.stride_s, item.keys, s.D, k.k_across, k.ld);
     for (int64_t h = item.hk * group; h < (item.hk + 1) * group; ++h) {
       fill_zero(sum, 0, 3 * kMostKeys);
       each_meeting(s, item, h, [&](const Meeting& at) {
-        const int64_t row = (at.b * s.H + h) * s.padded_rows + at.first;
+        const int64_t row = s.slot_row(at.b, h) + at.first;
         product<O>(at.rows, columns, s.D / O::kDepth, s.q_rows + row * words, words, 1, k.k_across, k.ld, k.scores, k.ld);
         for (int64_t i = 0; i < at.rows && at.first + i < s.Sq; ++i) {
           ScoreRow r = score_row(s, row + i, at.kept == nullptr ? nullptr : at.kept + i * at.words);
@@ -489,14 +510,8 @@ void with_dtype(Dtype dtype, F&& f) {
   }
 }
 
-void prepare(const AttentionBackward& s, int64_t begin, int64_t end) {
-  with_dtype(s.dtype, [&](auto t) { prepare_as<decltype(t)>(s, begin, end); });
-}
 void run(const AttentionBackward& s) {
   with_dtype(s.dtype, [&](auto t) { run_as<decltype(t)>(s); });
-}
-void prepare_sums(const AttentionColumnSums& s, int64_t begin, int64_t end) {
-  with_dtype(s.dtype, [&](auto t) { prepare_sums_as<decltype(t)>(s, begin, end); });
 }
 void run_sums(const AttentionColumnSums& s) {
   with_dtype(s.dtype, [&](auto t) { run_sums_as<decltype(t)>(s); });
@@ -504,7 +519,7 @@ void run_sums(const AttentionColumnSums& s) {
 
 }  // namespace
 
-const AttentionBackwardKernels attention_backward_kernels = {depth, prepare, run, prepare_sums, run_sums};
+const AttentionBackwardKernels attention_backward_kernels = {depth, run, run_sums};
 
 }  // namespace MASKACCEL_ISA
 }  // namespace maskaccel
