@@ -4,6 +4,9 @@
 
 The mask of a query is its predicted mask, resized to the features, where its sigmoid is 0.5 or more; a query whose mask
 is empty sees everything. The mask is another in every layer and is made without waiting for the device.
+
+Queries next to each other look at different places, so nearly every tile is kept in part: the layer is exact and needs
+no mask of `(Q, height * width)` numbers, but it costs what dense attention does.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..masks import TileMask
+from ..masks.tiles import DEFAULT_BLOCK
 from ..ops.attention import tile_attention
 from ._layers import head_dim, linear, split
 
 
-def predicted_mask(logits: Tensor, size: tuple[int, int], block: tuple[int, int] = (32, 64)) -> TileMask:
+def predicted_mask(logits: Tensor, size: tuple[int, int], block: tuple[int, int] = DEFAULT_BLOCK) -> TileMask:
     """The mask of attention from predicted masks.
 
     Args:
