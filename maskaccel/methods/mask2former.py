@@ -5,8 +5,8 @@
 The mask of a query is its predicted mask, resized to the features, where its sigmoid is 0.5 or more; a query whose mask
 is empty sees everything. The mask is another in every layer and is made without waiting for the device.
 
-Queries next to each other look at different places, so nearly every tile is kept in part: the layer is exact and needs
-no mask of `(Q, height * width)` numbers, but it costs what dense attention does.
+Queries next to each other look at different places, so nearly every tile is kept in part: the layer is exact, but costs
+what dense attention does.
 """
 
 from __future__ import annotations
