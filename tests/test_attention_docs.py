@@ -1,0 +1,78 @@
+"""The page on sparse attention: its code runs, its table is the measured one, and the table is right."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.attention import tiles
+from maskaccel import methods, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+ROWS = json.loads((ROOT / "benchmarks" / "results" / "attention_tiles.json").read_text())
+PATCH, NARROW, SMALL = "patches of 8 x 16", "patches of 8 x 8, tiles of 128 x 64", "patches of 8 x 8, tiles of 64 x 64"
+# Touched, in per cent, as computed independently of the library (by exact distances of boxes; borders approximated).
+DISCS = {
+    (64, 8): (26.2, 21.5, 15.0, 11.8), (64, 16): (46.1, 33.2, 33.2, 28.2), (128, 8): (11.4, 6.2, 4.2, 3.1),
+    (128, 16): (22.8, 9.9, 9.9, 8.1), (128, 32): (43.2, 25.7, 24.9, 22.6),
+}  # fmt: skip
+
+
+def _row(mask: str, order: str, side: int | None = None) -> dict:
+    found = [r for r in ROWS if r["mask"] == mask and r["order"] == order and side in (None, r["grid"][0])]
+    assert len(found) == 1, (mask, order)
+    return found[0]
+
+
+def test_the_examples_run():
+    """In order, in one namespace, as a reader would."""
+    namespace: dict = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    for block in blocks:
+        exec(compile(block, "docs/attention.md", "exec"), namespace)
+    assert namespace["out"].isfinite().all()
+    assert namespace["predicted"].density() < 1
+    assert namespace["scenes"].density() < 1
+
+
+def test_the_names_of_the_tables_exist():
+    listed = re.findall(r"^\| `(\w+)` \|", PAGE.split("## Ops")[1], re.MULTILINE)
+    assert {"tile_attention", "merge_attention", "linear_attention", "tile_select"} <= set(listed)
+    assert all(hasattr(ops, name) for name in listed)
+    for name in ("LiteAttention", "CLEAR", "Mask2DiT"):
+        assert hasattr(methods, name)
+
+
+def test_the_table_is_the_measured_one():
+    assert tiles.put(PAGE, ROWS) == PAGE
+    assert {(r["mask"], r["order"]) for r in ROWS} == {(c.name, label) for c in tiles.CASES for label in c.orders}
+
+
+@pytest.mark.parametrize(("side", "radius"), DISCS)
+def test_discs(side, radius):
+    for order, want in zip(("raster", PATCH, NARROW, SMALL), DISCS[side, radius], strict=True):
+        row = _row(f"CLEAR, radius {radius}", order, side)
+        assert 100 * row["touched"] == pytest.approx(want, abs=0.35)
+
+
+def test_cogvideox_in_two_orders():
+    """About 23 and 6 per cent of the tiles, for 3 per cent of the elements between video tokens."""
+    name = next(c.name for c in tiles.CASES if "CogVideoX" in c.name)
+    frames, places = _row(name, "raster"), _row(name, "patches of 13 x 1")
+    assert 100 * frames["touched"] == pytest.approx(23, abs=3)
+    assert 100 * places["touched"] == pytest.approx(6, abs=3)
+    assert frames["elements"] == places["elements"]
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("CLEAR, radius 8", 64), ("Box of 13 x 13", 64), ("U-DiT, four sub-grids", 64)]
+)
+def test_the_library_gives_these_rows(name, side):
+    case = next(c for c in tiles.CASES if c.name == name and c.grid[0] == side)
+    for label in case.orders:
+        assert tiles.row(case, label) == _row(name, label, side)
