@@ -445,6 +445,22 @@ def test_training_after_sampling(name):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast(name):
+    """Parameters in fp32, products in bf16."""
+    make, extra = LAYERS[name]
+    layer = make()
+    random_parameters(layer)
+    extra = (tokens(1, 32)[:, 0],) if extra == "time" else extra
+    x = tokens(35 if name == "UDiTAttention" else 48, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, *extra)
+    out.float().square().sum().backward()
+    truth = layer.double()(x.double(), *(t.double() if isinstance(t, torch.Tensor) else t for t in extra))
+    assert (out - truth).abs().max() < 0.1 * truth.abs().max()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
 @pytest.mark.parametrize("name", ["DiffiTAttention", "PTDiTAttention"])
 def test_compiled(name):
     make, extra = LAYERS[name]
