@@ -34,6 +34,7 @@ GENERAL = re.compile(r"_any_kernel")
 ONLY_FOR = {"sm90": "90a"}
 # Of a kernel family: the instructions (their first letters) that its machine code must and must not have.
 INSTRUCTIONS = {
+    r"attention_(forward|backward|sums)_kernel": (("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),
     r"sm90_\w*kernel": (("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"), ("LDL", "STL", "CALL")),
 }
 # ptxas says so where it puts waits between wgmma instructions.

@@ -20,7 +20,8 @@ void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
   const Arg q = in.tensor("q"), k = in.tensor("k"), v = in.tensor("v");
   const ListInputs lists(in, false), unread(in, true);
   const ScoreInputs scores(in);
-  const Arg reference = in.optional("reference_lse"), out_scale = in.optional("out_scale"), out_add = in.optional("out_add");
+  const Arg reference = in.optional("reference_lse"), out_scale = in.optional("out_scale"),
+            out_add = in.optional("out_add");
   const int64_t bm = in.integer(), bn = in.integer();
   const double scale = in.number(), threshold = in.number();
   const int64_t flags = in.integer();
@@ -94,7 +95,8 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   };
   Result dq = gradient(kNeedQ, a.queries, a.heads, a.dq), dk = gradient(kNeedK, a.keys, a.key_heads, a.dk);
   Result dv = gradient(kNeedV, a.keys, a.key_heads, a.dv);
-  Result ds = needs & kNeedS ? Result(call, {a.batch, a.heads, a.queries, a.keys}, Dtype::f32) : Result(call, {0}, Dtype::f32);
+  Result ds =
+      needs & kNeedS ? Result(call, {a.batch, a.heads, a.queries, a.keys}, Dtype::f32) : Result(call, {0}, Dtype::f32);
   if (needs & kNeedS) {
     a.ds = ds.floats();
     ds.clear(call);

@@ -64,8 +64,8 @@ struct AttentionArgs {
   Rows out_add;
 
   // Backward. What is not asked for is null.
-  Rows dout, result;            // result: softmax(s) v
-  const float* dlse = nullptr;  // (B, H, Sq)
+  Rows dout, result;                                 // result: softmax(s) v
+  const float* dlse = nullptr;                       // (B, H, Sq)
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // contiguous, laid out as q, k, v
   float* ds = nullptr;                               // (B, H, Sq, Sk), zeroed before the launch
   int needs = 0;

@@ -1,9 +1,11 @@
 // Gradients of attention over lists of tiles on mma.sync, without atomics: one kernel in two orientations.
 //
-// For dq, a CTA owns query rows and walks keys along a row of tiles. For dk and dv it owns keys and walks queries along a column of
-// tiles, of one query head of the key head after the other. With x the rows owned and y the pieces walked, either way
+// For dq, a CTA owns query rows and walks keys along a row of tiles. For dk and dv it owns keys and walks queries along
+// a column of tiles, of one query head of the key head after the other. With x the rows owned and y the pieces walked,
+// either way
 //   s = x1 y1^T,  P = exp(s - lse),  dP = x2 y2^T,  dS = P (dP - delta),  first += dS y1,  second += P y2 (keys alone)
-// where (x1, x2) is (q, dout) or (k, v) and (y1, y2) the other pair. s and dP come out of the products laid out as their next factor.
+// where (x1, x2) is (q, dout) or (k, v) and (y1, y2) the other pair. s and dP come out of the products laid out as
+// their next factor.
 #pragma once
 
 #include "cuda_tiles.cuh"
@@ -43,7 +45,8 @@ __global__ void __launch_bounds__(128) attention_delta_kernel(const __grid_const
   while (lanes * kVec < p.dim) lanes *= 2;
   const int64_t at = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / lanes;
   const int64_t bh = at / terms.padded;
-  const int row = static_cast<int>(at % terms.padded), b = static_cast<int>(bh / p.heads), h = static_cast<int>(bh % p.heads);
+  const int row = static_cast<int>(at % terms.padded), b = static_cast<int>(bh / p.heads),
+            h = static_cast<int>(bh % p.heads);
   const bool inside = b < p.batch && row < p.queries;
   float sum = 0.f;
   if (inside) {
@@ -66,7 +69,8 @@ __global__ void __launch_bounds__(128) attention_delta_kernel(const __grid_const
 }
 
 template <typename P>
-__global__ void __launch_bounds__(P::kThreads) attention_backward_kernel(const __grid_constant__ GradientParams params) {
+__global__ void __launch_bounds__(P::kThreads)
+    attention_backward_kernel(const __grid_constant__ GradientParams params) {
   using T = typename P::T;
   constexpr bool kKeyRows = P::kKeyRows;
   constexpr int kPiece = P::kPiece, kStride = kStep<P::kWidth>, kValues = P::kValues;
@@ -83,12 +87,15 @@ __global__ void __launch_bounds__(P::kThreads) attention_backward_kernel(const _
   T* const x2 = x1 + P::kRows * kStride;
   T* const ring = x2 + P::kRows * kStride;
   T *const my_x1 = x1 + 16 * warp * kStride, *const my_x2 = x2 + 16 * warp * kStride;
-  const auto head_of = [&](const Rows& r, int h) { return static_cast<const T*>(r.data) + b * r.stride_b + h * r.stride_h; };
+  const auto head_of = [&](const Rows& r, int h) {
+    return static_cast<const T*>(r.data) + b * r.stride_b + h * r.stride_h;
+  };
   const Rows &rows1 = kKeyRows ? p.k : p.q, &rows2 = kKeyRows ? p.v : p.dout;
   const Rows &pieces1 = kKeyRows ? p.q : p.k, &pieces2 = kKeyRows ? p.dout : p.v;
 
   // Heads of the queries that are walked; of one query head, or of all of a key head.
-  Walk<kKeyRows, kPiece> walk{b, kKeyRows ? line.h * group : line.h, kKeyRows ? line.h * group + group : line.h + 1, line.line};
+  Walk<kKeyRows, kPiece> walk{b, kKeyRows ? line.h * group : line.h, kKeyRows ? line.h * group + group : line.h + 1,
+                              line.line};
   walk.start(p);
   int stage = 0;
   const auto fetch = [&] {
@@ -133,7 +140,8 @@ __global__ void __launch_bounds__(P::kThreads) attention_backward_kernel(const _
     at.column = here.begin + fresh(lane) % 4 * 2;
     if (added) add_to_scores<T, kKeyRows, 1, kPiece>(weights, p, at);
     if (here.is_partial()) {
-      apply_pattern<kKeyRows, 1, kPiece>(weights, p, at, kKeyRows ? here.tile : line.line, kKeyRows ? line.line : here.tile);
+      apply_pattern<kKeyRows, 1, kPiece>(weights, p, at, kKeyRows ? here.tile : line.line,
+                                         kKeyRows ? line.line : here.tile);
     }
     if (here.is_edge()) apply_limit<1, kPiece>(weights, here.limit - at.column);
 
@@ -144,7 +152,8 @@ __global__ void __launch_bounds__(P::kThreads) attention_backward_kernel(const _
       if constexpr (kKeyRows) lse = *reinterpret_cast<const float2*>(params.terms.lse + column_at + 8 * n);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        weights[0][n][i] = exp2_fast(weights[0][n][i] * to_log2 - (kKeyRows ? (i % 2 ? lse.y : lse.x) : row_lse[i / 2]));
+        weights[0][n][i] =
+            exp2_fast(weights[0][n][i] * to_log2 - (kKeyRows ? (i % 2 ? lse.y : lse.x) : row_lse[i / 2]));
       }
     }
     if constexpr (kKeyRows) weighted_sum<T, 1, kPiece, kValues, kStride>(sum2, weights, y2 + from_column);
@@ -178,7 +187,8 @@ __global__ void __launch_bounds__(P::kThreads) attention_backward_kernel(const _
   sync_threads();
   const int heads = kKeyRows ? p.key_heads : p.heads;
   const int64_t row_stride = int64_t{heads} * p.dim;
-  const int64_t start = int64_t{b} * (kKeyRows ? p.keys : p.queries) * row_stride + int64_t{line.h} * p.dim + from_column;
+  const int64_t start =
+      int64_t{b} * (kKeyRows ? p.keys : p.queries) * row_stride + int64_t{line.h} * p.dim + from_column;
   const auto store = [&](void* result, T* tile, const auto& sum, float factor) {
     if (result == nullptr) return;
 #pragma unroll

@@ -1,25 +1,28 @@
 // Attention over lists of tiles on mma.sync: sm_80 and everything later.
 //
-// A CTA of four warps owns kRows query rows of one row of mask tiles; a warp owns kRows / 4 of them with their result, their scores
-// and their softmax statistics in registers. Keys and values come in pieces of 64 or 32 through a ring of kSlots tiles in shared memory, K and V
-// in turn, so that each copy has the products of the tiles before it to hide behind. One loop serves partial and full tiles:
-// patterns, edges, added scores and skip tests are branches that the whole CTA takes or not.
+// A CTA of four warps owns kRows query rows of one row of mask tiles; a warp owns kRows / 4 of them with their result,
+// their scores and their softmax statistics in registers. Keys and values come in pieces of 64 or 32 through a ring of
+// kSlots tiles in shared memory, K and V in turn, so that each copy has the products of the tiles before it to hide
+// behind. One loop serves partial and full tiles: patterns, edges, added scores and skip tests are branches that the
+// whole CTA takes or not.
 #pragma once
 
 #include "cuda_tiles.cuh"
 
 namespace maskaccel::cuda {
 
-/// kGeneral: with what few calls ask for, added scores, skip tests and rows that lie on no 16 bytes; it takes the registers of
-/// half the rows of a warp.
+/// kGeneral: with what few calls ask for, added scores, skip tests and rows that lie on no 16 bytes; it takes the
+/// registers of half the rows of a warp.
 template <typename I, bool kGeneral_>
 struct ForwardPlan : I {
   using I::kWidth;
   static constexpr bool kGeneral = kGeneral_;
-  static constexpr int kBlocks = kGeneral || kWidth > 128 ? 1 : 2;  // of 16 rows a warp: every key fragment serves them all
+  static constexpr int kBlocks =
+      kGeneral || kWidth > 128 ? 1 : 2;  // of 16 rows a warp: every key fragment serves them all
   static constexpr int kWarps = kGeneral && kWidth <= 128 ? 8 : 4, kThreads = kWarps * kWarp;
   static constexpr int kRows = 16 * kBlocks * kWarps;
-  static constexpr int kPiece = kBlocks * kWidth == 256 && (kBlocks == 2 || kGeneral) ? 32 : 64;  // what registers leave for scores
+  static constexpr int kPiece =
+      kBlocks * kWidth == 256 && (kBlocks == 2 || kGeneral) ? 32 : 64;  // what registers leave for scores
   static constexpr int kSlots = kPiece * kWidth <= 64 * 96 ? 3 : 2;
   static constexpr int kTile = kPiece * kStep<kWidth>;
   static_assert(!kGeneral || kRows == most_pruned_rows(kWidth));
@@ -29,7 +32,8 @@ struct ForwardPlan : I {
 template <typename P>
 __global__ void __launch_bounds__(P::kThreads) attention_forward_kernel(const __grid_constant__ AttentionArgs p) {
   using T = typename P::T;
-  constexpr int kBlocks = P::kBlocks, kPiece = P::kPiece, kWidth = P::kWidth, kStride = kStep<kWidth>, kSlots = P::kSlots;
+  constexpr int kBlocks = P::kBlocks, kPiece = P::kPiece, kWidth = P::kWidth, kStride = kStep<kWidth>,
+                kSlots = P::kSlots;
   constexpr int kValues = P::kValues;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x & 31;
   const int pieces = (p.bm + P::kRows - 1) / P::kRows;
@@ -41,7 +45,8 @@ __global__ void __launch_bounds__(P::kThreads) attention_forward_kernel(const __
   T* const query_tile = reinterpret_cast<T*>(dynamic_shared());
   T* const ring = query_tile + P::kRows * kStride;
   const T* const keys = static_cast<const T*>(p.k.data) + b * p.k.stride_b + h / (p.heads / p.key_heads) * p.k.stride_h;
-  const T* const values = static_cast<const T*>(p.v.data) + b * p.v.stride_b + h / (p.heads / p.key_heads) * p.v.stride_h;
+  const T* const values =
+      static_cast<const T*>(p.v.data) + b * p.v.stride_b + h / (p.heads / p.key_heads) * p.v.stride_h;
   T* const my_queries = query_tile + 16 * kBlocks * warp * kStride;
   const int my_first = first + 16 * kBlocks * warp;
 
@@ -75,11 +80,13 @@ __global__ void __launch_bounds__(P::kThreads) attention_forward_kernel(const __
     }
     return tile;
   };
-  fill<P, P::kRows>(query_tile, static_cast<const T*>(p.q.data) + b * p.q.stride_b + h * p.q.stride_h, p.q, first, row_limit, p.dim);
+  fill<P, P::kRows>(query_tile, static_cast<const T*>(p.q.data) + b * p.q.stride_b + h * p.q.stride_h, p.q, first,
+                    row_limit, p.dim);
   prime();
 
   float sum[kBlocks][kValues / 8][4] = {}, largest[kBlocks][2], total[kBlocks][2] = {}, reference[kBlocks][2];
-  const bool added = P::kGeneral && adds_to_scores(p), tests = P::kGeneral && p.flags != 0, prunes = P::kGeneral && (p.flags & kPrune);
+  const bool added = P::kGeneral && adds_to_scores(p), tests = P::kGeneral && p.flags != 0,
+             prunes = P::kGeneral && (p.flags & kPrune);
   const float to_log2 = added ? 1.f : p.scale * kLog2e;
   Span<false> at{b, h, my_first + lane / 4, 0};
 #pragma unroll
@@ -219,7 +226,8 @@ __global__ void __launch_bounds__(P::kThreads) attention_forward_kernel(const __
   T* const out = static_cast<T*>(p.out) + int64_t{b} * p.queries * row_stride + int64_t{h} * p.dim;
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
-    store_rows<T, kValues, kStride>(out, my_queries + 16 * m * kStride, row_stride, my_first + 16 * m, row_limit, p.dim);
+    store_rows<T, kValues, kStride>(out, my_queries + 16 * m * kStride, row_stride, my_first + 16 * m, row_limit,
+                                    p.dim);
   }
 }
 

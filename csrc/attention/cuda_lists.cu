@@ -1,9 +1,8 @@
 // Binding of tile_lists to CUDA.
-#include "cuda_lists.cuh"
-
 #include <algorithm>
 
 #include "../common/cuda_binding.h"
+#include "cuda_lists.cuh"
 
 namespace maskaccel::cuda {
 namespace {
@@ -33,8 +32,8 @@ void tile_lists(StableIValue* stack, uint64_t, uint64_t) {
                    (pattern_of.size(0) == 1 || pattern_of.size(0) == bits.size(0)) &&
                    (pattern_of.size(1) == 1 || pattern_of.size(1) == bits.size(1)) && pattern_of.size(2) == rows &&
                    pattern_of.size(3) == tiles,
-               "pattern_of must be contiguous int32 (1|", bits.size(0), ", 1|", bits.size(1), ", ", rows, ", ", tiles, "), got ",
-               shape_text(pattern_of));
+               "pattern_of must be contiguous int32 (1|", bits.size(0), ", 1|", bits.size(1), ", ", rows, ", ", tiles,
+               "), got ", shape_text(pattern_of));
     p.pattern_of = static_cast<const int*>(pattern_of.data);
     p.pattern_stride_h = pattern_of.size(1) == 1 ? 0 : rows * tiles;
     p.pattern_stride_b = pattern_of.size(0) == 1 ? 0 : rows * tiles * pattern_of.size(1);
@@ -42,7 +41,8 @@ void tile_lists(StableIValue* stack, uint64_t, uint64_t) {
   const auto integers = [&](std::initializer_list<int64_t> sizes) {
     return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i32, int64_t{sizeof(int)});
   };
-  Result index = integers({bits.size(0), bits.size(1), p.lines, p.length}), count = integers({bits.size(0), bits.size(1), p.lines, 2});
+  Result index = integers({bits.size(0), bits.size(1), p.lines, p.length}),
+         count = integers({bits.size(0), bits.size(1), p.lines, 2});
   Result order = integers({p.all_lines});
   const Result total = integers({p.all_lines});
   p.index = static_cast<int*>(index.data()), p.count = static_cast<int*>(count.data());

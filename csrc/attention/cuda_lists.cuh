@@ -24,7 +24,8 @@ static __global__ void __launch_bounds__(kListThreads) tile_lists_kernel(const _
   const int slab = at / p.lines, line = at % p.lines;
   const unsigned* const bits = p.bits + int64_t{slab} * p.rows * p.words;
   const int* pattern = nullptr;
-  if (p.pattern_of != nullptr) pattern = p.pattern_of + slab / p.heads * p.pattern_stride_b + slab % p.heads * p.pattern_stride_h;
+  if (p.pattern_of != nullptr)
+    pattern = p.pattern_of + slab / p.heads * p.pattern_stride_b + slab % p.heads * p.pattern_stride_h;
   // Bits of the 32 tiles from `first` on: kept, and kept in part.
   const auto read = [&](int first, unsigned& kept, unsigned& partial) {
     const int row = p.transpose ? first + lane : line, tile = p.transpose ? line : first + lane;
@@ -61,8 +62,8 @@ static __global__ void __launch_bounds__(kListThreads) tile_lists_kernel(const _
   }
 }
 
-/// One thread is one line: its place is the number of lines that go before it. Quadratic, and still small beside the attention
-/// that the lists are for: lines are the tokens of all heads divided by the rows of a tile.
+/// One thread is one line: its place is the number of lines that go before it. Quadratic, and still small beside the
+/// attention that the lists are for: lines are the tokens of all heads divided by the rows of a tile.
 static __global__ void __launch_bounds__(kListThreads) tile_order_kernel(const __grid_constant__ ListParams p) {
   __shared__ int totals[kListThreads];
   const int at = blockIdx.x * kListThreads + threadIdx.x;

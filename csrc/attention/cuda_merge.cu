@@ -1,7 +1,6 @@
 // Binding of merge_attention and its backward to CUDA.
-#include "cuda_merge.cuh"
-
 #include "../common/cuda_binding.h"
+#include "cuda_merge.cuh"
 
 namespace maskaccel::cuda {
 namespace {
@@ -9,8 +8,7 @@ namespace {
 /// out1, lse1, out2, lse2.
 struct Parts {
   Arg out[2], lse[2];
-  explicit Parts(Inputs& in)
-      : out{in.tensor("out1"), {}}, lse{in.tensor("lse1"), {}} {
+  explicit Parts(Inputs& in) : out{in.tensor("out1"), {}}, lse{in.tensor("lse1"), {}} {
     out[1] = in.tensor("out2");
     lse[1] = in.tensor("lse2");
   }
@@ -37,17 +35,18 @@ struct Merge {
   }
   Rows rows(const Arg& t) const {
     call.same_device(t);
-    call.check(t.dim == 4 && t.size(0) == p.batch && t.size(1) == p.tokens && t.size(2) == p.heads && t.size(3) == p.dim &&
-                   dtype_of_arg(t) == dtype && t.dense_last(),
+    call.check(t.dim == 4 && t.size(0) == p.batch && t.size(1) == p.tokens && t.size(2) == p.heads &&
+                   t.size(3) == p.dim && dtype_of_arg(t) == dtype && t.dense_last(),
                t.name, " must be (", p.batch, ", ", p.tokens, ", ", p.heads, ", ", p.dim,
                ") of the dtype of out1 with a contiguous last dim, got ", shape_text(t));
     return Rows{t.data, t.stride(0), t.stride(1), t.stride(2), rows_aligned(t)};
   }
   const float* statistics(const Arg& t) const {
     call.same_device(t);
-    call.check(t.code == codes().f32 && t.dim == 3 && t.size(0) == p.batch && t.size(1) == p.heads && t.size(2) == p.tokens &&
-                   t.contiguous(),
-               t.name, " must be contiguous float32 (", p.batch, ", ", p.heads, ", ", p.tokens, "), got ", shape_text(t));
+    call.check(t.code == codes().f32 && t.dim == 3 && t.size(0) == p.batch && t.size(1) == p.heads &&
+                   t.size(2) == p.tokens && t.contiguous(),
+               t.name, " must be contiguous float32 (", p.batch, ", ", p.heads, ", ", p.tokens, "), got ",
+               shape_text(t));
     return static_cast<const float*>(t.data);
   }
   Result like_out() const { return Result(call, {p.batch, p.tokens, p.heads, p.dim}, dtype); }
@@ -67,7 +66,8 @@ void merge_attention(StableIValue* stack, uint64_t, uint64_t) {
   m.p.lse_out = lse.floats();
   if (m.grid().x > 0) {
     by_dtype(m.dtype, [&](auto tag) {
-      launch(call.op(), merge_attention_kernel<typename decltype(tag)::type>, m.grid(), kMergeThreads, 0, call.stream(), m.p);
+      launch(call.op(), merge_attention_kernel<typename decltype(tag)::type>, m.grid(), kMergeThreads, 0, call.stream(),
+             m.p);
     });
   }
   stack[0] = out.release();
@@ -86,7 +86,8 @@ void merge_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   for (int i = 0; i < 2; ++i) m.p.dpart[i] = out[i].data(), m.p.dpart_lse[i] = lse[i].floats();
   if (m.grid().x > 0) {
     by_dtype(m.dtype, [&](auto tag) {
-      launch(call.op(), merge_attention_backward_kernel<typename decltype(tag)::type>, m.grid(), kMergeThreads, 0, call.stream(), m.p);
+      launch(call.op(), merge_attention_backward_kernel<typename decltype(tag)::type>, m.grid(), kMergeThreads, 0,
+             call.stream(), m.p);
     });
   }
   for (int i = 0; i < 2; ++i) {

@@ -13,7 +13,7 @@ struct MergeParams {
   int lanes = 1;  // of a row: a power of two, at most a warp
   Rows part[2], dout;
   const float *lse[2] = {nullptr, nullptr}, *dlse = nullptr;  // (B, H, S)
-  void* out = nullptr;                                       // contiguous, as the parts
+  void* out = nullptr;                                        // contiguous, as the parts
   float* lse_out = nullptr;
   void* dpart[2] = {nullptr, nullptr};
   float* dpart_lse[2] = {nullptr, nullptr};
@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_attention_kernel(const __
 
 /// d out_i = w_i dout and d lse_i = w_i (dlse + dout . (out_i - out)), where out_1 - out = w_2 (out_1 - out_2).
 template <typename T>
-__global__ void __launch_bounds__(kMergeThreads) merge_attention_backward_kernel(const __grid_constant__ MergeParams p) {
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_attention_backward_kernel(const __grid_constant__ MergeParams p) {
   const MergedRow row(p);
   float apart = 0.f;  // dout . (out_1 - out_2)
   if (row.inside) {

@@ -1,5 +1,5 @@
-// Instructions of the sm_80 matrix path, warp-wide: m16n8k16 products, ldmatrix, cp.async. On the host each has a body that moves
-// the same registers between lanes, so that fragments and waits can be tested without a GPU.
+// Instructions of the sm_80 matrix path, warp-wide: m16n8k16 products, ldmatrix, cp.async. On the host each has a body
+// that moves the same registers between lanes, so that fragments and waits can be tested without a GPU.
 #pragma once
 
 #include <limits>
@@ -42,15 +42,17 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
   }
 #else
   if constexpr (std::is_same_v<T, bf16>) {
-    cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+    cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2],
+                                              c[3]);
   } else {
-    cute::SM80_16x8x16_F32F16F16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+    cute::SM80_16x8x16_F32F16F16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2],
+                                            c[3]);
   }
 #endif
 }
 
-/// Four 8 x 8 matrices of 16-bit elements: lane 8 m + r gives the address of row r of matrix m. A lane gets columns 2t, 2t + 1 of
-/// row g of each; transposed, rows 2t, 2t + 1 of column g.
+/// Four 8 x 8 matrices of 16-bit elements: lane 8 m + r gives the address of row r of matrix m. A lane gets columns 2t,
+/// 2t + 1 of row g of each; transposed, rows 2t, 2t + 1 of column g.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
 #ifdef MASKACCEL_EMULATE
@@ -156,8 +158,8 @@ __device__ __forceinline__ float exp2_fast(float v) {
 
 __host__ __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 
-/// A value that the compiler takes for a new one: what is computed from it is computed here and not held in registers from before
-/// a loop.
+/// A value that the compiler takes for a new one: what is computed from it is computed here and not held in registers
+/// from before a loop.
 __device__ __forceinline__ int fresh(int value) {
 #ifndef MASKACCEL_EMULATE
   asm volatile("" : "+r"(value));

@@ -46,8 +46,8 @@ struct AttentionReader {
   Rows rows(const Arg& t, int64_t tokens, int64_t heads, bool wide = false) const {
     if (!t) return {};
     call.same_device(t);
-    call.check(t.dim == 4 && t.size(0) == a.batch && t.size(1) == tokens && t.size(2) == heads && t.size(3) == a.dim, t.name,
-               " must be (", a.batch, ", ", tokens, ", ", heads, ", ", a.dim, "), got ", shape_text(t));
+    call.check(t.dim == 4 && t.size(0) == a.batch && t.size(1) == tokens && t.size(2) == heads && t.size(3) == a.dim,
+               t.name, " must be (", a.batch, ", ", tokens, ", ", heads, ", ", a.dim, "), got ", shape_text(t));
     const Dtype dtype = dtype_of_arg(t);
     call.check(dtype == a.dtype || (wide && dtype == Dtype::f32), t.name, " must have the dtype of q",
                wide ? " or float32" : "");
@@ -59,26 +59,32 @@ struct AttentionReader {
     call.check(bm >= 16 && bm % 16 == 0 && bm <= kMostIndex, "bm is ", bm, "; allowed are multiples of 16");
     call.check(bn >= 32 && bn % 32 == 0 && bn <= kMostIndex, "bn is ", bn, "; allowed are multiples of 32");
     a.bm = static_cast<int>(bm), a.bn = static_cast<int>(bn);
-    call.check(int64_t{a.batch} * a.heads * (a.queries / 16 + a.keys / 16 + 2) < int64_t{1} << 31, "q and k have too many tiles");
+    call.check(int64_t{a.batch} * a.heads * (a.queries / 16 + a.keys / 16 + 2) < int64_t{1} << 31,
+               "q and k have too many tiles");
     a.tile_rows = static_cast<int>(ceil_div(a.queries, bm)), a.tile_columns = static_cast<int>(ceil_div(a.keys, bn));
   }
 
   /// After `tiles`. The lists over `lines` lines of tiles.
   TileLists lists(const ListInputs& in, int64_t lines) const {
     const Arg &index = in.index, &count = in.count, &order = in.order;
-    call.check(bool(index) == bool(count) && bool(index) == bool(order), index.name, ", ", count.name, " and ", order.name,
-               " must be given together or not at all");
+    call.check(bool(index) == bool(count) && bool(index) == bool(order), index.name, ", ", count.name, " and ",
+               order.name, " must be given together or not at all");
     if (!index) return {};
     for (const Arg* t : {&index, &count, &order}) integers(*t);
     call.check(index.dim == 4 && (index.size(0) == 1 || index.size(0) == a.batch) &&
                    (index.size(1) == 1 || index.size(1) == a.heads) && index.size(2) == lines,
                index.name, " must be (1|", a.batch, ", 1|", a.heads, ", ", lines, ", L), got ", shape_text(index));
-    call.check(count.dim == 4 && count.size(0) == index.size(0) && count.size(1) == index.size(1) && count.size(2) == lines &&
-                   count.size(3) == 2,
-               count.name, " must be (", index.size(0), ", ", index.size(1), ", ", lines, ", 2), got ", shape_text(count));
+    call.check(count.dim == 4 && count.size(0) == index.size(0) && count.size(1) == index.size(1) &&
+                   count.size(2) == lines && count.size(3) == 2,
+               count.name, " must be (", index.size(0), ", ", index.size(1), ", ", lines, ", 2), got ",
+               shape_text(count));
     call.check(order.dim == 1 && order.size(0) == index.size(0) * index.size(1) * lines, order.name, " must be (",
                index.size(0) * index.size(1) * lines, ",), got ", shape_text(order));
-    return TileLists{ints(index), ints(count), ints(order), index.size(3), static_cast<int>(index.size(0)),
+    return TileLists{ints(index),
+                     ints(count),
+                     ints(order),
+                     index.size(3),
+                     static_cast<int>(index.size(0)),
                      static_cast<int>(index.size(1))};
   }
 
@@ -89,10 +95,10 @@ struct AttentionReader {
     call.check(pattern_of.dim == 4 && (pattern_of.size(0) == 1 || pattern_of.size(0) == a.batch) &&
                    (pattern_of.size(1) == 1 || pattern_of.size(1) == a.heads) && pattern_of.size(2) == a.tile_rows &&
                    pattern_of.size(3) == a.tile_columns,
-               pattern_of.name, " must be (1|", a.batch, ", 1|", a.heads, ", ", a.tile_rows, ", ", a.tile_columns, "), got ",
-               shape_text(pattern_of));
-    call.check(patterns.dim == 3 && patterns.size(1) == a.bm && patterns.size(2) == a.bn / 32, patterns.name, " must be (P, ",
-               a.bm, ", ", a.bn / 32, "), got ", shape_text(patterns));
+               pattern_of.name, " must be (1|", a.batch, ", 1|", a.heads, ", ", a.tile_rows, ", ", a.tile_columns,
+               "), got ", shape_text(pattern_of));
+    call.check(patterns.dim == 3 && patterns.size(1) == a.bm && patterns.size(2) == a.bn / 32, patterns.name,
+               " must be (P, ", a.bm, ", ", a.bn / 32, "), got ", shape_text(patterns));
     a.pattern_of = ints(pattern_of);
     a.patterns = ints(patterns);
     const int64_t one = int64_t{a.tile_rows} * a.tile_columns;
@@ -122,9 +128,10 @@ struct AttentionReader {
   const float* statistics(const Arg& t) const {
     if (!t) return nullptr;
     call.same_device(t);
-    call.check(t.code == codes().f32 && t.dim == 3 && t.size(0) == a.batch && t.size(1) == a.heads && t.size(2) == a.queries &&
-                   t.contiguous(),
-               t.name, " must be contiguous float32 (", a.batch, ", ", a.heads, ", ", a.queries, "), got ", shape_text(t));
+    call.check(t.code == codes().f32 && t.dim == 3 && t.size(0) == a.batch && t.size(1) == a.heads &&
+                   t.size(2) == a.queries && t.contiguous(),
+               t.name, " must be contiguous float32 (", a.batch, ", ", a.heads, ", ", a.queries, "), got ",
+               shape_text(t));
     return static_cast<const float*>(t.data);
   }
 
@@ -144,8 +151,8 @@ struct AttentionReader {
   }
   const int* positions(const Arg& t, int64_t tokens, int64_t& stride) const {
     integers(t);
-    call.check(t.dim == 2 && (t.size(0) == 1 || t.size(0) == a.batch) && t.size(1) == tokens, t.name, " must be (1|", a.batch,
-               ", ", tokens, "), got ", shape_text(t));
+    call.check(t.dim == 2 && (t.size(0) == 1 || t.size(0) == a.batch) && t.size(1) == tokens, t.name, " must be (1|",
+               a.batch, ", ", tokens, "), got ", shape_text(t));
     stride = t.size(0) == 1 ? 0 : tokens;
     return ints(t);
   }

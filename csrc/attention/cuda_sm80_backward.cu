@@ -12,10 +12,11 @@ int64_t padded_queries(const AttentionArgs& a) { return int64_t{a.tile_rows} * a
 template <typename Plan>
 void launch_gradient(const GradientParams& params, Stream stream) {
   const AttentionArgs& a = params.a;
-  const int64_t lines = int64_t{a.batch} * (Plan::kKeyRows ? int64_t{a.key_heads} * a.tile_columns : int64_t{a.heads} * a.tile_rows);
+  const int64_t lines =
+      int64_t{a.batch} * (Plan::kKeyRows ? int64_t{a.key_heads} * a.tile_columns : int64_t{a.heads} * a.tile_rows);
   const int64_t blocks = ceil_div(Plan::kKeyRows ? a.bn : a.bm, Plan::kRows);
-  launch(kOp, attention_backward_kernel<Plan>, dim3(static_cast<unsigned>(lines * blocks), Plan::kSplit), Plan::kThreads,
-         Plan::kShared, stream, params);
+  launch(kOp, attention_backward_kernel<Plan>, dim3(static_cast<unsigned>(lines * blocks), Plan::kSplit),
+         Plan::kThreads, Plan::kShared, stream, params);
 }
 
 template <typename I>
@@ -24,7 +25,8 @@ void launch_instance(const GradientParams& params, Stream stream) {
   int64_t lanes = 2;
   while (lanes * kVec < a.dim) lanes *= 2;
   const int64_t threads = int64_t{a.batch} * a.heads * params.terms.padded * lanes;
-  launch(kOp, attention_delta_kernel<typename I::T>, dim3(static_cast<unsigned>(ceil_div(threads, 128))), 128, 0, stream, params);
+  launch(kOp, attention_delta_kernel<typename I::T>, dim3(static_cast<unsigned>(ceil_div(threads, 128))), 128, 0,
+         stream, params);
   if (a.needs & (kNeedQ | kNeedS)) launch_gradient<BackwardPlan<I, false>>(params, stream);
   if (a.needs & (kNeedK | kNeedV)) launch_gradient<BackwardPlan<I, true>>(params, stream);
 }

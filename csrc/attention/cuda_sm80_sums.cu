@@ -11,8 +11,8 @@ void launch_sm80_sums(const AttentionArgs& a, float* sums, Stream stream) {
     using I = decltype(instance);
     using Plan = SumPlan<Instance<typename I::T, I::kWidth>>;  // values play no part
     const int64_t lines = int64_t{a.batch} * a.heads * a.tile_columns, blocks = ceil_div(a.bn, Plan::kRows);
-    launch("attention_column_sums", attention_sums_kernel<Plan>, dim3(static_cast<unsigned>(lines * blocks)), Plan::kThreads,
-           Plan::kShared, stream, params);
+    launch("attention_column_sums", attention_sums_kernel<Plan>, dim3(static_cast<unsigned>(lines * blocks)),
+           Plan::kThreads, Plan::kShared, stream, params);
   });
 }
 

@@ -39,25 +39,32 @@ struct Line {
 /// Of a kernel that walks rows of tiles, over keys, or (kKeyRows) columns of tiles, over queries.
 template <bool kKeyRows>
 struct Axis {
-  static __device__ __forceinline__ const TileLists& lists(const AttentionArgs& p) { return kKeyRows ? p.lists_t : p.lists; }
-  static __device__ __forceinline__ int lines(const AttentionArgs& p) { return kKeyRows ? p.tile_columns : p.tile_rows; }
-  static __device__ __forceinline__ int tiles(const AttentionArgs& p) { return kKeyRows ? p.tile_rows : p.tile_columns; }
+  static __device__ __forceinline__ const TileLists& lists(const AttentionArgs& p) {
+    return kKeyRows ? p.lists_t : p.lists;
+  }
+  static __device__ __forceinline__ int lines(const AttentionArgs& p) {
+    return kKeyRows ? p.tile_columns : p.tile_rows;
+  }
+  static __device__ __forceinline__ int tiles(const AttentionArgs& p) {
+    return kKeyRows ? p.tile_rows : p.tile_columns;
+  }
   static __device__ __forceinline__ int size(const AttentionArgs& p) { return kKeyRows ? p.bm : p.bn; }  // of a tile
   static __device__ __forceinline__ int end(const AttentionArgs& p) { return kKeyRows ? p.queries : p.keys; }
 };
 
-/// The `item`-th line to start, of `heads` heads. Lists are taken in their order, longest first, within each group of samples and
-/// heads that share them: neighbouring CTAs read the same keys where a mask is shared, and short lines come last everywhere.
+/// The `item`-th line to start, of `heads` heads. Lists are taken in their order, longest first, within each group of
+/// samples and heads that share them: neighbouring CTAs read the same keys where a mask is shared, and short lines come
+/// last everywhere.
 template <bool kKeyRows>
-__device__ __forceinline__ Line locate(const AttentionArgs& p, int heads, int64_t item) {
+__device__ __forceinline__ Line locate(const AttentionArgs& p, int heads, int item) {
   const TileLists& lists = Axis<kKeyRows>::lists(p);
   const int lines = Axis<kKeyRows>::lines(p);
-  if (lists.order == nullptr || (lists.heads != 1 && lists.heads != heads)) {  // heads of keys: their lists are several lines
-    const int64_t bh = item / lines;
-    return Line{static_cast<int>(bh / heads), static_cast<int>(bh % heads), static_cast<int>(item % lines)};
+  // The lists of a key head whose query heads have one each are several lines of it: they have no order here.
+  if (lists.order == nullptr || (lists.heads != 1 && lists.heads != heads)) {
+    const int bh = item / lines;
+    return Line{bh / heads, bh % heads, item % lines};
   }
-  const int64_t listed = int64_t{lists.batch} * lists.heads * lines;
-  const int id = lists.order[item % listed], copy = static_cast<int>(item / listed);
+  const int listed = lists.batch * lists.heads * lines, id = lists.order[item % listed], copy = item / listed;
   const int copies = lists.heads == 1 ? heads : 1, head = id / lines % lists.heads, sample = id / lines / lists.heads;
   return Line{lists.batch == 1 ? copy / copies : sample, lists.heads == 1 ? copy % copies : head, id % lines};
 }
@@ -107,8 +114,8 @@ struct Walk {
   }
 };
 
-/// A tile of `kRows` rows of `kWidth` elements in shared memory. An odd number of 16-byte chunks between rows lets eight rows of one
-/// chunk lie in eight different banks, at fixed offsets.
+/// A tile of `kRows` rows of `kWidth` elements in shared memory. An odd number of 16-byte chunks between rows lets
+/// eight rows of one chunk lie in eight different banks, at fixed offsets.
 template <int kWidth>
 constexpr int kStep = (kWidth / 8 | 1) * 8;
 
@@ -148,7 +155,8 @@ __device__ __forceinline__ void fill_tile(T* tile, const T* source, int64_t stri
 
 /// The same as plan P does it; rows that lie on no 16 bytes are for general kernels.
 template <typename P, int kRows>
-__device__ __forceinline__ void fill(typename P::T* tile, const typename P::T* source, const Rows& rows, int first, int limit, int width) {
+__device__ __forceinline__ void fill(typename P::T* tile, const typename P::T* source, const Rows& rows, int first,
+                                     int limit, int width) {
   if (P::kGeneral && !rows.vec) {
     fill_tile<typename P::T, P::kThreads, kRows, P::kWidth, false>(tile, source, rows.stride_s, first, limit, width);
   } else {
@@ -180,10 +188,11 @@ __device__ __forceinline__ void scores_of(float (&scores)[kBlocks][kColumns / 8]
   }
 }
 
-/// sum += weights y: weights of 16 kBlocks x kColumns, rounded to T, y of kColumns rows, of which kWidth elements are taken.
+/// sum += weights y: weights of 16 kBlocks x kColumns, rounded to T, y of kColumns rows, of which kWidth elements are
+/// taken.
 template <typename T, int kBlocks, int kColumns, int kWidth, int kStride>
-__device__ __forceinline__ void weighted_sum(float (&sum)[kBlocks][kWidth / 8][4], const float (&weights)[kBlocks][kColumns / 8][4],
-                                             const T* y) {
+__device__ __forceinline__ void weighted_sum(float (&sum)[kBlocks][kWidth / 8][4],
+                                             const float (&weights)[kBlocks][kColumns / 8][4], const T* y) {
   const int lane = threadIdx.x & 31;
   y += lane % 16 * kStride + lane / 16 * 8;
 #pragma unroll
@@ -210,7 +219,8 @@ __device__ __forceinline__ void weighted_sum(float (&sum)[kBlocks][kWidth / 8][4
   }
 }
 
-/// Which elements of the score matrix the registers of a warp hold. `kKeyRows`: its rows are keys and its columns queries.
+/// Which elements of the score matrix the registers of a warp hold. `kKeyRows`: its rows are keys and its columns
+/// queries.
 template <bool kKeyRows>
 struct Span {
   int b, h;
@@ -238,7 +248,8 @@ __device__ __forceinline__ void add_to_scores(float (&scores)[kBlocks][kColumns 
           float value = s * p.scale;
           if (query < p.queries && key < p.keys) {
             if (p.bias.data != nullptr) {
-              value += load_scalar<T>(p.bias.data, bias_at + query * p.bias.stride_q + key * p.bias.stride_k, p.bias.wide);
+              value +=
+                  load_scalar<T>(p.bias.data, bias_at + query * p.bias.stride_q + key * p.bias.stride_k, p.bias.wide);
             }
             if (table != nullptr) {
               value += table[p.relpos_q[at.b * p.relpos_stride_q + query] - p.relpos_k[at.b * p.relpos_stride_k + key]];
@@ -254,7 +265,8 @@ template <bool kKeyRows, int kBlocks, int kColumns>
 __device__ __forceinline__ void apply_pattern(float (&scores)[kBlocks][kColumns / 8][4], const AttentionArgs& p,
                                               const Span<kKeyRows>& at, int tile_row, int tile_column) {
   if (p.pattern_of == nullptr) return;
-  const int id = p.pattern_of[at.b * p.pattern_stride_b + at.h * p.pattern_stride_h + int64_t{tile_row} * p.tile_columns + tile_column];
+  const int id = p.pattern_of[at.b * p.pattern_stride_b + at.h * p.pattern_stride_h +
+                              int64_t{tile_row} * p.tile_columns + tile_column];
   if (id < 0) return;
   const int words = p.bn / 32;
   const int* pattern = p.patterns + int64_t{id} * p.bm * words;
@@ -270,7 +282,8 @@ __device__ __forceinline__ void apply_pattern(float (&scores)[kBlocks][kColumns 
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int query = column + 8 * n + e;
-          const unsigned bits = query < p.bm && word < words ? static_cast<unsigned>(pattern[query * words + word]) >> key % 32 : 0u;
+          const unsigned bits =
+              query < p.bm && word < words ? static_cast<unsigned>(pattern[query * words + word]) >> key % 32 : 0u;
           if (!(bits & 1u)) scores[m][n][e] = -kInfinity;
           if (!(bits & 256u)) scores[m][n][2 + e] = -kInfinity;
         }
@@ -281,7 +294,8 @@ __device__ __forceinline__ void apply_pattern(float (&scores)[kBlocks][kColumns 
 #pragma unroll
         for (int block = 0; block < (kColumns + 31) / 32; ++block) {
           const int key = column + 32 * block, word = key / 32;
-          unsigned bits = query < p.bm && word < words ? static_cast<unsigned>(pattern[query * words + word]) >> key % 32 : 0u;
+          unsigned bits =
+              query < p.bm && word < words ? static_cast<unsigned>(pattern[query * words + word]) >> key % 32 : 0u;
 #pragma unroll
           for (int n = 4 * block; n < 4 * block + 4 && n < kColumns / 8; ++n, bits >>= 8)
 #pragma unroll
@@ -328,12 +342,14 @@ __device__ __forceinline__ float quad_sum(float v) {
 
 /// Writes 16 rows of a warp, which lie in shared memory, to rows [first, limit) of a contiguous (B, S, H, D) result.
 template <typename T, int kWidth, int kStride>
-__device__ __forceinline__ void store_rows(T* result, const T* tile, int64_t row_stride, int first, int limit, int width) {
+__device__ __forceinline__ void store_rows(T* result, const T* tile, int64_t row_stride, int first, int limit,
+                                           int width) {
   constexpr int kChunks = kWidth / 8;
   for (int at = threadIdx.x & 31; at < 16 * kChunks; at += kWarp) {
     const int row = at / kChunks, d = at % kChunks * 8;
     if (first + row < limit && d < width) {
-      *reinterpret_cast<uint4*>(result + (first + row) * row_stride + d) = *reinterpret_cast<const uint4*>(tile + row * kStride + d);
+      *reinterpret_cast<uint4*>(result + (first + row) * row_stride + d) =
+          *reinterpret_cast<const uint4*>(tile + row * kStride + d);
     }
   }
 }
