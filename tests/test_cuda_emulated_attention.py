@@ -105,7 +105,7 @@ def _whole_call(op, q, k, v, mask, block, threshold, flags, ref=None, scale=None
 
 
 @pytest.mark.parametrize("dim", [64, 72, 128, 256])
-@pytest.mark.parametrize("flags", [KEEP, PRUNE, KEEP | PRUNE])
+@pytest.mark.parametrize("flags", [KEEP, KEEP | PRUNE])
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_skip_test(emulated, dim, flags, with_reference):
     """Keep bits and pruned results, with tiles that are kept by their first piece, by a later one, and not at all."""
