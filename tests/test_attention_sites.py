@@ -20,9 +20,17 @@ from zoo.all_models import MODELS
 from zoo.common import randn, run, run_with_gradients
 
 import maskaccel
+from maskaccel.masks import GridWindow, TileMask, TokenOrder
 from maskaccel.methods import FORA, FusedAdaLN, TaylorSeer
 from maskaccel.ops import tile_attention
-from maskaccel.patching.attention import AttentionCall, attention_activity, attention_sites, bridge
+from maskaccel.patching.attention import (
+    AttentionCall,
+    Once,
+    Places,
+    attention_activity,
+    attention_sites,
+    bridge,
+)
 from maskaccel.patching.transaction import PatchError
 
 
@@ -549,6 +557,35 @@ def test_positions_are_read_once_for_each_tensor(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ compiled
+
+
+class Windowed:
+    """A policy with a mask of the places, made once for the model."""
+
+    def __init__(self) -> None:
+        self.made = Once(self.window)
+        self.times = 0
+
+    def window(self, places: Places) -> TileMask:
+        self.times += 1
+        line = TokenOrder((places.queries,))
+        return TileMask.from_rule(GridWindow(line, 3, "box"), (places.queries, places.keys), (16, 32))
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        return tile_attention(call.q, call.k, call.v, self.made(call), scale=call.scale)
+
+
+def test_masks_are_made_once_and_outside_of_graphs():
+    model, inputs = MODELS["FluxTransformer2DModel"]()
+    policy = Windowed()
+    with maskaccel.patch(model, Probe(policy)):
+        torch._dynamo.reset()
+        found = run(torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager"), inputs)
+        expected = run(model, inputs)
+        assert policy.times == 2, "once in the graph of the copy, and once here"
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 class Tiled:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,13 @@ class TokenOrder:
             columns.append(at % n)
             at = at // n
         return torch.stack(columns[::-1], dim=1).masked_fill(outside[:, None], -1)
+
+    def to(self, device: Any) -> TokenOrder:
+        """The same with its permutations on a device, made already."""
+        moved = replace(self)
+        made = {name: getattr(self, name).to(device) for name in ("permutation", "inverse", "coordinates")}
+        moved.__dict__.update(made)  # where cached_property looks for them
+        return moved
 
     def apply(self, x: Tensor, dim: int = 1) -> Tensor:
         """Rows of `x` along `dim` in the new order; a dim of another length than `tokens` is an error."""

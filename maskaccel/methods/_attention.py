@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..masks import TileMask, TokenOrder
 from ..ops import tile_attention
-from ..patching.attention import AttentionCall, AttentionSite, attention_sites, bridge
+from ..patching.attention import AttentionCall, AttentionSite, Once, Places, attention_sites, bridge
 from ..patching.order import order_stack, ordered_calls
 from ..patching.patch import Context
 from ..state.generation import Generation
@@ -56,12 +57,16 @@ class SparseAttention:
     def attach(self, context: Context) -> None:
         """Plan the bridge of every site."""
         generation = context.track_generation(self.name)
+        made: dict[Any, Once] = {}
         for site in attention_sites(context, self.name, self.kinds):
             reason = self.leaves(site)
             if reason is not None:
                 context.skip(self.name, site.module, reason)
                 continue
             policy = self.policy(site, generation)
+            if policy.making is not None:
+                making = functools.partial(policy.making, policy.method)
+                policy.made = made.setdefault((policy.making, policy.method), Once(making))
             bridge(context, self.name, site, policy, grid=self.grid_of(site))
             context.transaction.set(site.module, POLICY, policy, self.name)
         if type(self).patch_for is not SparseAttention.patch_for:
@@ -137,7 +142,12 @@ class SitePolicy:
         calls: Calls over a mask.
         left: Calls that stayed dense, by reason.
         tallies: Tiles of the calls at each step; those outside of a run are at step 0.
+        making: Given the method and `Places`, what calls there need that depends on nothing else; None if nothing.
+        made: Gives that for a call; one for all sites of a model.
     """
+
+    making: Callable[[Any, Places], Any] | None = None
+    made: Once
 
     def __init__(self, method: Any, site: AttentionSite, generation: Generation) -> None:
         self.method, self.site, self.generation = method, site, generation
@@ -188,29 +198,25 @@ class SitePolicy:
         return 0
 
 
+def _fixed(method: Any, places: Places) -> tuple[TokenOrder | None, TileMask] | str:
+    """The order and the mask of a method for these places, or why a call stays dense."""
+    found = _UNLIKE if places.queries != places.keys else method.fixed(places)
+    if isinstance(found, str):
+        return found
+    order, mask = found
+    mask = mask.to(places.device)
+    mask.lists(), mask.transposed_lists()  # whatever is made here is not made in a graph
+    return None if order is None else order.to(places.device), mask
+
+
 class FixedMask(SitePolicy):
     """Attention over a mask that depends on the tokens' places alone; made once for each shape.
 
-    The method gives `fixed(call)`, the order of the tokens and the mask of tokens in that order, or why a call stays
+    The method gives `fixed(places)`, the order of the tokens and the mask of tokens in that order, or why a call stays
     dense. Tokens are put in order here, unless the whole model runs in it.
     """
 
-    def __init__(self, method: Any, site: AttentionSite, generation: Generation) -> None:
-        super().__init__(method, site, generation)
-        self._made: dict[tuple, tuple[TokenOrder | None, TileMask] | str] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": {}}
-
-    def made(self, call: AttentionCall) -> tuple[TokenOrder | None, TileMask] | str:
-        """The order and the mask of a call, or why it stays dense."""
-        if call.q.shape[1] != call.k.shape[1]:
-            return _UNLIKE
-        key = (call.grid, call.text, call.q.shape[1:3], call.k.shape[1], call.q.device)
-        if key not in self._made:
-            found = self.method.fixed(call)
-            self._made[key] = found if isinstance(found, str) else (found[0], found[1].to(call.q.device))
-        return self._made[key]
+    making = staticmethod(_fixed)
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
         """Attend, in the mask's order."""

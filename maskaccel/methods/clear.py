@@ -17,7 +17,7 @@ from ..masks import GridWindow, Segments, TileMask, TokenOrder
 from ..masks.rules import ALWAYS, NEVER, WHERE
 from ..masks.tiles import DEFAULT_BLOCK
 from ..ops import tile_attention
-from ..patching.attention import AttentionCall, AttentionSite
+from ..patching.attention import AttentionCall, AttentionSite, Places
 from ..state.generation import Generation
 from ._attention import FixedMask, SparseAttention, beside, check_block, check_count, check_number, in_order
 
@@ -102,16 +102,16 @@ class CLEAR(SparseAttention):
         """The attention of one module."""
         return _Disc(self, site, generation)
 
-    def fixed(self, call: AttentionCall) -> tuple[TokenOrder, TileMask] | str:
-        """Patch order and disc of a call."""
-        if call.grid is None or call.text is None:
+    def fixed(self, places: Places) -> tuple[TokenOrder, TileMask] | str:
+        """Patch order and disc."""
+        if places.grid is None or places.text is None:
             return "the token grid is not known"
-        if len(call.grid) != 2:
+        if len(places.grid) != 2:
             return "it is for images"
         f = 1 if self.pooling is None else self.pooling.factor
-        if call.grid[0] % f or call.grid[1] % f:
-            raise ValueError(f"{self.name}: the grid {call.grid} is no multiple of the pooling's factor {f}")
-        order = beside(call.grid, call.text, self.patch)
+        if places.grid[0] % f or places.grid[1] % f:
+            raise ValueError(f"{self.name}: the grid {places.grid} is no multiple of the pooling's factor {f}")
+        order = beside(places.grid, places.text, self.patch)
         return order, self.tile_mask(order)
 
     def tile_mask(self, order: TokenOrder) -> TileMask:

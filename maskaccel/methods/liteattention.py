@@ -16,7 +16,7 @@ from torch import Tensor
 from ..calibration.file import Calibration, calibration_of
 from ..masks.tiles import DEFAULT_BLOCK
 from ..ops import tile_attention
-from ..patching.attention import AttentionCall, AttentionSite
+from ..patching.attention import AttentionCall, AttentionSite, Places
 from ..patching.patch import Context
 from ..patching.transaction import PatchError
 from ..state.generation import Generation
@@ -111,12 +111,27 @@ class LiteAttention(SparseAttention):
         return _Skipping(self, site, generation, steps)
 
 
+def _limits(method: LiteAttention, places: Places) -> Limits:
+    text = places.text or (0, 0)
+    spans = ((text[0], text[0] + text[1]),) if text[1] else ()
+    return Limits(
+        (places.queries, places.keys),
+        method.block,
+        places.device,
+        keep_keys=(*spans, *method.must_keep),
+        keep_queries=spans,
+        skip_keys=method.must_skip,
+        diagonal=method.diagonal,
+    )
+
+
 class _Skipping(SitePolicy):
+    making = staticmethod(_limits)
+
     def __init__(self, method: LiteAttention, site: AttentionSite, generation: Generation, steps: tuple) -> None:
         super().__init__(method, site, generation)
         self.steps = steps
         self.state = SkipState(generation, method.block, method.refresh, method.min_tiles)
-        self._limits: dict[tuple, Limits] = {}
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +146,7 @@ class _Skipping(SitePolicy):
             return self.leave("outside of a run")
         if at.index < method.dense_steps:
             return self.leave("dense_steps")
-        limits = self._limits_of(call)
+        limits = self.made(call)
         mask = self.state.mask(call.q, call.k, limits)
         reference = self.state.reference_lse() if method.order_independent else None
         found = tile_attention(
@@ -142,19 +157,3 @@ class _Skipping(SitePolicy):
         self.count(mask, call)
         self.state.update(found.keep, limits, found.lse)
         return found.out
-
-    def _limits_of(self, call: AttentionCall) -> Limits:
-        text = call.text or (0, 0)
-        key = (call.q.shape[1], call.k.shape[1], text, call.q.device)
-        if key not in self._limits:
-            spans = ((text[0], text[0] + text[1]),) if text[1] else ()
-            self._limits[key] = Limits(
-                (call.q.shape[1], call.k.shape[1]),
-                self.method.block,
-                call.q.device,
-                keep_keys=(*spans, *self.method.must_keep),
-                keep_queries=spans,
-                skip_keys=self.method.must_skip,
-                diagonal=self.method.diagonal,
-            )
-        return self._limits[key]

@@ -14,7 +14,7 @@ import torch
 from ..masks import Segments, TileMask
 from ..masks.rules import ALWAYS, NEVER
 from ..masks.tiles import DEFAULT_BLOCK
-from ..patching.attention import AttentionCall, AttentionSite
+from ..patching.attention import AttentionSite, Places
 from ..state.generation import Generation
 from ._attention import FixedMask, SparseAttention, check_block, check_count
 
@@ -66,14 +66,16 @@ class Mask2DiT(SparseAttention):
         tokens = sum(self.texts) + sum(self.videos)
         return TileMask.from_rule(self.rule(), (tokens, tokens), self.block)
 
-    def fixed(self, call: AttentionCall) -> tuple[None, TileMask]:
-        """The mask of a call."""
+    def fixed(self, places: Places) -> tuple[None, TileMask]:
+        """The mask."""
         tokens = sum(self.texts) + sum(self.videos)
-        if call.q.shape[1] != tokens or call.k.shape[1] != tokens:
+        if places.queries != tokens or places.keys != tokens:
             raise ValueError(
-                f"{self.name}: texts and videos have {tokens} tokens, the attention has {call.q.shape[1]} queries and "
-                f"{call.k.shape[1]} keys"
+                f"{self.name}: texts and videos have {tokens} tokens, the attention has {places.queries} queries and "
+                f"{places.keys} keys"
             )
-        if call.text is not None and call.text != (0, sum(self.texts)):
-            raise ValueError(f"{self.name}: the text is at {call.text}; it must be the first {sum(self.texts)} tokens")
+        if places.text is not None and places.text != (0, sum(self.texts)):
+            raise ValueError(
+                f"{self.name}: the text is at {places.text}; it must be the first {sum(self.texts)} tokens"
+            )
         return None, self.tile_mask()

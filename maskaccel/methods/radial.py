@@ -17,7 +17,7 @@ from ..masks import Rule, TileMask, TokenOrder
 from ..masks.rules import ALL, NONE, SOME
 from ..masks.tiles import DEFAULT_BLOCK
 from ..ops.attention.reference import unpack_words
-from ..patching.attention import AttentionCall, AttentionSite
+from ..patching.attention import AttentionSite, Places
 from ..state.generation import Generation
 from ._attention import FixedMask, SparseAttention, beside, check_block, check_count, check_number
 
@@ -129,13 +129,13 @@ class RadialAttention(SparseAttention):
         """The attention of one module."""
         return FixedMask(self, site, generation)
 
-    def fixed(self, call: AttentionCall) -> tuple[None, TileMask] | str:
-        """The mask of a call."""
-        if call.grid is None or call.text is None:
+    def fixed(self, places: Places) -> tuple[None, TileMask] | str:
+        """The mask."""
+        if places.grid is None or places.text is None:
             return "the token grid is not known"
-        if len(call.grid) != 3:
+        if len(places.grid) != 3:
             return "it is for videos"
-        order = beside((call.grid[0], math.prod(call.grid[1:])), call.text)
+        order = beside((places.grid[0], math.prod(places.grid[1:])), places.text)
         return None, self.tile_mask(order)
 
     def tile_mask(self, order: TokenOrder) -> TileMask:

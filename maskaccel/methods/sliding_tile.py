@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..masks import GridWindow, TileMask, TokenOrder
 from ..masks.tiles import DEFAULT_BLOCK
-from ..patching.attention import AttentionCall, AttentionSite
+from ..patching.attention import AttentionSite, Places
 from ..state.generation import Generation
 from ._attention import FixedMask, SparseAttention, beside, check_count
 
@@ -63,16 +63,16 @@ class SlidingTile(SparseAttention):
         """The attention of one module."""
         return FixedMask(self, site, generation)
 
-    def fixed(self, call: AttentionCall) -> tuple[TokenOrder, TileMask] | str:
-        """Tile order and windows of a call."""
-        if call.grid is None or call.text is None:
+    def fixed(self, places: Places) -> tuple[TokenOrder, TileMask] | str:
+        """Tile order and windows."""
+        if places.grid is None or places.text is None:
             return "the token grid is not known"
-        axes = len(call.grid)
+        axes = len(places.grid)
         if len(self.tile) < axes or any(len(window) < axes for window in self._windows):
-            return f"window and tile have fewer axes than the grid {call.grid}"
-        if len(self._windows) not in (1, call.q.shape[2]):
-            raise ValueError(f"window is for {len(self._windows)} heads; the attention has {call.q.shape[2]}")
-        order = beside(call.grid, call.text, self.tile[-axes:])
+            return f"window and tile have fewer axes than the grid {places.grid}"
+        if len(self._windows) not in (1, places.heads):
+            raise ValueError(f"window is for {len(self._windows)} heads; the attention has {places.heads}")
+        order = beside(places.grid, places.text, self.tile[-axes:])
         masks = [self.tile_mask(order, window[-axes:]) for window in self._windows]
         return order, TileMask.stack(masks) if len(masks) > 1 else masks[0]
 

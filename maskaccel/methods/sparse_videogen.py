@@ -17,7 +17,7 @@ from ..masks import GridWindow, Segments, TileMask, TokenOrder
 from ..masks.rules import ALWAYS, WHERE
 from ..masks.tiles import DEFAULT_BLOCK
 from ..ops import tile_attention
-from ..patching.attention import AttentionCall, AttentionSite
+from ..patching.attention import AttentionCall, AttentionSite, Places
 from ..state.generation import Generation
 from ._attention import SitePolicy, SparseAttention, check_block, check_count, check_number
 
@@ -90,13 +90,20 @@ class SparseVideoGen(SparseAttention):
         return found[0], found[1], order
 
 
-class _Heads(SitePolicy):
-    def __init__(self, method: SparseVideoGen, site: AttentionSite, generation: Generation) -> None:
-        super().__init__(method, site, generation)
-        self._made: dict[tuple, tuple[TileMask, Tensor, Tensor, Tensor]] = {}
+def _both(method: SparseVideoGen, places: Places) -> tuple[TileMask, Tensor, Tensor, Tensor]:
+    """Both masks as two heads, the temporal order, sampled queries, and what these see under either mask."""
+    assert places.grid is not None and places.text is not None
+    spatial, temporal, order = method.masks(places.grid, places.text)
+    tokens, device = len(order), places.device
+    generator = torch.Generator().manual_seed(method.seed)
+    rows = torch.randperm(tokens, generator=generator)[: method.samples].sort().values
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
+    seen = torch.stack([spatial.to_bool()[0, 0][rows], temporal.to_bool()[0, 0][back[rows]][:, back]])
+    return TileMask.stack([spatial, temporal]).to(device), order.to(device), rows.to(device), seen.to(device)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_made": {}}
+
+class _Heads(SitePolicy):
+    making = staticmethod(_both)
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
         at, method = self.generation, self.method
@@ -113,7 +120,7 @@ class _Heads(SitePolicy):
             why = "the model gives a mask"
         if why is not None:
             return self.leave(why)
-        both, order, rows, seen = self._of(call)
+        both, order, rows, seen = self.made(call)
         with torch.no_grad():
             temporal = self._is_temporal(call, rows, seen)
         mask = _chosen(both, temporal)
@@ -123,22 +130,6 @@ class _Heads(SitePolicy):
         out = tile_attention(q, k, v, mask, scale=call.scale)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return torch.where(moved, out[:, back], out)
-
-    def _of(self, call: AttentionCall) -> tuple[TileMask, Tensor, Tensor, Tensor]:
-        """Both masks as two heads, the temporal order, sampled queries, and what these see under either mask."""
-        key = (call.grid, call.text, call.q.device)
-        if key not in self._made:
-            assert call.grid is not None and call.text is not None
-            spatial, temporal, order = self.method.masks(call.grid, call.text)
-            tokens = len(order)
-            generator = torch.Generator().manual_seed(self.method.seed)
-            rows = torch.randperm(tokens, generator=generator)[: self.method.samples].sort().values
-            back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
-            seen = torch.stack([spatial.to_bool()[0, 0][rows], temporal.to_bool()[0, 0][back[rows]][:, back]])
-            both = TileMask.stack([spatial, temporal]).to(call.q.device)
-            device = call.q.device
-            self._made[key] = both, order.to(device), rows.to(device), seen.to(device)
-        return self._made[key]
 
     def _is_temporal(self, call: AttentionCall, rows: Tensor, seen: Tensor) -> Tensor:
         """Bool `(B, H)`: whether the temporal mask comes nearer to the full attention on the sampled queries."""

@@ -24,7 +24,9 @@ SITE = "_maskaccel_attention"  # attribute of a module or processor that holds w
 class _Current(threading.local):
     """The site whose attention module this thread is in."""
 
-    bridged: Any = None
+    def __init__(self) -> None:
+        # Set in every thread before it is asked for: whether an attribute is there is something that graphs guard.
+        self.bridged: Any = None
 
 
 _CURRENT = _Current()

@@ -19,13 +19,17 @@ mode and no global switch: the copy belongs to one module, and `torch.compile(fu
 Blocks that are compiled one by one share their graph as long as the policy does not read what differs between them.
 
 A policy is an object that is copied with the model (a function is shared by the copies), and runs inside the graph
-of a compiled model: what it reads of `call.site` and `call.generation` becomes a constant there.
+of a compiled model: what it reads of `call.site` and `call.generation` becomes a constant there. What depends on the
+places of the tokens alone, such as a fixed mask, is made by an `Once` that all sites of a model share.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import re
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -125,6 +129,12 @@ class AttentionCall:
         return self._bridged.text(self.k.shape[1])
 
     @property
+    def places(self) -> Places:
+        """What a fixed mask depends on."""
+        q, k, index = self.q, self.k, operator.index  # of sizes: a graph holds for these alone
+        return Places(self.grid, self.text, index(q.shape[1]), index(k.shape[1]), index(q.shape[2]), q.device)
+
+    @property
     def grid(self) -> tuple[int, ...] | None:
         """The latent tokens' grid, row-major: `(height, width)` or `(frames, height, width)`; None if unknown.
 
@@ -186,6 +196,65 @@ class AttentionCall:
         if not (self.q.dtype == self.k.dtype == self.v.dtype):
             return f"queries, keys and values of {self.q.dtype}, {self.k.dtype} and {self.v.dtype}"
         return None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a call are.
+
+    Attributes:
+        grid: As `AttentionCall.grid`.
+        text: As `AttentionCall.text`.
+        queries: Number of queries.
+        keys: Number of keys.
+        heads: Number of heads of the queries.
+        device: Of the tensors.
+    """
+
+    grid: tuple[int, ...] | None
+    text: tuple[int, int] | None
+    queries: int
+    keys: int
+    heads: int
+    device: torch.device
+
+
+_NUMBERS = itertools.count()
+
+
+class Once:
+    """`make(places)` for the calls of all sites that share it, made once for each `Places`, outside of graphs.
+
+    Args:
+        make: Given `Places`; what it returns must not be changed.
+    """
+
+    def __init__(self, make: Callable[[Places], Any]) -> None:
+        self.make, self._name = make, str(next(_NUMBERS))
+        self._places: dict[Places, str] = {}
+        self._held = types.SimpleNamespace()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Once:
+        copied = memo[id(self)] = Once(self.make)
+        return copied
+
+    def __call__(self, call: AttentionCall) -> Any:
+        """What was made for the places of a call."""
+        p = call.places
+        return getattr(self._held, self._attribute(self._name, p.grid, p.text, p.queries, p.keys, p.heads, p.device))
+
+    def _attribute(self, name: str, *places: Any) -> str:
+        """The attribute that holds what is made for these places; the name is for guards, this object's only."""
+        key = Places(*places)
+        found = self._places.get(key)
+        if found is None:
+            found = self._places[key] = f"made_{len(self._places)}"
+            setattr(self._held, found, self.make(key))
+        return found
+
+    # The compiler calls it while it traces, and takes the string for a constant. torch.compiler's decorator sets this
+    # too, but imports the compiler.
+    _attribute._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _additive(mask: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -266,6 +335,7 @@ class Bridged:
             if grid is None:
                 return None
             length = rows - _product(grid)
+        rows, length = operator.index(rows), operator.index(length)
         if not 0 <= length <= rows or self.layout.tokens.text is None:
             return None
         return (0 if self.layout.tokens.text == "first" else rows - length), length
@@ -281,12 +351,12 @@ class Bridged:
             parts = (grid[:1],) if "temporal" in self.site.name else (grid, grid[1:])
         found = next((part for part in parts if _product(part) == rows), None)
         # A call with some of the queries only is no error: methods that compute some tokens make such calls.
-        some = self.layout.grid is not None and _product(self.layout.grid) != rows
+        some = self.layout.grid is not None and _product(self.layout.grid) == _product(grid)
         if found is None and self.grid is not None and self.site.kind != "cross" and not some:
             raise ValueError(
                 f"{self.method}: grid={self.grid} has {_product(grid)} tokens, {self.site.name} has {rows}"
             )
-        return found
+        return None if found is None else tuple(map(operator.index, found))
 
     def attend(self, attention: Callable[..., Tensor], heads_first: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call: the policy, or the model's own attention where it gives None."""
