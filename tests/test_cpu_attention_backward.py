@@ -260,6 +260,25 @@ def test_rows_and_columns_that_keep_nothing():
     assert (RAW.attention_column_sums(*nothing.sums_args()) == 0).all()
 
 
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_bias_that_leaves_out(lowest):
+    call = Call(Case(sq=150, sk=140, density=0.7, partial=0.6, block=(32, 32), dlse=True))
+    kept = reference.kept_elements(
+        reference.kept_tiles(*call.lists[:2], 5), *call.lists[6:], *call.case.block, call.case.sq, call.case.sk
+    )
+    assert (~kept).all(-1).any() and kept.any()
+    want = RAW.tile_attention_backward(*call.args())
+    sums = RAW.attention_column_sums(*call.sums_args())
+    call.lists, call.terms = NO_LISTS, (torch.where(kept, 0.0, lowest), None, None, None)
+    call.lse.clamp_(min=lowest)
+    for got, w in zip(
+        (*RAW.tile_attention_backward(*call.args()), RAW.attention_column_sums(*call.sums_args())),
+        (*want, sums),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mask_that_keeps_everything_changes_no_bit(dtype):
     for dim in (64, 136):

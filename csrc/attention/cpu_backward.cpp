@@ -1,4 +1,5 @@
-// tile_attention_backward and attention_column_sums on CPU tensors; the contract is in maskaccel/ops/attention/schema.py.
+// tile_attention_backward and attention_column_sums on CPU tensors; the contract is in
+// maskaccel/ops/attention/schema.py.
 #include "cpu_backward.h"
 
 #include <algorithm>

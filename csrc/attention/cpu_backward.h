@@ -72,8 +72,8 @@ struct AttentionColumnSums : AttentionPass {
 };
 
 struct AttentionBackwardKernels {
-  int64_t (*depth)(Dtype);                        // numbers in a word of the operands
-  void (*run)(const AttentionBackward&);          // items until there are none left
+  int64_t (*depth)(Dtype);                // numbers in a word of the operands
+  void (*run)(const AttentionBackward&);  // items until there are none left
   void (*run_sums)(const AttentionColumnSums&);
 };
 

@@ -1,10 +1,7 @@
 // Gradients of tiled attention. Compiled once per instruction set; see common/isa.h and cpu_backward.h.
-#include "cpu_backward.h"
-
-#include <sched.h>
-
 #include <cmath>
 
+#include "cpu_backward_items.h"
 #include "cpu_gemm.h"
 #include "cpu_scores.h"
 
@@ -14,11 +11,6 @@ namespace {
 
 constexpr int64_t kPad = 16;  // words between rows of blocks: rows of a power of two would share few cache sets
 constexpr int64_t kMostKeys = 128;
-constexpr float kInfinity = __builtin_inff();
-constexpr float kFarBelow = -0x1p20f;  // an exponent that stands for -inf, which would make NaN of differences
-constexpr double kLog2e = 1.44269504088896340736;
-
-MASKACCEL_INLINE int64_t even(int64_t n) { return n + (n & 1); }
 
 // Hands out the thread's scratch memory in lines.
 class Carver {
@@ -35,92 +27,6 @@ class Carver {
  private:
   float* at_;
 };
-
-void wait_for(const std::atomic<int64_t>& count, int64_t value) {
-  for (int64_t tries = 0; count.load(std::memory_order_acquire) != value; ++tries)
-    if (tries > 64) sched_yield();
-}
-
-// A chunk of rows to pack, or a block of keys.
-struct Item {
-  bool pack;
-  int64_t b, hk, group;
-  int64_t h, first;       // to pack: query head and first row; else only first, the first key
-  int64_t n, part, keys;  // key tile, block of it, keys of the block
-};
-
-template <class S>
-bool next_item(const S& s, Item& item) {
-  const int64_t chunks = s.queries_per_key() * s.row_chunks, of_head = chunks + s.key_blocks;
-  const int64_t id = s.next_item->fetch_add(1, std::memory_order_relaxed), at_once = s.heads_at_once;
-  if (id >= s.B * s.Hk * of_head) return false;
-  item.group = id / (at_once * of_head);
-  const int64_t left = s.B * s.Hk - item.group * at_once, size = left < at_once ? left : at_once;
-  int64_t at = id % (at_once * of_head);
-  item.pack = at < size * chunks;
-  if (!item.pack) at -= size * chunks;
-  const int64_t head = item.group * at_once + at % size;
-  at /= size;
-  item.b = head / s.Hk;
-  item.hk = head % s.Hk;
-  if (item.pack) {
-    item.h = item.hk * s.queries_per_key() + at / s.row_chunks;
-    item.first = at % s.row_chunks * AttentionBlocks::kTile;
-    // Two groups ago the rows of the workspace were another head's.
-    if (item.group >= 2) wait_for(s.done[item.group - 2], at_once * s.key_blocks);
-    return true;
-  }
-  const int64_t per_tile = (s.bn + s.blocks.keys - 1) / s.blocks.keys;
-  item.n = at / per_tile;
-  item.part = at % per_tile;
-  item.first = item.n * s.bn + item.part * s.blocks.keys;
-  const int64_t tile_end = (item.n + 1) * s.bn < s.Sk ? (item.n + 1) * s.bn : s.Sk;
-  item.keys = tile_end - item.first < s.blocks.keys ? tile_end - item.first : s.blocks.keys;
-  wait_for(s.packed[head], chunks);
-  return true;
-}
-
-template <class S>
-void item_done(const S& s, const Item& item) {
-  std::atomic<int64_t>& count = item.pack ? s.packed[item.b * s.Hk + item.hk] : s.done[item.group];
-  count.fetch_add(1, std::memory_order_acq_rel);
-}
-
-// A block of queries that an item meets.
-struct Meeting {
-  int64_t b, h, entry;      // of index_t, counted over all rows; without a mask not used
-  int64_t m, part;          // query tile, block of it
-  int64_t first, rows;      // rows are even, those past Sq are zero in the workspace
-  const int32_t* kept;      // bits of the first row; null: all elements are kept
-  int64_t words;            // from row to row of `kept`
-};
-
-template <class F>
-MASKACCEL_INLINE void each_meeting(const AttentionPass& s, const Item& item, int64_t h, F&& f) {
-  const TileLists& lists = s.lists_t;
-  const bool dense = lists.index == nullptr;
-  const int64_t row = dense ? 0 : lists.row(item.b, h, item.n);
-  const int64_t partial = dense ? 0 : lists.count[2 * row];
-  const int64_t entries = dense ? s.Mq : partial + lists.count[2 * row + 1];
-  for (int64_t e = 0; e < entries; ++e) {
-    Meeting at;
-    at.b = item.b;
-    at.h = h;
-    at.entry = row * lists.length + e;
-    at.m = dense ? e : lists.index[at.entry];
-    at.words = s.elements.words;
-    const int32_t* const pattern = e < partial ? s.elements.of(item.b, h, at.m, item.n) : nullptr;
-    const int64_t begin = at.m * s.bm, end = begin + s.bm < s.Sq ? begin + s.bm : s.Sq;
-    at.part = 0;
-    for (at.first = begin; at.first < end; at.first += s.blocks.queries, ++at.part) {
-      at.rows = even(end - at.first < s.blocks.queries ? end - at.first : s.blocks.queries);
-      at.kept = pattern == nullptr
-                    ? nullptr
-                    : pattern + (at.first - begin) * at.words + item.part * s.blocks.keys / 32;
-      f(at);
-    }
-  }
-}
 
 template <class T>
 MASKACCEL_INLINE const T* element(const HeadRows& x, int64_t b, int64_t s, int64_t h) {
@@ -159,7 +65,8 @@ void pack_queries(const AttentionPass& s, const Rows& r) {
                  s.q_stacked + r.at / depth * s.padded_dim);
   const float* const lse = s.lse + (r.b * s.H + r.h) * s.Sq + r.first;
   for (int64_t i = 0; i < r.padded; ++i) {
-    const bool some = i < r.rows && lse[i] != -kInfinity;
+    // What is that far below stands for -inf: a bias of the lowest number for all keys.
+    const bool some = i < r.rows && !(lse[i] < kFarBelow / 2);
     const double exponent = some ? kLog2e * static_cast<double>(lse[i]) : 0.0, shift = std::nearbyint(exponent);
     s.minus_shift[r.at + i] = some ? static_cast<float>(-shift) : kFarBelow;
     s.share[r.at + i] = some ? static_cast<float>(std::exp2(shift - exponent)) : 0.0f;
@@ -232,45 +139,8 @@ KeyBlock carve(const AttentionPass& s, bool gradients) {
   return k;
 }
 
-// A number as the sum of two: what is multiplied by it is then as good as not rounded.
-struct Split {
-  float high = 0.0f, low = 0.0f;
-  Split() = default;
-  explicit Split(double x) : high(static_cast<float>(x)), low(static_cast<float>(x - high)) {}
-};
-
-// What the vectors of one row of a block share. P = share * 2^(log2(e) * (scale * s + added) - shift) with a whole shift
-// near lse: the power's whole part is taken off before anything is rounded, so that the error of P is that of lse and s.
-struct ScoreRow {
-  Split factor;  // scale * log2(e)
-  float minus_shift, share, delta;
-  const float* added;   // null: nothing is added
-  const int32_t* kept;  // null: all are
-};
-
 inline ScoreRow score_row(const AttentionPass& s, int64_t row, const int32_t* kept) {
   return {Split(kLog2e * static_cast<double>(s.scale)), s.minus_shift[row], s.share[row], 0.0f, nullptr, kept};
-}
-
-// P of W scores, 0 where not kept.
-MASKACCEL_INLINE V probability(const ScoreRow& r, V score, int64_t j, int64_t keys) {
-  const V factor = set1(r.factor.high), minus_shift = set1(r.minus_shift);
-  V whole, fraction;
-  if (r.added == nullptr) {
-    whole = vround(fma(score, factor, minus_shift));
-    fraction = fma(score, factor, sub(minus_shift, whole));
-  } else {
-    const Split unit(kLog2e);
-    const V added = vmax(set1(kFarBelow), load(r.added + j, Full{})), by = set1(unit.high);
-    whole = vround(fma(score, factor, fma(added, by, minus_shift)));
-    fraction = fma(score, factor, fma(added, by, sub(minus_shift, whole)));
-    fraction = fma(added, set1(unit.low), fraction);
-  }
-  fraction = fma(score, set1(r.factor.low), fraction);
-  V p = mul(vexp2_of(whole, fraction), set1(r.share));
-  if (r.kept != nullptr) p = choose(bits_at(r.kept, j), p, set1(0.0f));
-  if (j + W > keys) p = choose(bits_below(keys, j), p, set1(0.0f));
-  return p;
 }
 
 MASKACCEL_INLINE void store_some(float* to, V v, int64_t j, int64_t keys) {
@@ -318,7 +188,8 @@ class Backward {
   }
 
   void pack_keys(const Item& item) {
-    const T *const k = element<T>(s_.k, item.b, item.first, item.hk), *const v = element<T>(s_.v, item.b, item.first, item.hk);
+    const T* const k = element<T>(s_.k, item.b, item.first, item.hk);
+    const T* const v = element<T>(s_.v, item.b, item.first, item.hk);
     columns_ = (item.keys + kColumns - 1) / kColumns * kColumns;
     pack_transposed<O>(k, s_.k.stride_s, item.keys, s_.D, k_.k_across, k_.ld);
     if (needs(kNeedQ | kNeedK | kNeedS)) pack_transposed<O>(v, s_.v.stride_s, item.keys, s_.D, k_.v_across, k_.ld);
@@ -328,22 +199,24 @@ class Backward {
   void meet(const Item& item, const Meeting& at, bool first) {
     const int64_t row = s_.slot_row(at.b, at.h) + at.first, words = s_.row_words(kDepth);
     const int64_t dim = s_.padded_dim, keys = even(item.keys);
-    product<O>(at.rows, columns_, s_.D / kDepth, s_.q_rows + row * words, words, 1, k_.k_across, k_.ld, k_.scores, k_.ld);
+    product<O>(at.rows, columns_, s_.D / kDepth, s_.q_rows + row * words, words, 1, k_.k_across, k_.ld, k_.scores,
+               k_.ld);
     if (needs(kNeedQ | kNeedK | kNeedS))
       product<O>(at.rows, columns_, s_.D / kDepth, s_.dout_rows + row * words, words, 1, k_.v_across, k_.ld, k_.dscores,
                  k_.ld);
     elements(item, at, row);
     const Start start = first ? Start::zero : Start::own;
     if (needs(kNeedV))
-      product<O>(keys, dim, at.rows / kDepth, k_.scores, 1, k_.ld, s_.dout_stacked + row / kDepth * dim, dim, k_.dv, dim,
-                 start);
+      product<O>(keys, dim, at.rows / kDepth, k_.scores, 1, k_.ld, s_.dout_stacked + row / kDepth * dim, dim, k_.dv,
+                 dim, start);
     if (needs(kNeedK))
       product<O>(keys, dim, at.rows / kDepth, k_.dscores, 1, k_.ld, s_.q_stacked + row / kDepth * dim, dim, k_.dk, dim,
                  start);
     if (needs(kNeedQ)) add_to_dq(item, at, row);
   }
 
-  // Scores become probabilities, gradients of probabilities become those of scores, both as operands.
+  // Scores become probabilities, gradients of probabilities become those of scores, both as operands and in place: two
+  // rows make one stacked row, which lies where nothing is left to be read.
   void elements(const Item& item, const Meeting& at, int64_t row) {
     for (int64_t i = 0; i < at.rows; i += kDepth) {
       ScoreRow r[kDepth];
@@ -366,7 +239,8 @@ class Backward {
   template <bool DS>
   MASKACCEL_HOT void row_elements(const Item& item, const Meeting& at, int64_t i, const ScoreRow* r) {
     float *const s = k_.scores + i * k_.ld, *const dp = k_.dscores + i * k_.ld;
-    float* const ds = needs(kNeedS) ? s_.ds + ((at.b * s_.H + at.h) * s_.Sq + at.first + i) * s_.Sk + item.first : nullptr;
+    float* const ds =
+        needs(kNeedS) ? s_.ds + ((at.b * s_.H + at.h) * s_.Sq + at.first + i) * s_.Sk + item.first : nullptr;
     if constexpr (kDepth == 1) {
       for (int64_t j = 0; j < columns_; j += W) {
         const V p = probability(r[0], load(s + j, Full{}), j, item.keys);
@@ -417,7 +291,8 @@ class Backward {
                s_.padded_dim, sum, s_.padded_dim, mine == 0 ? Start::zero : Start::own);
     if (mine + 1 == s_.turns_of(at.b, at.h, at.m)) {
       const int64_t there = s_.Sq - at.first < at.rows ? s_.Sq - at.first : at.rows;
-      write(sum, there, s_.scale, static_cast<T*>(s_.dq) + ((at.b * s_.Sq + at.first) * s_.H + at.h) * s_.D, s_.H * s_.D);
+      write(sum, there, s_.scale, static_cast<T*>(s_.dq) + ((at.b * s_.Sq + at.first) * s_.H + at.h) * s_.D,
+            s_.H * s_.D);
     }
     turn.store(mine + 1, std::memory_order_release);
   }
@@ -477,7 +352,8 @@ void run_sums_as(const AttentionColumnSums& s) {
       fill_zero(sum, 0, 3 * kMostKeys);
       each_meeting(s, item, h, [&](const Meeting& at) {
         const int64_t row = s.slot_row(at.b, h) + at.first;
-        product<O>(at.rows, columns, s.D / O::kDepth, s.q_rows + row * words, words, 1, k.k_across, k.ld, k.scores, k.ld);
+        product<O>(at.rows, columns, s.D / O::kDepth, s.q_rows + row * words, words, 1, k.k_across, k.ld, k.scores,
+                   k.ld);
         for (int64_t i = 0; i < at.rows && at.first + i < s.Sq; ++i) {
           ScoreRow r = score_row(s, row + i, at.kept == nullptr ? nullptr : at.kept + i * at.words);
           if (s.terms.any()) {
@@ -485,7 +361,8 @@ void run_sums_as(const AttentionColumnSums& s) {
             added_scores(s.terms, at.b, h, at.first + i, item.first, item.keys, k.added);
           }
           for (int64_t j = 0; j < columns; j += W)
-            store(part + j, add(load(part + j, Full{}), probability(r, load(k.scores + i * k.ld + j, Full{}), j, item.keys)),
+            store(part + j,
+                  add(load(part + j, Full{}), probability(r, load(k.scores + i * k.ld + j, Full{}), j, item.keys)),
                   Full{});
         }
         add_exactly(sum, lost, part, columns);

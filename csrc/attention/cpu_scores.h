@@ -1,11 +1,15 @@
-// Which elements of a tile count and what is added to its scores, for vectors along the keys. For kernel sources only.
+// Probabilities of scores formed again, with lse known: which elements count, what is added, the exponential; for
+// vectors along the keys. For kernel sources only.
 #pragma once
 
-#include "../common/vec.h"
+#include "cpu_gemm.h"
 #include "cpu_problem.h"
 
 namespace maskaccel {
 namespace MASKACCEL_ISA {
+
+constexpr double kLog2e = 1.44269504088896340736;
+constexpr float kFarBelow = -0x1p20f;  // a score that stands for -inf, which would make NaN of differences
 
 // Bits of W elements of a pattern's row, from element `at` on, a multiple of W.
 MASKACCEL_INLINE uint32_t bits_at(const int32_t* row, int64_t at) {
@@ -66,6 +70,44 @@ MASKACCEL_OUTLINE void added_scores(const ScoreTerms& t, int64_t b, int64_t h, i
   const float* const table = t.table + h * t.table_h + t.relpos_q[b * t.relpos_q_b + i];
   const int32_t* const keys = t.relpos_k + b * t.relpos_k_b + j;
   for (int64_t l = 0; l < n; ++l) to[l] += table[-static_cast<int64_t>(keys[l])];
+}
+
+// A number as the sum of two: what is multiplied by it is then as good as not rounded.
+struct Split {
+  float high = 0.0f, low = 0.0f;
+  Split() = default;
+  explicit Split(double x) : high(static_cast<float>(x)), low(static_cast<float>(x - high)) {}
+};
+
+// What the vectors of one row of a block share. P = share * 2^(log2(e) * (scale * s + added) - shift) with a whole
+// shift near lse: the power's whole part is taken off before anything is rounded, so that the error of P is that of lse
+// and s.
+struct ScoreRow {
+  Split factor;  // scale * log2(e)
+  float minus_shift, share, delta;
+  const float* added;   // null: nothing is added
+  const int32_t* kept;  // null: all are
+};
+
+// P of W scores, 0 where not kept.
+MASKACCEL_INLINE V probability(const ScoreRow& r, V score, int64_t j, int64_t keys) {
+  const V factor = set1(r.factor.high), minus_shift = set1(r.minus_shift);
+  V whole, fraction;
+  if (r.added == nullptr) {
+    whole = vround(fma(score, factor, minus_shift));
+    fraction = fma(score, factor, sub(minus_shift, whole));
+  } else {
+    const Split unit(kLog2e);
+    const V added = vmax(set1(kFarBelow), load(r.added + j, Full{})), by = set1(unit.high);
+    whole = vround(fma(score, factor, fma(added, by, minus_shift)));
+    fraction = fma(score, factor, fma(added, by, sub(minus_shift, whole)));
+    fraction = fma(added, set1(unit.low), fraction);
+  }
+  fraction = fma(score, set1(r.factor.low), fraction);
+  V p = mul(vexp2_of(whole, fraction), set1(r.share));
+  if (r.kept != nullptr) p = choose(bits_at(r.kept, j), p, set1(0.0f));
+  if (j + W > keys) p = choose(bits_below(keys, j), p, set1(0.0f));
+  return p;
 }
 
 }  // namespace MASKACCEL_ISA
