@@ -133,6 +133,8 @@ MASKACCEL_OUTLINE void product(int64_t m, int64_t n, int64_t steps, const float*
   }
 }
 
+constexpr double kLog2e = 1.4426950408889634;
+
 // 2^(whole + fraction) for whole numbers and fractions of about a half at most: within 7e-8 of the exact value, and
 // exactly 1 at 0. Below the normal numbers it is 0 or, on AVX-512, subnormal; NaN stays.
 MASKACCEL_INLINE V vexp2_of(V whole, V fraction) {

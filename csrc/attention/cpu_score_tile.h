@@ -4,14 +4,13 @@
 
 #include <limits>
 
-#include "cpu_pack.h"
+#include "cpu_gemm.h"
 #include "cpu_problem.h"
 
 namespace maskaccel {
 namespace MASKACCEL_ISA {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-constexpr double kLog2e = 1.4426950408889634;
 
 // Scores of `keys` keys from k0 on and `queries` queries from q0 on, one key a row: what is done for each query then
 // runs along the rows, with no sum or maximum across the lanes of a vector. Lanes from `queries` on hold anything.

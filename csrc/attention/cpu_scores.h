@@ -8,7 +8,6 @@
 namespace maskaccel {
 namespace MASKACCEL_ISA {
 
-constexpr double kLog2e = 1.44269504088896340736;
 constexpr float kFarBelow = -0x1p20f;  // a score that stands for -inf, which would make NaN of differences
 
 // Bits of W elements of a pattern's row, from element `at` on, a multiple of W.
