@@ -239,6 +239,70 @@ def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{prefix} kmeans {name}", lambda m=metric: steps["kmeans"](x, None, 16, 1, m)
     per_channel = empty(4, WIDTH, dtype=torch.float32)
     yield f"{prefix} combine K=4 per channel", lambda h=history: steps["combine_history"](h, per_channel, None, None)
+    yield from attention_cases(dtype, prefix)
+
+
+def attention_cases(dtype: torch.dtype, prefix: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Attention: the head dims of most models, with and without each part of the mask; fp32 at one head dim."""
+    from maskaccel.ops.attention.schema import KEEP, PRUNE
+    from maskaccel.ops.attention.triton import KERNELS
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def operands(width: int, mask: str, length: int, bn: int = 128) -> tuple[tuple, tuple, tuple]:
+        """((q, k, v), lists in both orientations with patterns, (bm, bn, scale))."""
+        q = empty(BATCH, length, HEADS, width)
+        bm, shape = bn, (-(-length // bn), -(-length // bn))
+        lists: tuple = (None,) * 3
+        patterns: tuple = (None, None)
+        if mask != "dense":
+            lists = tuple(empty(*s, dtype=torch.int32) for s in ((1, 1, *shape), (1, 1, shape[0], 2), shape[:1]))
+        if mask == "pattern":
+            patterns = empty(1, 1, *shape, dtype=torch.int32), empty(9, bm, bn // 32, dtype=torch.int32)
+        return (q, q, q), (*lists, *lists, *patterns), (bm, bn, width**-0.5)
+
+    none4, none7 = (None,) * 4, (None,) * 7
+    whole, ragged = 4608, 4680  # a length of whole tiles and one that is not
+
+    def forward(width: int, mask: str, length: int, bn: int = 128, rest: tuple = none7, flags: int = 0) -> Any:
+        qkv, lists, end = operands(width, mask, length, bn)
+        return KERNELS["tile_attention"](*qkv, *lists, *rest, *end, -10.0, flags)
+
+    def backward(width: int, mask: str, length: int, scores: tuple = none4, needs: int = 7) -> Any:
+        qkv, lists, end = operands(width, mask, length)
+        lse = empty(BATCH, HEADS, length, dtype=torch.float32)
+        return KERNELS["tile_attention_backward"](qkv[0], None, *qkv, qkv[0], lse, *lists, *scores, *end, needs)
+
+    if dtype == torch.float32:
+        yield f"{prefix} attention 64 pattern ragged", lambda: forward(64, "pattern", ragged)
+        yield f"{prefix} attention backward 64 pattern", lambda: backward(64, "pattern", whole)
+        return
+    for width in (64, 72, 128):
+        yield f"{prefix} attention {width} dense", lambda w=width: forward(w, "dense", whole)
+        yield f"{prefix} attention {width} pattern", lambda w=width: forward(w, "pattern", whole)
+    yield f"{prefix} attention 128 pattern ragged", lambda: forward(128, "pattern", ragged)
+    yield f"{prefix} attention 256 pattern", lambda: forward(256, "pattern", whole)
+    yield f"{prefix} attention 128 keep ragged", lambda: forward(128, "tiles", ragged, flags=KEEP)
+    yield f"{prefix} attention 128 prune", lambda: forward(128, "tiles", whole, flags=KEEP | PRUNE)
+    rows, q = empty(BATCH, HEADS, whole, dtype=torch.float32), empty(BATCH, whole, HEADS, 128)
+    yield (
+        f"{prefix} attention 128 prune in tiles of 384, epilogue",
+        lambda: forward(128, "tiles", whole, 384, (*none4, rows, rows, q), KEEP | PRUNE),
+    )
+    bias = empty(1, HEADS, whole, whole)
+    at = empty(1, whole, dtype=torch.int32)
+    scores = (bias, empty(HEADS, 2 * whole, dtype=torch.float32), at, at)
+    yield f"{prefix} attention 64 bias", lambda: forward(64, "pattern", whole, rest=(*scores, None, None, None))
+    yield f"{prefix} attention backward 64 bias", lambda: backward(64, "pattern", whole, scores, 15)
+    for width, length in ((64, whole), (128, ragged)):
+        yield f"{prefix} attention backward {width}", lambda w=width, n=length: backward(w, "pattern", n)
+
+    def sums() -> Any:
+        (q, k, _), lists, end = operands(128, "pattern", whole)
+        return KERNELS["attention_column_sums"](q, k, rows, *lists[3:], *none4, *end)
+
+    yield f"{prefix} attention column sums 128", sums
 
 
 def small_attention_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import _triton as host
-from . import triton_launch, triton_small
+from . import triton_launch, triton_launch_backward, triton_small
 
-KERNELS: dict[str, Callable] = {**triton_launch.KERNELS, **triton_small.KERNELS}
+KERNELS: dict[str, Callable] = {**triton_launch.KERNELS, **triton_launch_backward.KERNELS, **triton_small.KERNELS}
 
 
 def available() -> str | None:

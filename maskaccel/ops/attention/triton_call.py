@@ -59,8 +59,9 @@ class Call:
         self.elements = self._elements(pattern_of, patterns)
         self.bias = self._bias(bias)
         self.relpos = self._relpos(relpos_table, relpos_q, relpos_k)
+        self.added = bias is not None or relpos_table is not None
         # nothing is added to the scores: the kernels take their maximum before they scale
-        self.fold = bias is None and relpos_table is None and scale > 0
+        self.fold = not self.added and scale > 0
         self.scale = scale * math.log2(math.e)
 
     def _elements(self, pattern_of: Tensor | None, patterns: Tensor | None) -> tuple | None:

@@ -33,7 +33,32 @@ _FORWARD = {
     99: {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
 }
 # The parts of a product of TF32 fill the registers, whatever the shared memory.
-_FORWARD_FP32 = {64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)}
+_FORWARD_FP32 = {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)}
+
+
+# The same for the backward: the kernel of queries and that of keys.
+_BACKWARD = {
+    227: {
+        64: (Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+        128: (Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2)),
+        256: (Blocks(32, 64, 8, 1), Blocks(64, 32, 8, 1)),
+    },
+    163: {
+        64: (Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+        128: (Blocks(128, 32, 8, 2), Blocks(64, 64, 8, 2)),
+        256: (Blocks(64, 32, 8, 1), Blocks(32, 64, 8, 1)),
+    },
+    99: {
+        64: (Blocks(128, 32, 8, 2), Blocks(32, 128, 8, 2)),
+        128: (Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
+        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    },
+}
+_BACKWARD_FP32 = {
+    64: (Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    128: (Blocks(16, 32, 4, 1), Blocks(32, 32, 8, 1)),
+    256: (Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
+}
 
 
 @functools.cache
@@ -70,15 +95,28 @@ def split(width: int) -> tuple[int, int]:
     return (2 * one, 0) if two == one < 128 else (one, two)
 
 
-def forward_blocks(q: Tensor) -> Blocks:
-    """Blocks of the forward kernel for tensors like `q`, before the mask tiles limit them."""
+def forward_blocks(q: Tensor, added: bool = False) -> Blocks:
+    """Blocks of the forward kernel for tensors like `q`, before the mask tiles limit them.
+
+    `added`: a bias or relative positions, whose addresses and values take registers of their own.
+    """
     table = _FORWARD_FP32 if q.dtype == torch.float32 else _FORWARD[shared_memory(q)]
-    return next(blocks for width, blocks in table.items() if q.shape[-1] <= width)
+    blocks = next(blocks for width, blocks in table.items() if q.shape[-1] <= width)
+    return blocks._replace(keys=blocks.keys // 2) if added and blocks.keys > 32 else blocks
+
+
+def backward_blocks(q: Tensor, added: bool = False) -> tuple[Blocks, Blocks]:
+    """Blocks of the kernels of dq and of dk and dv; `added` as in `forward_blocks`."""
+    table = _BACKWARD_FP32 if q.dtype == torch.float32 else _BACKWARD[shared_memory(q)]
+    one, two = next(blocks for width, blocks in table.items() if q.shape[-1] <= width)
+    if added:
+        one, two = one._replace(keys=min(one.keys, 32)), two._replace(queries=min(two.queries, 32))
+    return one, two
 
 
 def keep_blocks(q: Tensor) -> Blocks:
     """Blocks large enough for a whole mask tile of 128 x 128, where one decision per tile is wanted at once."""
-    stages = 1 if shared_memory(q) == 99 else 2
+    stages = 2 if shared_memory(q) == 227 else 1
     narrow = q.dtype != torch.float32 and q.shape[-1] <= 128
     return forward_blocks(q)._replace(queries=128, keys=128, warps=8, stages=stages) if narrow else forward_blocks(q)
 

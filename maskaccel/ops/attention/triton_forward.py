@@ -11,9 +11,9 @@ from .triton_lib import (
     LOG2E,
     add_products,
     head_of,
-    list_of,
     load_rows,
     only_kept,
+    phases,
     place,
     products,
     store_rows,
@@ -99,21 +99,10 @@ def tile_forward(q, k, v, lists, order, elements, bias, relpos, reference_lse, g
     bits (B, H, M, words): tiles whose bit is not set are passed over. `scale` and `threshold` are in units of log2.
     """
     b, h, m, part = place(order, rows, group, heads, b_copies, M, M_PARTS)
-    i = m * bm + part * BLOCK_M + tl.arange(0, BLOCK_M)
+    i0 = m * bm + part * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)
     head = b * H + h
-    index, partial, full = list_of(lists, b, h, m, M, Nk)
-    if M_PARTS > 1:  # the last row of tiles may have parts without a query
-        inside = m * bm + part * BLOCK_M < Sq
-        partial = tl.where(inside, partial, 0)
-        full = tl.where(inside, full, 0)
-    ragged = 0
-    if RAGGED:  # full tiles are ascending: only the last one can reach past the keys
-        last = Nk - 1
-        if index is not None:
-            last = tl.load(index + partial + full - 1, mask=full > 0, other=0)
-        ragged = ((full > 0) & (last == Nk - 1)).to(tl.int32)
-        full -= ragged
-
+    index, partial, full, ragged = phases(lists, b, h, m, M, Nk, i0 < Sq, RAGGED)
     q_rows = head_of(q, b, h, ALIGN)
     q1, q2 = load_rows(q_rows, q[2] * ALIGN, i, Sq, D, D1, D2, True)
     k_rows, v_rows = head_of(k, b, h // per_key_head, ALIGN), head_of(v, b, h // per_key_head, ALIGN)

@@ -35,7 +35,7 @@ def _check_out_add(call: Call, t: Tensor | None) -> None:
 
 def _blocks(call: Call, masked: bool, flags: int) -> tuple[Blocks, int, int]:
     """(blocks, bm, bn); where nothing depends on the mask tiles they are the blocks."""
-    blocks = forward_blocks(call.q)
+    blocks = forward_blocks(call.q, call.added)
     if not masked and not flags & KEEP:
         return blocks, blocks.queries, blocks.keys
     if flags & PRUNE:

@@ -56,6 +56,25 @@ def list_of(lists, b, h, m, M, NO_LISTS):
 
 
 @triton.jit
+def phases(lists, b, h, m, M, Nk, inside, RAGGED: tl.constexpr):
+    """(index, partial tiles, full tiles, 0 or 1 full tile that reaches past the keys, the last one of the list).
+
+    Nothing where `inside` is false: the last row of tiles may have parts without a query.
+    """
+    index, partial, full = list_of(lists, b, h, m, M, Nk)
+    partial = tl.where(inside, partial, 0)
+    full = tl.where(inside, full, 0)
+    if RAGGED:  # full tiles are ascending
+        last = Nk - 1
+        if index is not None:
+            last = tl.load(index + partial + full - 1, mask=full > 0, other=0)
+        ragged = ((full > 0) & (last == Nk - 1)).to(tl.int32)
+        return index, partial, full - ragged, ragged
+    else:
+        return index, partial, full, 0
+
+
+@triton.jit
 def head_of(operand, b, h, ALIGN: tl.constexpr):
     """Pointer to row 0 of a head."""
     return operand[0] + b * (operand[1] * ALIGN) + h * (operand[3] * ALIGN)
