@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskaccel.bench import registry
+from maskaccel.ops.attention import reference as attention
 
 EPS = 1e-6
 NEED_X, NEED_A, NEED_GATE, NEED_SCALE, NEED_SHIFT = 1, 2, 4, 8, 16
@@ -165,6 +166,19 @@ def qk_case(model: str, shape: tuple[int, int, int, int]) -> Case:
     return Case("qk_norm_rope", model, shape, 4 * math.prod(shape), operands, lambda a: (_qk, (*a[:4], a[6], a[7])))
 
 
+def lists_case(model: str, shape: tuple[int, int, int, int]) -> Case:
+    """Index lists of a mask `(samples, heads, rows, columns)` of tiles, half of them kept."""
+    *lead, columns = shape
+
+    def operands(device: str, dtype: torch.dtype) -> tuple:
+        words = (columns + 31) // 32
+        bits = torch.randint(-(2**31), 2**31, (*lead, words), device=device).to(torch.int32)
+        return bits, None, columns, False
+
+    # int32 bits in, int32 lists out; counted in elements of two bytes
+    return Case("tile_lists", model, shape, 2 * math.prod(shape), operands, lambda a: (attention.tile_lists, a))
+
+
 def registry_cases(tiny: bool, known: set[str]) -> list[Case]:
     """Forward and backward of what the registry of benchmarks has beyond the ops of `known`, by the public call."""
     cases = []
@@ -212,6 +226,7 @@ def all_cases(tiny: bool) -> list[Case]:
     """Every case; `tiny` shapes walk the same code without a GPU."""
     if tiny:
         cases = [*adaln_cases("tiny", (2, 8, 64)), *pair_cases("tiny", (2, 8, 64)), qk_case("tiny", (1, 8, 2, 16))]
+        cases.append(lists_case("tiny", (1, 2, 5, 37)))
         return cases + registry_cases(True, {case.op for case in cases})
     shapes = {
         "target": (8, 4096, 3072),
@@ -224,4 +239,5 @@ def all_cases(tiny: bool) -> list[Case]:
     cases = [case for model, shape in shapes.items() for case in adaln_cases(model, shape)]
     cases += pair_cases("SD3.5-M", (2, 4096, 1536))
     cases += [qk_case(model, shape) for model, shape in heads.items()]
+    cases += [lists_case("Wan 14B 720p", (1, 40, 591, 591)), lists_case("FLUX", (1, 24, 36, 36))]
     return cases + registry_cases(False, {case.op for case in cases})

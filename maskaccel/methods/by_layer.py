@@ -23,7 +23,7 @@ class ByLayer(SparseAttention):
     ranges: tuple[tuple[int, int | None, SparseAttention], ...]
 
     name = "ByLayer"
-    paper = ""
+    paper = ""  # it has none: its methods have theirs
 
     def __post_init__(self) -> None:
         if not self.ranges:
