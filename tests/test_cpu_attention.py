@@ -261,12 +261,12 @@ def test_forward_threads_and_layouts_give_the_same_bits():
 
 
 def test_forward_heads_in_groups():
-    """Keys and values beyond what is packed at once: the heads are those of one call each."""
-    q, k, v = inputs(2, 10, 5, 40, 4200, 256)
-    mask = random_mask("tiles", 2, 10, 40, 4200, (16, 64), 0)
+    """More keys and values than are packed at once: the heads are those of one call each."""
+    q, k, v = inputs(2, 10, 5, 80, 1000, 128)
+    mask = random_mask("tiles", 2, 10, 80, 1000, (16, 64), 0)
     out, lse, _ = RAW.tile_attention(*arguments(q, k, v, mask))
     for b, h in ((0, 0), (0, 9), (1, 3)):
-        one = TileMask.from_tiles(mask.tiles()[b : b + 1, h : h + 1], (40, 4200), (16, 64))
+        one = TileMask.from_tiles(mask.tiles()[b : b + 1, h : h + 1], (80, 1000), (16, 64))
         key_head = slice(h // 2, h // 2 + 1)
         alone = arguments(q[b : b + 1, :, h : h + 1], k[b : b + 1, :, key_head], v[b : b + 1, :, key_head], one)
         single, single_lse, _ = RAW.tile_attention(*alone)

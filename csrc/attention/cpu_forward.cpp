@@ -1,6 +1,7 @@
 // tile_attention on CPU tensors; the contract is in maskaccel/ops/attention/schema.py.
 #include "cpu_forward.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <vector>
@@ -12,9 +13,20 @@ namespace {
 
 constexpr int64_t kKeep = 1, kPrune = 2;
 
-// Packed keys and values of all heads up to this size are kept in the memory of the thread; beyond it heads are done
-// in groups.
-constexpr int64_t kPackedBytes = int64_t{64} << 20;
+// Key heads are packed and used in groups. A group of this size stays in the cache,
+constexpr int64_t kNearBytes = int64_t{4} << 20;
+// has this many rows of tiles for each thread where it can, so that threads seldom wait for each other,
+constexpr int64_t kRowsPerThread = 16;
+// and stays in the memory of the calling thread: it is bounded, unless one head is larger.
+constexpr int64_t kMostBytes = int64_t{64} << 20;
+
+int64_t heads_in_group(const AttentionForward& s, int64_t threads) {
+  const int64_t heads = s.B * s.Hk, bytes = (s.keys_size + s.values_size) * int64_t{sizeof(float)};
+  if (bytes == 0) return heads;
+  const int64_t rows = s.Mq * (s.H / s.Hk);
+  const int64_t busy = (kRowsPerThread * threads + rows - 1) / rows;
+  return std::clamp(std::min(std::max(kNearBytes / bytes, busy), kMostBytes / bytes), int64_t{1}, heads);
+}
 
 // The largest of the kernels' tile sizes that divides a mask tile.
 int64_t kernel_tile(int64_t mask_tile) {
@@ -70,6 +82,20 @@ std::vector<Row> rows_of(const AttentionForward& s, int64_t first, int64_t last,
   return rows;
 }
 
+// Which mask tiles of keys any of the rows reads: bytes (key heads from `first` to `last`, Nk).
+std::vector<uint8_t> tiles_read(const AttentionForward& s, const std::vector<Row>& rows, int64_t first, int64_t last) {
+  const bool all = s.lists.index == nullptr;
+  std::vector<uint8_t> read(static_cast<size_t>((last - first) * s.Nk), all);
+  if (all) return read;
+  for (const Row& row : rows) {
+    uint8_t* const of_head = read.data() + (row.b * s.Hk + s.key_head(row.h) - first) * s.Nk;
+    const int64_t list = s.lists.row(row.b, row.h, row.m);
+    const int32_t *const tiles = s.lists.index + list * s.lists.length, *const count = s.lists.count + 2 * list;
+    for (int64_t i = 0; i < count[0] + count[1]; ++i) of_head[tiles[i]] = 1;
+  }
+  return read;
+}
+
 void attend(AttentionForward& s) {
   const ForwardKernels& kernels = forward_attention_kernels();
   s.tq = kernel_tile(s.bm);
@@ -77,9 +103,7 @@ void attend(AttentionForward& s) {
   kernels.plan(s);
   uint32_t threads = 1;
   MASKACCEL_SHIM(torch_get_num_threads(&threads));
-  const int64_t heads = s.B * s.Hk, head_size = s.keys_size + s.values_size;
-  int64_t group = head_size > 0 ? kPackedBytes / (head_size * int64_t{sizeof(float)}) : heads;
-  group = group < 1 ? 1 : group > heads ? heads : group;
+  const int64_t heads = s.B * s.Hk, group = heads_in_group(s, threads);
   const auto aligned = [](int64_t floats) { return (floats + 15) / 16 * 16; };
   const int64_t keys_size = aligned(group * s.keys_size), values_size = aligned(group * s.values_size);
   const int64_t work_size = aligned(s.work_size);
@@ -90,9 +114,11 @@ void attend(AttentionForward& s) {
   float* const work = memory + keys_size + values_size;
   for (s.first_head = 0; s.first_head < heads; s.first_head += group) {
     const int64_t last = s.first_head + group < heads ? s.first_head + group : heads;
+    const std::vector<Row> rows = rows_of(s, s.first_head, last, threads);
+    const std::vector<uint8_t> read = tiles_read(s, rows, s.first_head, last);
+    s.tiles_read = read.data();
     parallel((last - s.first_head) * s.key_tiles(), grain_for(2 * s.tk * s.D),
              [&](int64_t begin, int64_t end) { kernels.pack(s, begin, end); });
-    const std::vector<Row> rows = rows_of(s, s.first_head, last, threads);
     const int64_t count = static_cast<int64_t>(rows.size());
     // Rows differ in length: whoever is free takes the next one, and the longest are not left for the end.
     std::atomic<int64_t> next{0};

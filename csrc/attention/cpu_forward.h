@@ -25,6 +25,7 @@ struct AttentionForward : AttentionProblem {
   // Packed operands of the key heads `first_head` on, counted over samples and heads.
   int64_t first_head = 0;
   float *packed_keys = nullptr, *packed_values = nullptr;
+  const uint8_t* tiles_read = nullptr;  // (heads, Nk): mask tiles of keys that no query reads are not packed
   int64_t key_tiles() const { return (Sk + tk - 1) / tk; }
 };
 

@@ -282,6 +282,7 @@ void pack_tiles(const AttentionForward& s, int64_t begin, int64_t end) {
   const int64_t ld = whole_vectors(s.D), words = s.D / O::kDepth;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t packed = t / s.key_tiles(), first = t % s.key_tiles() * s.tk, head = s.first_head + packed;
+    if (!s.tiles_read[packed * s.Nk + first / s.bn]) continue;
     const int64_t b = head / s.Hk, h = head % s.Hk, keys = s.Sk - first < s.tk ? s.Sk - first : s.tk;
     pack_rows<O>(static_cast<const T*>(s.k.data) + s.k.offset(b, first, h), s.k.stride_s, keys, s.D,
                  s.packed_keys + packed * s.keys_size + first * words, words);
