@@ -59,7 +59,7 @@ constexpr int kBlockRows = VECTORS == 3 ? 4 : VECTORS == 2 ? 6 : 8;
 #else
 constexpr int kBlockVectors = 2;
 template <int VECTORS>
-constexpr int kBlockRows = 2;
+constexpr int kBlockRows = 8;  // sums in memory, yet twice as fast as 2 rows: more products for each spread number
 #endif
 
 template <class O, int VECTORS>
