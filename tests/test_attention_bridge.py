@@ -13,6 +13,8 @@ from zoo.common import randn, run
 
 import maskaccel
 from maskaccel.masks import TileMask
+from maskaccel.models._joint import text_first
+from maskaccel.models._tokens import tokens_of
 from maskaccel.ops import tile_attention
 from maskaccel.patching.attention import (
     KINDS,
@@ -178,6 +180,13 @@ _NO_GRID = (
     "AnyFlowFAR", "Cosmos3", "Helios", "Framepack", "Ideogram4", "JoyImageEditPlus", "Kandinsky6SR", "MiniMaxH3",
     "RVQ", "Prior", "RFD4", "Refiner", "Temporal", "WanAnimate2", "ZImage",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_and_blocks_agree_on_the_place_of_text(name):
+    model, _ = MODELS[name]()
+    told = {text_first(module) for module in model.modules()} - {None}
+    assert told <= {tokens_of(model).text == "first"}
 
 
 class Rows:
