@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from benchmarks.attention import tiles
 from maskaccel import methods, ops
@@ -41,9 +42,14 @@ def test_the_examples_run():
 
 
 def test_the_names_of_the_tables_exist():
-    listed = re.findall(r"^\| `(\w+)` \|", PAGE.split("## Ops")[1], re.MULTILINE)
+    ops_part, layers_part = PAGE.split("## Ops")[1].split("## Layers from papers")
+    listed = re.findall(r"^\| `(\w+)` \|", ops_part, re.MULTILINE)
     assert {"tile_attention", "merge_attention", "linear_attention", "tile_select"} <= set(listed)
     assert all(hasattr(ops, name) for name in listed)
+    layers = {name for name, one in vars(methods).items() if isinstance(one, type) and issubclass(one, nn.Module)}
+    described = set(re.findall(r"^::: maskaccel\.methods\.(\w+)$", layers_part, re.MULTILINE))
+    assert layers - {"ClearPooling"} <= described and all(hasattr(methods, name) for name in described)
+    assert all(f"`{name}`" in layers_part for name in described - {"box_regions"})
     for name in ("LiteAttention", "CLEAR", "Mask2DiT"):
         assert hasattr(methods, name)
 
