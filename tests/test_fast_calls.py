@@ -10,6 +10,7 @@ from maskaccel import ops
 from maskaccel._native import native
 from maskaccel.ops import _call
 from maskaccel.ops.adaln import check, flags, schema
+from maskaccel.ops.attention import check as attention_check
 
 pytestmark = pytest.mark.skipif(not native.has_cpu, reason=f"native library {native.state}: {native.reason}")
 D = 16
@@ -22,6 +23,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 X, A, M, V, ROWS = randn(2, 6, D), randn(2, 6, D, seed=1), randn(2, D, seed=2), randn(D, seed=3), torch.arange(6) % 2
 ROWS = ROWS.to(torch.int32)
 Q, C = randn(2, 6, 3, 8), randn(6, 4, seed=4)
+HEADS, LSE = randn(2, 6, 3, 16, seed=5), randn(2, 3, 6, seed=6)
 CALLS = {
     "norm_modulate": lambda: ops.norm_modulate(X, M, M),
     "norm_modulate, no operand": lambda: ops.norm_modulate(X),
@@ -53,6 +55,8 @@ CALLS = {
     "relative_difference": lambda: ops.relative_difference(X, A),
     "relative_difference, base": lambda: ops.relative_difference(X, A, base=X),
     "combine_history": lambda: ops.combine_history(X[None], torch.ones(1), x=X, gate=M),
+    "merge_attention": lambda: ops.merge_attention(HEADS, LSE, HEADS + 1, -LSE),
+    "linear_attention": lambda: ops.linear_attention(HEADS, HEADS, HEADS, feature_map="elu1"),
 }
 
 
@@ -69,6 +73,7 @@ def test_common_calls_skip_the_checks(call, grad, monkeypatch):
         for module, names in (
             (check, ("norm_arguments", "qk_arguments", "activation_arguments")),
             (_call, ("checked",)),
+            (attention_check, ("qkv",)),
         ):
             for name in names:
                 monkeypatch.setattr(module, name, slow)

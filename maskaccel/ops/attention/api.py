@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -251,6 +252,11 @@ def merge_attention(
         TypeError: Dtypes do not fit.
         ValueError: Shapes or devices do not fit.
     """
+    if backend is None and not _call.tracing():
+        try:
+            return _call.fast("merge_attention", out1, (out1, lse1, out2, lse2))
+        except _call.FAULTS:
+            pass  # what follows names the fault, or puts the operands right
     out1 = _checks.activation("out1", out1, "B, S, H, D")
     out2 = _checks.like("out2", out2, "out1", out1)
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
@@ -289,6 +295,14 @@ def linear_attention(
         TypeError: Dtypes do not fit.
         ValueError: Shapes do not fit, or an option is unknown.
     """
+    if backend is None and not _call.tracing():
+        try:
+            if not -math.inf < eps < math.inf:
+                raise LookupError
+            args = (q, k, v, FEATURE_MAPS[feature_map], NORMALIZE[normalize], eps)
+            return _call.fast("linear_attention", q, args)
+        except _call.FAULTS:
+            pass  # what follows names the fault, or puts the operands right
     check.qkv(q, k, v)
     _checks.choice("feature_map", feature_map, FEATURE_MAPS)
     _checks.choice("normalize", normalize, NORMALIZE)
