@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("cuda*.cu"))
@@ -32,10 +32,24 @@ SOURCES = sorted(p for p in (ROOT / "csrc").rglob("cuda*.cu"))
 GENERAL = re.compile(r"_any_kernel")
 # Sources for one target alone, by a part of their name.
 ONLY_FOR = {"sm90": "90a"}
-# Of a kernel family: the instructions (their first letters) that its machine code must and must not have.
-INSTRUCTIONS = {
-    r"attention_(forward|backward|sums)_kernel": (("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),
-    r"sm90_\w*kernel": (("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"), ("LDL", "STL", "CALL")),
+
+
+class Family(NamedTuple):
+    """What the machine code of a family of kernels must and must not have, by the first letters of instructions."""
+
+    must: tuple[str, ...]
+    must_not: tuple[str, ...]
+    overlap: tuple[str, str, str, int] | None = None  # from here to there at least so many of this
+
+
+FAMILIES = {
+    r"attention_(forward|backward|sums)_kernel": Family(("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),
+    r"sm90_\w*kernel": Family(
+        ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"),
+        ("LDL", "STL", "CALL"),
+        # The exponentials of a block run while one product is in flight, not after it.
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2", 32),
+    ),
 }
 # ptxas says so where it puts waits between wgmma instructions.
 SERIALIZED = re.compile(r"\(C75\d\d\).*'(\w+)'")
@@ -117,29 +131,34 @@ def usage(file: Path, cuobjdump: str) -> list[dict[str, Any]]:
     return parse_usage(run.stdout)
 
 
-def instructions(file: Path, arch: str, cuobjdump: str) -> dict[str, set[str]]:
-    """The instructions that each kernel of one target uses."""
+def machine_code(file: Path, arch: str, cuobjdump: str) -> dict[str, str]:
+    """The machine code of each kernel of one target."""
     command = [cuobjdump, "-sass", "-arch", arch, str(file)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\s*Function : (\S+)", text, flags=re.MULTILINE)
-    return {name: set(INSTRUCTION.findall(code)) for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def faults(code: str, family: Family) -> list[str]:
+    """What is missing in a kernel's machine code, or there against the rule of its family."""
+    used = set(INSTRUCTION.findall(code))
+    found = [f"no {m}" for m in family.must if not any(u.startswith(m) for u in used)]
+    found += [u for u in sorted(used) if u.startswith(family.must_not)]
+    if family.overlap is None:
+        return found
+    begin, end, what, least = family.overlap
+    between = [part.split(end)[0].count(what) for part in code.split(begin)[1:]]
+    return found + [f"{n} of {least} {what} before {end}" for n in between or [0] if n < least]
 
 
 def check_instructions(kernels: list[dict[str, Any]], file: Path, cuobjdump: str) -> None:
-    """Sets `wrong` of each kernel: what its family should have or should not have."""
-    families = {
-        k["kernel"]: rule for k in kernels for name, rule in INSTRUCTIONS.items() if re.search(name, k["kernel"])
-    }
-    found: dict[str, dict[str, set[str]]] = {}
+    """Sets `wrong` of each kernel: the faults of its machine code."""
+    code: dict[str, dict[str, str]] = {}
     for k in kernels:
-        k["wrong"] = []
-        if k["kernel"] not in families:
-            continue
-        if k["arch"] not in found:
-            found[k["arch"]] = instructions(file, k["arch"], cuobjdump)
-        used, (must, must_not) = found[k["arch"]][k["kernel"]], families[k["kernel"]]
-        k["wrong"] += [f"no {m}" for m in must if not any(u.startswith(m) for u in used)]
-        k["wrong"] += [u for u in sorted(used) if u.startswith(must_not)]
+        families = [family for name, family in FAMILIES.items() if re.search(name, k["kernel"])]
+        if families and k["arch"] not in code:
+            code[k["arch"]] = machine_code(file, k["arch"], cuobjdump)
+        k["wrong"] = [fault for family in families for fault in faults(code[k["arch"]][k["kernel"]], family)]
 
 
 def _compile_and_read(job: tuple[Path, str, Path, str, str]) -> tuple[list[dict[str, Any]], float]:

@@ -75,7 +75,32 @@ struct Layouts {
 };
 
 using TensorMap = CUtensorMap;
-using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+/// mbarrier in shared memory. All that other threads wrote before they arrived is there after a wait; "memory" keeps the
+/// compiler from moving reads and writes of cards across, which the barriers of CUTLASS leave to it.
+struct Barrier {
+  uint64_t word;
+
+  __device__ __forceinline__ void init(int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(count) : "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
+  }
+  __device__ __forceinline__ void arrive_and_expect_tx(int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+  }
+  __device__ __forceinline__ void wait(uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra READY;\n"
+        "bra AGAIN;\nREADY:\n}" ::"r"(address()),
+        "r"(parity)
+        : "memory");
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t address() const { return cute::cast_smem_ptr_to_uint(&word); }
+};
 
 __device__ __forceinline__ void publish_barriers() { cutlass::arch::fence_barrier_init(); }
 
@@ -83,7 +108,7 @@ __device__ __forceinline__ void publish_barriers() { cutlass::arch::fence_barrie
 __device__ __forceinline__ void load_box(const TensorMap& map, Barrier& full, bool once, void* to, int column, int row,
                                          int head, int batch) {
   constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST, kAgain = cute::TMA::CacheHintSm90::EVICT_LAST;
-  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(once ? kOnce : kAgain), to,
+  cute::SM90_TMA_LOAD_4D::copy(&map, &full.word, static_cast<uint64_t>(once ? kOnce : kAgain), to,
                                column, row, head, batch);
 }
 
