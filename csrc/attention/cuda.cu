@@ -8,9 +8,14 @@ Result integers(const Call& call, std::initializer_list<int64_t> sizes) {
   return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i32, int64_t{sizeof(int)});
 }
 
-void launch_forward(const Call& call, const AttentionArgs& a) {
+void launch_forward(const Call& call, AttentionArgs& a) {
 #ifdef MASKACCEL_SM90A
-  if (call.info().capability == 90 && sm90_serves(a)) return launch_sm90(a, call.stream());
+  if (call.info().capability == 90 && sm90_serves(a)) {
+    Result counter = integers(call, {a.lists.index != nullptr ? 1 : 0});
+    counter.clear(call);
+    if (a.lists.index != nullptr) a.counter = static_cast<int*>(counter.data());
+    return launch_sm90(a, call.stream());
+  }
 #endif
   launch_sm80(a, call.stream());
 }

@@ -1,4 +1,5 @@
-// Which rows of tiles a persistent CTA of the attention takes, and the keys it walks in each. Free of CUDA and of torch.
+// Which rows of tiles a persistent CTA of the attention takes, and the keys it walks in each. Free of CUDA and of
+// torch.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +18,16 @@ struct Item {
   int line;  // of the lists: (mask_batch, mask_heads, tile_rows), flat
 };
 
-/// All items in one sequence, longest first as `order` gives them, dealt to the CTAs in turns that change direction (with
-/// the same direction the first CTA would get the longest item of every turn). No counter in memory, so no launch to
-/// clear one, and the same items meet in a CTA in every run.
+/// All items in one sequence, longest first as `order` gives them. A CTA begins with the item at its own number; with a
+/// mask it then takes the next that nobody took, from a counter in memory, and without one, where all items are as
+/// long, every ctas-th. Dealing out in turns with a mask too would save clearing the counter, and leave CTAs idle where
+/// few rows are long (docs/cuda-kernels.md).
 ///
 /// Samples and heads that share a mask are copies of its rows. They take turns after `window` rows: neighbours in the
 /// sequence, which run at the same time, then read the keys of a few heads only, which L2 holds, and the order is still
 /// longest first to within a window.
+///
+/// Places in the sequence are of 32 bits: items() + ctas has to be below 2^31.
 struct Schedule {
   const int* order = nullptr;  // null: as they lie
   int tile_rows = 0, subs = 1, batch = 1, heads = 1, mask_batch = 1, mask_heads = 1, window = 1;
@@ -31,10 +35,6 @@ struct Schedule {
   MASKACCEL_ANY int lines() const { return mask_batch * mask_heads * tile_rows; }
   MASKACCEL_ANY int copies() const { return batch / mask_batch * (heads / mask_heads); }
   MASKACCEL_ANY int64_t items() const { return int64_t{lines()} * copies() * subs; }
-
-  /// Place in the sequence of what CTA `cta` of `ctas` does in its turn `turn`; past the end there is nothing to do. Places
-  /// are of 32 bits: items() + ctas has to be below 2^31.
-  static MASKACCEL_ANY int place(int turn, int cta, int ctas) { return turn * ctas + (turn & 1 ? ctas - 1 - cta : cta); }
 
   MASKACCEL_ANY Item item(int place) const {
     const int per_window = window * copies() * subs;

@@ -11,16 +11,17 @@
 //   barrier         arrives                                              waits             passes
 //   query.full      producer, after the item's card, + bytes of Q        both consumers    one an item, one for the end
 //   query.empty     each consumer warp, after the item's last scores     producer          one an item
-//   key.full[s]     producer, after the block's card, + bytes of K       both consumers    one for each block in stage s
+//   key.full[s]     producer, after the block's card, + bytes of K       both consumers    one a block in stage s
 //   key.empty[s]    each consumer warp, after the block's scores         producer          the same
 //   value.full[s], value.empty[s]: as for keys; empty after the product with the values
 //
-// * Counts. A full barrier expects one arrival and the bytes of its loads (none for an item without blocks), an empty one
-//   eight arrivals: one lane of each consumer warp, after the warp has waited for the wgmma that reads the buffer and
-//   __syncwarp has put its reads of the card before. wgmma reads and TMA writes are of one proxy: no fence between them.
+// * Counts. A full barrier expects one arrival and the bytes of its loads (none for an item without blocks), an empty
+//   one eight arrivals: one lane of each consumer warp, after the warp has waited for the wgmma that reads the buffer
+//   and __syncwarp has put its reads of the card before. wgmma reads and TMA writes are of one proxy: no fence needed.
 // * Phases. All sides count blocks alike, over all items: block n is in stage n % kStages, and its passes there have
 //   parity n / kStages % 2. A consumer waits for that parity. The producer waits for the pass before it, of the other
-//   parity; a barrier that never passed answers to parity 1 at once, so the first round does not wait. Items: as one stage.
+//   parity; a barrier that never passed answers to parity 1 at once, so the first round does not wait. Items: as one
+//   stage.
 // * An item without blocks has a card and both its passes, and neither loads nor blocks.
 // * No deadlock. The producer's order is K(0), Q, then K(n+1) before V(n), then the next item's K(0). The consumer's is
 //   K(0), then for each n: scores(n), K(n+1) awaited, V(n-1) released. To load K(n+1) the producer needs the stage that
@@ -110,7 +111,8 @@ struct Ring {
 
 /// Loads rows from `first` on of one head, slab by slab.
 template <int kRowsOfSlab, int kSlab, int kColumns, typename T>
-__device__ __forceinline__ void load(const TensorMap& map, Barrier& full, bool once, T* to, int first, int head, int batch) {
+__device__ __forceinline__ void load(const TensorMap& map, Barrier& full, bool once, T* to, int first, int head,
+                                     int batch) {
 #pragma unroll
   for (int c = 0; c < kColumns; c += kSlab) load_box(map, full, once, to + c * kRowsOfSlab, c, first, head, batch);
 }
@@ -157,9 +159,8 @@ struct Producer {
   }
   __device__ __forceinline__ void run() {
     const int total = static_cast<int>(p.schedule.items()), ctas = gridDim.x;
-    for (int turn = 0; turn * ctas < total; ++turn) {
-      const int place = Schedule::place(turn, blockIdx.x, ctas);
-      if (place >= total) break;  // of the last turn
+    int place = blockIdx.x;
+    for (; place < total; place = p.a.counter != nullptr ? ctas + count_up(p.a.counter) : place + ctas) {
       item = p.schedule.item(place);
       if (item.tile_row * p.bm + item.sub * kRows >= p.a.queries) continue;
       key_head = item.head / (p.a.heads / p.a.key_heads);

@@ -40,7 +40,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int
       block = shared.blocks[keys.stage];
       if (p.a.pattern_of == nullptr || !block.partial) return -1;
       return read(p.a.pattern_of + item.batch * p.a.pattern_stride_b + item.head * p.a.pattern_stride_h +
-                   int64_t{item.tile_row} * p.a.tile_columns + block.tile);
+                  int64_t{item.tile_row} * p.a.tile_columns + block.tile);
     };
     const auto begin_scores = [&](auto& scores) {
       if (kTurns) named_wait(kTurn + group);
@@ -62,8 +62,8 @@ __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int
       arrive(shared.value_empty[values.stage]);
       values.advance();
     };
-    // From scores to weights, still fp32. Waits for the next keys at its end: what follows waits for the product with the
-    // values, and ptxas moves that wait in front of the exponentials unless they lie in another basic block.
+    // From scores to weights, still fp32. Waits for the next keys at its end: what follows waits for the product with
+    // the values, and ptxas moves that wait in front of the exponentials unless they lie in another basic block.
     const auto soften = [&](auto& scores, int pattern) {
       if (pattern >= 0 || block.begin + kKeys > p.a.keys) KeptBits<kKeys>(p, block, pattern, row_of_tile).apply(scores);
       float tile[2];

@@ -1,7 +1,8 @@
 // The machine of cuda_sm90_machine.cuh on the host, for fibers (../common/cuda_emulation.h).
 //
 // Products are formed when they are waited for, so a buffer or register that is given away before shows in the result.
-// Loads arrive at once. Swizzles are left out on both sides, and what the descriptors of TMA and wgmma say is not tested.
+// Loads arrive at once. Swizzles are left out on both sides, and what the descriptors of TMA and wgmma say is not
+// tested.
 #pragma once
 
 #include <cmath>
@@ -82,7 +83,9 @@ inline int of_slabs(int row, int column, int slab, int rows) {
   return column / slab * slab * rows + row * slab + column % slab;
 }
 /// Row within the group and column of element i of this thread.
-inline int row_of(int i) { return emulation::current() % kGroup / 32 * 16 + emulation::current() % 32 / 4 + i / 2 % 2 * 8; }
+inline int row_of(int i) {
+  return emulation::current() % kGroup / 32 * 16 + emulation::current() % 32 / 4 + i / 2 % 2 * 8;
+}
 inline int column_of(int i) { return i / 4 * 8 + emulation::current() % 4 * 2 + i % 2; }
 
 template <typename S, typename T = typename S::T>
@@ -158,6 +161,7 @@ T read(const T* from) {
   return *from;
 }
 inline void set_bits(int* word, int bits) { *word |= bits; }
+inline int count_up(int* counter) { return (*counter)++; }
 inline float inverse(float x) { return 1.f / x; }
 inline float exp2_of(float x) { return std::exp2(x); }
 template <typename T, int kSize>

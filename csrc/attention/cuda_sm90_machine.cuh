@@ -1,5 +1,5 @@
-// What the attention kernel on sm_90a needs of the machine: wgmma, TMA, barriers. cuda_sm90_emulation.h has the same for
-// the host; the kernel is written in terms of these alone.
+// What the attention kernel on sm_90a needs of the machine: wgmma, TMA, barriers. cuda_sm90_emulation.h has the same
+// for the host; the kernel is written in terms of these alone.
 #pragma once
 
 #include "cuda_args.h"
@@ -12,8 +12,9 @@ constexpr int kThreads = 384;  // producer, two consumers
 
 /// Sizes for heads of up to kDim elements. TMA fills what a head does not have with zeros.
 ///
-/// Q and K lie in slabs of 64 columns with the 128-byte swizzle. V is read across its rows, and its slabs have the widest
-/// swizzle that divides kDim: wgmma documents only whole swizzle atoms in that direction, so heads of 72 take 80 columns.
+/// Q and K lie in slabs of 64 columns with the 128-byte swizzle. V is read across its rows, and its slabs have the
+/// widest swizzle that divides kDim: wgmma documents only whole swizzle atoms in that direction, so heads of 72 take 80
+/// columns.
 template <typename T_, int kDim_>
 struct Shapes {
   using T = T_;
@@ -40,8 +41,8 @@ struct Shapes {
 
 namespace maskaccel::cuda::sm90 {
 
-/// Whether TMA writes rows of `kColumns` elements where wgmma reads them: in slabs of kSlab columns, one after the other,
-/// each of `kRowsOfSlab` dense rows. `place(row, column)` is the offset in elements, before the swizzle.
+/// Whether TMA writes rows of `kColumns` elements where wgmma reads them: in slabs of kSlab columns, one after the
+/// other, each of `kRowsOfSlab` dense rows. `place(row, column)` is the offset in elements, before the swizzle.
 template <int kRowsOfSlab, int kSlab, int kColumns, typename Place>
 constexpr bool in_slabs(Place place) {
   for (int row : {0, 1, 7, 8, kRowsOfSlab / 2 + 3, kRowsOfSlab - 1}) {
@@ -76,8 +77,8 @@ struct Layouts {
 
 using TensorMap = CUtensorMap;
 
-/// mbarrier in shared memory. All that other threads wrote before they arrived is there after a wait; "memory" keeps the
-/// compiler from moving reads and writes of cards across, which the barriers of CUTLASS leave to it.
+/// mbarrier in shared memory. All that other threads wrote before they arrived is there after a wait; "memory" keeps
+/// the compiler from moving reads and writes of cards across, which the barriers of CUTLASS leave to it.
 struct Barrier {
   uint64_t word;
 
@@ -108,8 +109,8 @@ __device__ __forceinline__ void publish_barriers() { cutlass::arch::fence_barrie
 __device__ __forceinline__ void load_box(const TensorMap& map, Barrier& full, bool once, void* to, int column, int row,
                                          int head, int batch) {
   constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST, kAgain = cute::TMA::CacheHintSm90::EVICT_LAST;
-  cute::SM90_TMA_LOAD_4D::copy(&map, &full.word, static_cast<uint64_t>(once ? kOnce : kAgain), to,
-                               column, row, head, batch);
+  cute::SM90_TMA_LOAD_4D::copy(&map, &full.word, static_cast<uint64_t>(once ? kOnce : kAgain), to, column, row, head,
+                               batch);
 }
 
 /// Starts the products of kSteps slices of 16; `fresh`: into a cleared accumulator.
@@ -196,6 +197,7 @@ __device__ __forceinline__ T read(const T* from) {
   return __ldg(from);
 }
 __device__ __forceinline__ void set_bits(int* word, int bits) { atomicOr(word, bits); }
+__device__ __forceinline__ int count_up(int* counter) { return atomicAdd(counter, 1); }
 __device__ __forceinline__ float inverse(float x) { return __fdividef(1.f, x); }
 /// 2^x in one instruction; results below the normal numbers are 0.
 __device__ __forceinline__ float exp2_of(float x) {
@@ -206,7 +208,8 @@ __device__ __forceinline__ float exp2_of(float x) {
 template <typename T, int kSize>
 __device__ __forceinline__ void round_all(const float (&from)[kSize], T (&to)[kSize]) {
   cutlass::NumericArrayConverter<T, float, kSize> convert;
-  reinterpret_cast<cutlass::Array<T, kSize>&>(to) = convert(reinterpret_cast<const cutlass::Array<float, kSize>&>(from));
+  reinterpret_cast<cutlass::Array<T, kSize>&>(to) =
+      convert(reinterpret_cast<const cutlass::Array<float, kSize>&>(from));
 }
 
 }  // namespace maskaccel::cuda::sm90

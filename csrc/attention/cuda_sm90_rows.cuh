@@ -1,5 +1,5 @@
-// What the consumer warp groups of the attention on sm_90a do with the registers of a thread: kept elements, softmax, keep
-// test, result. See cuda_sm90.cuh.
+// What the consumer warp groups of the attention on sm_90a do with the registers of a thread: kept elements, softmax,
+// keep test, result. See cuda_sm90.cuh.
 #pragma once
 
 #include "cuda_sm90.cuh"
@@ -10,7 +10,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kNone = -INFINITY;
 enum NamedBarrier : int { kTurn = 1, kVote = 3 };  // of the consumers; kTurn has one for each of them
 
-/// Bits of the elements of a block that are kept, for the two rows of a thread. Bit 8 i + e is of column 8 i + 2 (lane % 4)
+/// Bits of the elements of a block that are kept, for the two rows of a thread. Bit 8 i + e is of column 8 i + 2 (lane
+/// % 4)
 /// + e: shifted once, so that a test is of a constant bit.
 template <int kKeys>
 struct KeptBits {
@@ -41,7 +42,8 @@ struct KeptBits {
   }
 };
 
-/// Online softmax of the two rows of a thread. `most` is of unscaled scores and of the whole row, `sum` of the thread's part.
+/// Online softmax of the two rows of a thread. `most` is of unscaled scores and of the whole row, `sum` of the thread's
+/// part.
 struct Softmax {
   float most[2] = {kNone, kNone}, sum[2] = {0.f, 0.f};
 
@@ -58,7 +60,8 @@ struct Softmax {
   }
   /// Turns scores, whose largest are `tile`, into exponentials. Returns by what earlier results shrink.
   template <int kSize>
-  __device__ __forceinline__ void update(float (&scores)[kSize], const float (&tile)[2], float scale_log2, float (&shrink)[2]) {
+  __device__ __forceinline__ void update(float (&scores)[kSize], const float (&tile)[2], float scale_log2,
+                                         float (&shrink)[2]) {
     float base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -99,8 +102,8 @@ struct KeepTest {
       reference[r] = p.a.reference_lse != nullptr && inside[r] ? p.a.reference_lse[head * p.a.queries + row] : kNone;
     }
   }
-  /// Sets the bit of a tile that a row keeps. Returns false where it is to be pruned; all consumers get the same answer.
-  /// `largest` are the largest scores of the thread's rows in this tile, `most` those of the tiles before.
+  /// Sets the bit of a tile that a row keeps. Returns false where it is to be pruned; all consumers get the same
+  /// answer. `largest` are the largest scores of the thread's rows in this tile, `most` those of the tiles before.
   __device__ __forceinline__ bool keeps(const Params& p, const float (&largest)[2], const float (&most)[2], int tile,
                                         int thread) const {
     bool mine = false;
@@ -113,7 +116,8 @@ struct KeepTest {
     const bool prune = p.a.flags & kPrune;
     if (prune) mine = named_any(kVote, mine);
     const bool any = warp_ballot(mine) != 0;
-    if (any && words != nullptr && thread % (prune ? 2 * kGroup : kWarp) == 0) set_bits(words + tile / 32, 1 << tile % 32);
+    if (any && words != nullptr && thread % (prune ? 2 * kGroup : kWarp) == 0)
+      set_bits(words + tile / 32, 1 << tile % 32);
     return any || !prune;
   }
 };
@@ -139,7 +143,8 @@ __device__ __forceinline__ void transpose_of_four(uint32_t (&words)[4]) {
 
 /// Writes out and lse of the two rows of a thread: `first` and `first + 8`.
 template <typename S>
-__device__ __forceinline__ void write(const Params& p, const ItemCard& item, int first, float (&out)[S::kOut], Softmax& softmax) {
+__device__ __forceinline__ void write(const Params& p, const ItemCard& item, int first, float (&out)[S::kOut],
+                                      Softmax& softmax) {
   using T = typename S::T;
   const AttentionArgs& a = p.a;
   softmax.add_up();
@@ -151,7 +156,8 @@ __device__ __forceinline__ void write(const Params& p, const ItemCard& item, int
     float factor = nothing ? 0.f : inverse(softmax.sum[r]);
     if (a.out_scale.data != nullptr && inside) {
       factor *= static_cast<const float*>(
-          a.out_scale.data)[item.batch * a.out_scale.stride_b + item.head * a.out_scale.stride_h + row * a.out_scale.stride_q];
+          a.out_scale
+              .data)[item.batch * a.out_scale.stride_b + item.head * a.out_scale.stride_h + row * a.out_scale.stride_q];
     }
 #pragma unroll
     for (int i = 0; i < S::kOut; ++i) {
@@ -185,7 +191,8 @@ __device__ __forceinline__ void write(const Params& p, const ItemCard& item, int
       }
       transpose_of_four(words);
       const int column = (group + static_cast<int>(threadIdx.x) % 4) * 8;
-      if (inside && column < a.dim) *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
+      if (inside && column < a.dim)
+        *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }
