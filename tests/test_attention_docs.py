@@ -48,7 +48,7 @@ def test_the_names_of_the_tables_exist():
     assert all(hasattr(ops, name) for name in listed)
     layers = {name for name, one in vars(methods).items() if isinstance(one, type) and issubclass(one, nn.Module)}
     described = set(re.findall(r"^::: maskaccel\.methods\.(\w+)$", layers_part, re.MULTILINE))
-    assert layers - {"ClearPooling"} <= described and all(hasattr(methods, name) for name in described)
+    assert layers - {"ClearPooling", "SkipBranches"} <= described and all(hasattr(methods, name) for name in described)
     assert all(f"`{name}`" in layers_part for name in described - {"box_regions"})
     for name in ("LiteAttention", "CLEAR", "Mask2DiT"):
         assert hasattr(methods, name)
