@@ -24,6 +24,9 @@ SHAPES = {
     "gram": (2, 1, 1, 16),
     "combine_history_norm_modulate": (2, 1, 1, 16),
     "norm_modulate_difference": (1, 1, 16),
+    "tile_attention": (1, 8, 1, 16),
+    "merge_attention": (1, 8, 1, 16),
+    "linear_attention": (1, 8, 1, 16),
 }
 CALLS = {"rounds": 200, "iterations": 100, "warmup_rounds": 5}
 
