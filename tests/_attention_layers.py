@@ -54,9 +54,10 @@ def check(
             continue
         assert truth.abs().max() > 1e-6, f"{name} is zero: the case tests nothing"
         if truth.numel() < 8:
-            # A sum of thousands of terms: by luck plain torch's single number may be nearly right.
+            # A sum of thousands of terms that cancel: by luck plain torch's single number may be nearly right. In bf16
+            # what is left of it is mostly rounding; fp32 decides.
             error = (got.double() - truth).abs().max() / truth.abs().max()
-            assert error < (5e-5 if dtype == torch.float32 else 0.15), f"{name}: {error}"
+            assert error < (5e-5 if dtype == torch.float32 else 0.5), f"{name}: {error}"
         else:
             # several ops one after the other, each with roundings of its own
             assert_close_to_truth(got, plain, truth, what=name, magnitude=16 * truth.abs().max().item())
