@@ -26,10 +26,8 @@ places of the tokens alone, such as a fixed mask, is made by an `Once` that all 
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 import re
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -43,6 +41,7 @@ from ..models._attention import derived
 from ..models._tokens import Kind, Tokens, kind_of, parameters, tokens_of
 from ..state.generation import Generation
 from ._code import SITE, Code
+from .once import Once, Places
 from .patch import Context
 from .transaction import PatchError
 
@@ -196,65 +195,6 @@ class AttentionCall:
         if not (self.q.dtype == self.k.dtype == self.v.dtype):
             return f"queries, keys and values of {self.q.dtype}, {self.k.dtype} and {self.v.dtype}"
         return None
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the tokens of a call are.
-
-    Attributes:
-        grid: As `AttentionCall.grid`.
-        text: As `AttentionCall.text`.
-        queries: Number of queries.
-        keys: Number of keys.
-        heads: Number of heads of the queries.
-        device: Of the tensors.
-    """
-
-    grid: tuple[int, ...] | None
-    text: tuple[int, int] | None
-    queries: int
-    keys: int
-    heads: int
-    device: torch.device
-
-
-_NUMBERS = itertools.count()
-
-
-class Once:
-    """`make(places)` for the calls of all sites that share it, made once for each `Places`, outside of graphs.
-
-    Args:
-        make: Given `Places`; what it returns must not be changed.
-    """
-
-    def __init__(self, make: Callable[[Places], Any]) -> None:
-        self.make, self._name = make, str(next(_NUMBERS))
-        self._places: dict[Places, str] = {}
-        self._held = types.SimpleNamespace()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Once:
-        copied = memo[id(self)] = Once(self.make)
-        return copied
-
-    def __call__(self, call: AttentionCall) -> Any:
-        """What was made for the places of a call."""
-        p = call.places
-        return getattr(self._held, self._attribute(self._name, p.grid, p.text, p.queries, p.keys, p.heads, p.device))
-
-    def _attribute(self, name: str, *places: Any) -> str:
-        """The attribute that holds what is made for these places; the name is for guards, this object's only."""
-        key = Places(*places)
-        found = self._places.get(key)
-        if found is None:
-            found = self._places[key] = f"made_{len(self._places)}"
-            setattr(self._held, found, self.make(key))
-        return found
-
-    # The compiler calls it while it traces, and takes the string for a constant. torch.compiler's decorator sets this
-    # too, but imports the compiler.
-    _attribute._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _additive(mask: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -552,3 +492,19 @@ def _numbered(model: nn.Module, found: Sequence[tuple[str, nn.Module, Kind]]) ->
         group = other if kind == "other" else inside if block in inside else beside
         numbers[name] = (group.index(block), len(group))
     return numbers
+
+
+__all__ = [
+    "KINDS",
+    "AttentionCall",
+    "AttentionSite",
+    "Bridged",
+    "Kind",
+    "Once",
+    "Places",
+    "TokenLayout",
+    "attention_activity",
+    "attention_sites",
+    "bridge",
+    "layout_of",
+]
