@@ -171,7 +171,7 @@ def magnitudes(case: Case) -> dict[str, float]:
     if case.dlse is not None:
         delta = delta + case.dlse.abs()
     ds = p * (dout.abs() @ v.abs().mT + delta[..., None])
-    sizes = {"dq": ds @ k.abs() * scale, "dk": ds.mT @ q.abs() * scale, "dv": p.mT @ dout.abs()}
+    sizes = {"out": p @ v.abs(), "dq": ds @ k.abs() * scale, "dk": ds.mT @ q.abs() * scale, "dv": p.mT @ dout.abs()}
     if bias is not None:
         sizes["dbias"] = ds.sum_to_size(bias.shape)
     sizes["lse"] = q.abs() @ k.abs().mT * scale  # of a row with few keys it is little more than a score
