@@ -31,7 +31,7 @@ struct BackwardPlan : I {
   static constexpr int kThreads = 4 * kWarp, kRows = 64;
   // Two gradients of wide heads do not fit the registers: two CTAs form half of their columns each.
   static constexpr int kSplit = kKeyRows && kWidth > 160 ? 2 : 1, kValues = I::kValues / kSplit;
-  static constexpr int kPiece = kWidth <= 96 ? 64 : kWidth <= 160 ? 32 : 16;
+  static constexpr int kPiece = kWidth <= (kKeyRows ? 80 : 96) ? 64 : kWidth <= 160 ? 32 : 16;
   static constexpr int kTile = kPiece * kStep<kWidth>;
   static constexpr int kShared = (2 * kRows * kStep<kWidth> + 4 * kTile) * 2;
 };

@@ -145,36 +145,55 @@ inline void fiber_main() {
   yield();
 }
 
-inline void run_cta(int threads) {
+/// Runs a thread up to the next barrier or shuffle at which it must wait for others. Not inlined: the scheduler's locals
+/// must not live in a frame that is jumped into.
+__attribute__((noinline)) inline void resume(int t, bool first_time) {
   Machine& m = machine();
   constexpr size_t kStack = 64 * 1024;
+  m.thread.x = t;
+  if (_setjmp(m.scheduler) != 0) return;
+  if (!first_time) _longjmp(m.fibers[t].state, 1);
+  while (m.stacks.size() <= static_cast<size_t>(t)) m.stacks.push_back(std::make_unique<char[]>(kStack));
+  getcontext(&m.entry);  // only to get onto a new stack; later switches save no signal mask and so need no system call
+  m.entry.uc_stack.ss_sp = m.stacks[t].get();
+  m.entry.uc_stack.ss_size = kStack;
+  m.entry.uc_link = nullptr;
+  makecontext(&m.entry, fiber_main, 0);
+  swapcontext(&m.main_context, &m.entry);
+}
+
+/// Threads run in turns, or, with MASKACCEL_EMULATE_ORDER "first" or "last", each warp from that end on as far as it gets
+/// without the others: where a barrier is missing, it then reads what is not there yet, or writes over what is still
+/// read.
+inline void run_cta(int threads) {
+  Machine& m = machine();
+  const char* const order = std::getenv("MASKACCEL_EMULATE_ORDER");
+  const bool alone = order != nullptr, from_last = alone && std::strcmp(order, "last") == 0;
+  const int warps = (threads + 31) / 32;
   m.fibers.resize(threads);
   m.done.assign(threads, 0);
   m.parity.assign(threads, 0);
   m.slots.assign(threads, std::vector<double>(2, 0.0));
   m.mail.resize(threads);
   m.copies.assign(threads, std::vector<std::vector<Copy>>(1));
-  m.warps.assign((threads + 31) / 32, Barrier{});
-  for (size_t w = 0; w < m.warps.size(); ++w) m.warps[w].size = std::min(32, threads - static_cast<int>(w) * 32);
+  m.warps.assign(warps, Barrier{});
+  for (int w = 0; w < warps; ++w) m.warps[w].size = std::min(32, threads - w * 32);
   m.cta = Barrier{threads, 0, 0};
-  while (m.stacks.size() < static_cast<size_t>(threads)) m.stacks.push_back(std::make_unique<char[]>(kStack));
   std::vector<char> started(threads, 0);
-  for (volatile int left = threads; left > 0;) {
-    const volatile long before = m.progress;
-    for (volatile int t = 0; t < threads; t = t + 1) {
-      if (m.done[t]) continue;
-      m.thread.x = t;
-      if (_setjmp(m.scheduler) == 0) {
-        if (started[t]) _longjmp(m.fibers[t].state, 1);
-        started[t] = 1;
-        getcontext(&m.entry);  // only to get onto a new stack; later switches save no signal mask and so need no system call
-        m.entry.uc_stack.ss_sp = m.stacks[t].get();
-        m.entry.uc_stack.ss_size = kStack;
-        m.entry.uc_link = nullptr;
-        makecontext(&m.entry, fiber_main, 0);
-        swapcontext(&m.main_context, &m.entry);
-      }
-      left = left - m.done[m.thread.x];
+  for (int left = threads; left > 0;) {
+    const long before = m.progress;
+    for (int i = 0; i < warps; ++i) {
+      const int first = (from_last ? warps - 1 - i : i) * 32;
+      long at;
+      do {
+        at = m.progress;
+        for (int t = first; t < std::min(first + 32, threads); ++t) {
+          if (m.done[t]) continue;
+          resume(t, !started[t]);
+          started[t] = 1;
+          left -= m.done[t];
+        }
+      } while (alone && m.progress != at);
     }
     if (m.progress == before) {
       std::fprintf(stderr, "emulation: CTA deadlocked: a barrier or shuffle not reached by all its threads\n");
