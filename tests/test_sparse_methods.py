@@ -535,3 +535,12 @@ def test_calibrated_thresholds(tmp_path) -> None:
         maskaccel.patch(model, [m.LiteAttention(thresholds=str(path))])
     with pytest.raises(ValueError, match="error=0"):
         calibration.measure(model, "skip", error=0)
+
+
+@pytest.mark.parametrize("method", [m.XAttention(stride=8, block=(32, 32), tau=0.6), m.RadialAttention(grid=GRID)])
+def test_what_does_not_follow_steps_is_one_graph(method) -> None:
+    inputs, model = qkv(smooth=10), Model()
+    with maskaccel.patch(model, [method]), torch.no_grad():
+        want = model(*inputs)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs), want)

@@ -46,6 +46,11 @@ class SparseAttention:
         """Why a site stays as it is, or None."""
         return None
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether it does not do the same at every step of a run."""
+        return getattr(self, "dense_steps", 0) > 0
+
     def patch_for(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
         """The patch in whose order the whole model is to run; None: raster order."""
         return None
@@ -56,7 +61,8 @@ class SparseAttention:
 
     def attach(self, context: Context) -> None:
         """Plan the bridge of every site."""
-        generation = context.track_generation(self.name)
+        # What follows steps decides in Python, so whole models compile in one graph only without it.
+        generation = context.track_generation(self.name) if self.follows_steps else context.generation
         made: dict[Any, Once] = {}
         for site in attention_sites(context, self.name, self.kinds):
             reason = self.leaves(site)

@@ -41,6 +41,11 @@ class ByLayer(SparseAttention):
         """What any of the methods takes over."""
         return tuple(dict.fromkeys(kind for _, _, method in self.ranges for kind in method.kinds))
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether one of the methods does."""
+        return any(method.follows_steps for _, _, method in self.ranges)
+
     def _method(self, site: AttentionSite) -> SparseAttention | None:
         for first, last, method in self.ranges:
             if first <= site.layer and (last is None or site.layer < last):

@@ -78,6 +78,11 @@ class LiteAttention(SparseAttention):
                     raise ValueError(f"{name}={getattr(self, name)!r} must hold ranges (start, end) of tokens")
         check_block(self.block)
 
+    @property
+    def follows_steps(self) -> bool:
+        """Always: it remembers tiles from step to step."""
+        return True
+
     def leaves(self, site: AttentionSite) -> str | None:
         """The first layers."""
         return f"layer {site.layer} of dense_layers={self.dense_layers}" if site.layer < self.dense_layers else None

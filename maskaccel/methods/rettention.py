@@ -64,6 +64,11 @@ class Rettention(SparseAttention):
         check_number("growth", self.growth)
         check_block(self.block)
 
+    @property
+    def follows_steps(self) -> bool:
+        """Always: it remembers statistics from step to step."""
+        return True
+
     def policy(self, site: AttentionSite, generation: Generation) -> _Reshaped:
         """The attention of one module."""
         return _Reshaped(self, site, generation)
