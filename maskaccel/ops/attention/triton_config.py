@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
 _FORWARD = {
     227: {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 128, 8, 2), 256: Blocks(128, 64, 8, 2)},
     163: {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
-    99: {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
+    99: {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 8, 2)},
 }
 # The parts of a product of TF32 fill the registers, whatever the shared memory.
 _FORWARD_FP32 = {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)}
@@ -110,7 +110,10 @@ def backward_blocks(q: Tensor, added: bool = False) -> tuple[Blocks, Blocks]:
     table = _BACKWARD_FP32 if q.dtype == torch.float32 else _BACKWARD[shared_memory(q)]
     one, two = next(blocks for width, blocks in table.items() if q.shape[-1] <= width)
     if added:
-        one, two = one._replace(keys=min(one.keys, 32)), two._replace(queries=min(two.queries, 32))
+        one, two = (
+            one._replace(keys=min(one.keys, 32)),
+            two._replace(queries=min(two.queries, 32), keys=min(two.keys, 64)),
+        )
     return one, two
 
 
