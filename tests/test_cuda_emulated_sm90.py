@@ -1,7 +1,7 @@
 """The attention kernel of sm_90a on the host: everything but what wgmma, TMA and their descriptors do.
 
-Products are formed when they are waited for, loads arrive at once, barriers count as on the device: a buffer that is
-given away too early shows in the result, a barrier that nobody completes aborts.
+Products are formed when they are waited for, loads land early or late at random, barriers count as on the device: a
+buffer that is given away too early shows in the result, a barrier that nobody completes aborts.
 """
 
 from __future__ import annotations

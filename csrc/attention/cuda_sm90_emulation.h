@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 namespace maskaccel::cuda::sm90 {
@@ -26,9 +27,7 @@ struct Barrier {
   unsigned phase;
 
   void init(int count) { *this = Barrier{count, count, 0, 0}; }
-  void wait(uint32_t parity) {
-    while ((phase & 1) == parity) emulation::yield();
-  }
+  void wait(uint32_t parity);
   void arrive() { --pending, settle(); }
   void arrive_and_expect_tx(int count) { bytes += count, arrive(); }
   void complete(int count) { bytes -= count, settle(); }
@@ -52,12 +51,28 @@ struct Consumers {
   Named named[16];
   emulation::Barrier groups[2];
   std::vector<std::function<void()>> products[kThreads];
+  std::vector<std::pair<const Barrier*, std::function<void()>>> loads;  // on their way
   float weights[2][64][128];
 };
 
 inline Consumers& consumers() {
   static Consumers c;
   return c;
+}
+
+inline void Barrier::wait(uint32_t parity) {
+  while ((phase & 1) == parity) {
+    auto& loads = consumers().loads;
+    for (size_t i = 0; i < loads.size();) {
+      if (loads[i].first == this) {
+        loads[i].second();
+        loads.erase(loads.begin() + i);
+      } else {
+        ++i;
+      }
+    }
+    if ((phase & 1) == parity) emulation::yield();
+  }
 }
 
 /// By one thread, before the CTA begins.
@@ -67,16 +82,22 @@ inline void publish_barriers() {
 }
 
 inline void load_box(const TensorMap& map, Barrier& full, bool, void* to, int column, int row, int head, int batch) {
-  for (int r = 0; r < map.box; ++r) {
-    for (int c = 0; c < map.slab; ++c) {
-      char* element = static_cast<char*>(to) + 2 * (r * map.slab + c);
-      const bool inside = row + r < map.rows && column + c < map.columns;
-      const int64_t at = batch * map.stride_batch + (row + r) * map.stride_row + head * map.stride_head + column + c;
-      if (inside) std::memcpy(element, map.data + 2 * at, 2);
-      if (!inside) std::memset(element, 0, 2);
+  const auto land = [&map, &full, to, column, row, head, batch] {
+    for (int r = 0; r < map.box; ++r) {
+      for (int c = 0; c < map.slab; ++c) {
+        char* element = static_cast<char*>(to) + 2 * (r * map.slab + c);
+        const bool inside = row + r < map.rows && column + c < map.columns;
+        const int64_t at = batch * map.stride_batch + (row + r) * map.stride_row + head * map.stride_head + column + c;
+        if (inside) std::memcpy(element, map.data + 2 * at, 2);
+        if (!inside) std::memset(element, 0, 2);
+      }
     }
-  }
-  full.complete(2 * map.box * map.slab);
+    full.complete(2 * map.box * map.slab);
+  };
+  static unsigned state = 0;
+  state = state * 1664525u + 1013904223u;
+  if (state >> 31) return land();
+  consumers().loads.emplace_back(&full, land);
 }
 
 inline int of_slabs(int row, int column, int slab, int rows) {
@@ -122,6 +143,10 @@ void start_values(const T (&weights)[S::kScores], const T* values, float (&out)[
 
 template <int kPending, int kSize>
 void finish(float (&)[kSize]) {
+  for (int i = 0; i < 3; ++i) {
+    ++emulation::machine().progress;
+    emulation::yield();
+  }
   auto& products = consumers().products[emulation::current()];
   while (products.size() > kPending) {
     products.front()();
