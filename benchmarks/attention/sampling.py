@@ -27,13 +27,14 @@ BLOCK = (64, 64)
 
 def planned(thresholds: str | None) -> dict[str, Any]:
     """The methods by their label."""
-    lite = {f"LiteAttention({t:g})": methods.LiteAttention(float(t), block=BLOCK) for t in (-10, -6, -4, -3, -2, -1)}
+    lite = {f"LiteAttention({t:g})": methods.LiteAttention(float(t), block=BLOCK) for t in (-10, -4, -2, -1, 0)}
     if thresholds is not None:
         lite["LiteAttention, calibrated"] = methods.LiteAttention(thresholds=thresholds, block=BLOCK)
-    lite["LiteAttention(-10, order_independent)"] = methods.LiteAttention(-10.0, block=BLOCK, order_independent=True)
+    for t in (-10, -7, -6):
+        method = methods.LiteAttention(float(t), block=BLOCK, order_independent=True)
+        lite[f"LiteAttention({t:g}), by lse"] = method
     return lite | {
         "Rettention()": methods.Rettention(block=BLOCK),
-        "Rettention(density=1/8)": methods.Rettention(density=1 / 8, block=BLOCK),
         "SlidingTile(3 x 3 tiles of 8 x 8)": methods.SlidingTile((3, 3), tile=(8, 8), dense_steps=4),
         "SpargeAttn(cdf=0.9)": methods.SpargeAttn(cdf=0.9, similarity=0.3, block=BLOCK, dense_steps=4),
         "XAttention(tau=0.9)": methods.XAttention(tau=0.9, block=BLOCK, dense_steps=4),

@@ -24,6 +24,7 @@ from maskaccel.masks import TileMask
 
 HEADS = ((8, 64), (4, 128), (8, 72))
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.09375, 0.046875)
+FLEX_DENSITIES = (1.0, 0.5, 0.25, 0.09375)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Call = Callable[[], Any]
@@ -72,14 +73,19 @@ def _forwards(qkv: list[Tensor], masks: dict[float, TileMask], flex: bool) -> di
 def _flex(heads_first: list[Tensor], masks: dict[float, TileMask]) -> dict[str, Call]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled, calls = torch.compile(flex_attention), {}
+    compiled, calls = torch.compile(flex_attention, dynamic=False), {}
     tokens, heads = heads_first[0].shape[2], heads_first[0].shape[1]
-    for density, mask in masks.items():
-        kept = mask.tiles()[0]
 
-        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor, kept: Tensor = kept) -> Tensor:
+    def looking_at(kept: Tensor) -> Callable[..., Tensor]:
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return kept[h, i // 64, j // 64]
 
+        return rule
+
+    for density, mask in masks.items():
+        if density not in FLEX_DENSITIES:
+            continue
+        rule = looking_at(mask.tiles()[0])
         block_mask = create_block_mask(rule, None, heads, tokens, tokens, device="cpu", BLOCK_SIZE=64)
         call = lambda block_mask=block_mask: compiled(*heads_first, block_mask=block_mask)  # noqa: E731
         try:
