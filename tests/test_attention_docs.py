@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from benchmarks.attention import tiles
+from benchmarks.attention import page, sampling, speed, tiles
 from maskaccel import methods, ops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,11 @@ def test_the_names_of_the_tables_exist():
 
 
 def test_the_table_is_the_measured_one():
-    assert tiles.put(PAGE, ROWS) == PAGE
+    assert page.put(PAGE, "tiles", tiles.table(ROWS)) == PAGE
+    speeds = (ROOT / "docs" / "attention-speed.md").read_text(encoding="utf-8")
+    for name, module, file in (("speed", speed, "attention_cpu"), ("sampling", sampling, "attention_sampling")):
+        measured = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
+        assert page.put(speeds, name, module.table(measured)) == speeds
     assert {(r["mask"], r["order"]) for r in ROWS} == {(c.name, label) for c in tiles.CASES for label in c.orders}
 
 

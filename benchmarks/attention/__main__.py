@@ -43,13 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     elif args.what == "speed":
         from . import speed
 
-        picture = DOCS / "attention-speed.png"
-        speed.run(args.tokens, args.rounds, RESULTS, picture, flex=not args.no_flex)
+        speed.run(args.tokens, args.rounds, RESULTS, DOCS, flex=not args.no_flex)
     else:
         from . import sampling
 
-        picture = DOCS / "attention-sampling.png"
-        sampling.run(args.weights, args.images, args.batch, args.steps, args.dtype, args.error, RESULTS, picture)
+        sampling.run(args.weights, args.images, args.batch, args.steps, args.dtype, args.error, RESULTS, DOCS)
 
 
 if __name__ == "__main__":

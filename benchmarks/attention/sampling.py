@@ -20,6 +20,8 @@ from maskaccel import calibration, methods
 from maskaccel.bench.fingerprint import fingerprint
 from maskaccel.methods._attention import SparseAttention, kept_by_step, policies_of
 
+from . import page
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "fashion"))
 BLOCK = (64, 64)
@@ -153,11 +155,11 @@ def draw(data: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def run(weights: Path, images: int, batch: int, steps: int, dtype: str, error: float, out: Path, picture: Path) -> None:
-    """Measure, and write `attention_sampling.json`, `.md` and the picture."""
+def run(weights: Path, images: int, batch: int, steps: int, dtype: str, error: float, out: Path, docs: Path) -> None:
+    """Measure, and write `attention_sampling.json`, the table of the page and its picture."""
     data = measure(weights, images, batch, steps, dtype, error)
     out.mkdir(parents=True, exist_ok=True)
     (out / "attention_sampling.json").write_text(json.dumps(data, indent=1) + "\n")
-    (out / "attention_sampling.md").write_text(table(data))
-    draw(data, picture)
+    page.update(docs / "attention-speed.md", "sampling", table(data))
+    draw(data, docs / "attention-sampling.png")
     print(table(data))

@@ -22,6 +22,8 @@ from maskaccel.bench.attention import tiles
 from maskaccel.bench.fingerprint import fingerprint
 from maskaccel.masks import TileMask
 
+from . import page
+
 HEADS = ((8, 64), (4, 128), (8, 72))
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.09375, 0.046875)
 FLEX_DENSITIES = (1.0, 0.5, 0.25, 0.09375)
@@ -196,11 +198,11 @@ def draw(data: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def run(tokens: int, rounds: int, out: Path, picture: Path, *, flex: bool) -> None:
-    """Measure, and write `attention_cpu.json`, `attention_cpu.md` and the picture."""
+def run(tokens: int, rounds: int, out: Path, docs: Path, *, flex: bool) -> None:
+    """Measure, and write `attention_cpu.json`, the table of the page and its picture."""
     data = measure(tokens, rounds, flex=flex)
     out.mkdir(parents=True, exist_ok=True)
     (out / "attention_cpu.json").write_text(json.dumps(data, indent=1) + "\n")
-    (out / "attention_cpu.md").write_text(table(data))
-    draw(data, picture)
+    page.update(docs / "attention-speed.md", "speed", table(data))
+    draw(data, docs / "attention-speed.png")
     print(table(data))

@@ -6,7 +6,6 @@ Attention costs what its tiles cost, not what its elements do; the order of toke
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from tqdm import tqdm
 
 from maskaccel.masks import GridWindow, Rule, Segments, TileMask, TokenOrder
 
+from .page import update
+
 Patch = tuple[int, ...] | None
-MARKS = ("<!-- tiles: begin -->", "<!-- tiles: end -->")
 
 
 @dataclass(frozen=True)
@@ -152,15 +152,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put(page: str, rows: list[dict[str, Any]]) -> str:
-    """The page with the table between its marks."""
-    begin, end = MARKS
-    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table(rows)}{end}", page, flags=re.DOTALL)
-
-
 def run(results: Path, page: Path) -> None:
     """Write the JSON and the table of the page."""
     rows = measure()
     results.write_text(json.dumps(rows, indent=1) + "\n")
-    page.write_text(put(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    update(page, "tiles", table(rows))
     print(table(rows))
