@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from benchmarks.attention import page, sampling, speed, tiles
@@ -39,6 +40,46 @@ def test_the_examples_run():
     assert namespace["out"].isfinite().all()
     assert namespace["predicted"].density() < 1
     assert namespace["scenes"].density() < 1
+    _check_reports(namespace)
+    _check_recipes(namespace)
+
+
+def _check_reports(namespace: dict) -> None:
+    """The report that the page prints is the one that comes, backend aside."""
+    backend = re.compile(r"on the \w+ backend")
+    assert backend.sub("", str(namespace["clear"])) in backend.sub("", PAGE)
+    for name, calls in (("sliding", 2), ("lite", 8)):
+        assert namespace[name]["sparse calls"] == calls and namespace[name]["dense calls"] == 0
+
+
+def _check_recipes(namespace: dict) -> None:
+    """Masks of models without a method, against who sees whom in words."""
+    i, j = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    rank = namespace["rank"]
+    group, of_all, of_target = j // 64, i // 64 == 0, i // 64 == 3
+    want = {
+        "sinks": (j < 4) | ((i - j).abs() <= 32),
+        "mono": torch.where(i < 64, j <= i, True),
+        "rar": j <= i,
+        "unmoved": rank[j] <= rank[i],
+        "in_blocks": j // 64 <= i // 64,
+        "grouped": (group == 0) | (group == i // 64) | of_all | of_target,
+    }
+    for name, kept in want.items():
+        assert torch.equal(namespace[name].to_bool()[0, 0], kept), name
+        assert namespace[name].density() < 1 or name == "unmoved", name
+
+
+def test_every_system_has_its_call():
+    """Systems whose attention is sparse: a row of the table, a layer or a recipe names each."""
+    part = PAGE.split("## Which method is which call")[0].split("## Masks of models")[1]
+    for name in ("Attention sinks", "MonoFormer", "RAR", "Why mask diffusion does not work", "ChatDiT"):
+        assert name in part, name
+    table = PAGE.split("## Which method is which call")[1]
+    for name in ("LiteAttention", "Re-ttention", "CLEAR", "Mask2DiT", "DiT-3D", "PT-DiT", "U-DiT", "mediators", "LiT",
+                 "DreamActor-H1", "FantasyPortrait", "Mask2Former", "LinFusion", "DiffiT", "MaskGWM",
+                 "HDiT"):  # fmt: skip
+        assert name in table, name
 
 
 def test_the_names_of_the_tables_exist():

@@ -18,46 +18,86 @@ from .check import check_block
 from .reference import pack_words
 
 if TYPE_CHECKING:
+    from ...masks.order import TokenOrder
     from ...masks.tiles import TileMask
 
 _MODES = ("mean", "antidiagonal")
 
 
-def tile_pool(x: Tensor, block: int, *, mode: str = "mean", weight: Tensor | None = None) -> Tensor:
+def tile_pool(x: Tensor, block: int | TokenOrder, *, mode: str = "mean", weight: Tensor | None = None) -> Tensor:
     """One vector for each block of tokens.
 
     Args:
         x: `(B, S, H, D)`. The last block may be shorter.
-        block: Tokens of a block.
+        block: Tokens of a block; or a `TokenOrder`, whose patches are the blocks: `x` is in that order, patches at the
+            border may be smaller, and tokens beside the grid are in no block.
         mode: `"mean"`, or `"sum"` of the weighted tokens.
-        weight: `(block,)`, a learned weight of each place in a block (CLEAR's pooled keys, summed); needs S to be a
-            multiple of block.
+        weight: `(block,)`, a learned weight of each place in a block (CLEAR's pooled keys, summed); blocks must all be
+            whole.
 
     Returns:
-        `(B, ceil(S / block), H, D)` in x's dtype, formed in fp32. Differentiable.
+        `(B, ceil(S / block), H, D)`, or a row for each patch, in x's dtype, formed in fp32. Differentiable.
+
+    Raises:
+        TypeError: An argument is no floating tensor.
+        ValueError: `block` is not positive, the order is for another number of tokens or has no patches, `mode` is
+            unknown, or `weight` does not fit.
     """
     x = _checks.activation("x", x, "B, S, H, D")
-    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
-        raise ValueError(f"block={block!r} must be an integer, 1 or more")
     _checks.choice("mode", mode, ("mean", "sum"))
-    tokens = x.shape[1]
+    wide = x if x.dtype == torch.float64 else x.float()
+    if isinstance(block, int):
+        if isinstance(block, bool) or block < 1:
+            raise ValueError(f"block={block!r} must be an integer, 1 or more, or a TokenOrder")
+        size, axes = block, [(x.shape[1], block)]
+        wide = torch.nn.functional.pad(wide, (0, 0, 0, 0, 0, -x.shape[1] % size))
+    else:
+        axes = _axes_of(block, x.shape[1])
+        size = math.prod(p for _, p in axes)
+        wide = _whole_patches(wide[:, block.prefix : block.tokens - block.suffix], axes, size)
+    wide = wide.unflatten(1, (-1, size))
     if weight is not None:
         weight = _checks.floating("weight", weight)
-        if tuple(weight.shape) != (block,):
-            raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be ({block},)")
-        if tokens % block:
-            raise ValueError(f"weight needs whole blocks: {tokens} tokens are no multiple of {block}")
-    wide = x if x.dtype == torch.float64 else x.float()
-    wide = torch.nn.functional.pad(wide, (0, 0, 0, 0, 0, -tokens % block)).unflatten(1, (-1, block))
-    if weight is not None:
+        if tuple(weight.shape) != (size,):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be ({size},)")
+        for n, p in axes:
+            if n % p:
+                raise ValueError(f"weight needs whole blocks: {n} tokens are no multiple of {p}")
         wide = wide * weight.to(wide.dtype)[:, None, None]
     pooled = wide.sum(2)
     if mode == "mean":
-        counts = torch.full((pooled.shape[1],), block, dtype=pooled.dtype, device=x.device)
-        if tokens % block:
-            counts[-1:] = tokens % block
+        counts = torch.ones(1, dtype=pooled.dtype, device=x.device)
+        for n, p in axes:
+            along = torch.full((-(-n // p),), p, dtype=pooled.dtype, device=x.device)
+            if n % p:
+                along[-1:] = n % p
+            counts = torch.outer(counts, along).flatten()
         pooled = pooled / counts[:, None, None]
     return pooled.to(x.dtype)
+
+
+def _axes_of(order: TokenOrder, tokens: int) -> list[tuple[int, int]]:
+    """Size of the grid and of a patch along each axis, or ValueError if `order` is not one of so many tokens."""
+    from ...masks.order import TokenOrder  # as in tile_select
+
+    if not isinstance(order, TokenOrder):
+        raise ValueError(f"block={order!r} must be an integer, 1 or more, or a TokenOrder")
+    if order.patch is None:
+        raise ValueError(f"block={order!r} has no patches to pool")
+    if order.tokens != tokens:
+        raise ValueError(f"x has {tokens} tokens; the order has {order.tokens}")
+    return list(zip(order.grid, order.patch, strict=True))
+
+
+def _whole_patches(x: Tensor, axes: list[tuple[int, int]], size: int) -> Tensor:
+    """Patches of `size` rows: those at the border of the grid that are smaller have zeros behind their rows."""
+    counts = [1]
+    for n, p in axes:
+        counts = [have * min(p, n - start) for have in counts for start in range(0, n, p)]
+    if all(count == size for count in counts):
+        return x
+    parts = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, size - part.shape[1])) for part in x.split(counts, dim=1)]
+    return torch.cat(parts, dim=1)
 
 
 def tile_scores(
@@ -74,6 +114,10 @@ def tile_scores(
         block: Tile size, for `"antidiagonal"`; multiples of stride.
         stride: Distance of the antidiagonals (8 or 16 in the paper).
         scale: Of the dot products; None is `D ** -0.5`.
+
+    Raises:
+        TypeError: An argument is no floating tensor.
+        ValueError: Heads do not fit, `mode` is unknown, or `block` and `stride` do not fit each other.
     """
     _checks.choice("mode", mode, _MODES)
     q = _checks.activation("q", q, "B, S, H, D")
