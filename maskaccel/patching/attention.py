@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from ..masks import TokenOrder
 from ..models import stack_of
 from ..models._attention import derived
-from ..models._tokens import Kind, Tokens, kind_of, parameters, tokens_of
+from ..models._tokens import Kind, kind_of, tokens_of
 from ..state.generation import Generation
 from ._code import SITE, Code
+from .layout import TokenLayout
 from .once import Once, Places
 from .patch import Context
 from .transaction import PatchError
@@ -204,49 +205,6 @@ def _additive(mask: Tensor, *, dtype: torch.dtype) -> Tensor:
 # The arguments that scaled_dot_product_attention and dispatch_attention_fn share, in their order, and defaults.
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-
-
-class TokenLayout:
-    """What one call of a model says of its tokens; read before every call, by a forward pre-hook.
-
-    Attributes:
-        grid: Grid of the latent tokens, or None.
-        text: Number of text tokens in joint sequences, or None: whatever is not in the grid.
-        order: The order in which the latent tokens run through the blocks now (`patching/order.py`); None: raster.
-    """
-
-    def __init__(self, model: nn.Module, tokens: Tokens) -> None:
-        self.tokens, self.names = tokens, parameters(model)
-        self.grid: tuple[int, ...] | None = None
-        self.text: int | None = None
-        self.order: TokenOrder | None = None
-        self._grid_of = None if tokens.grid is None else tokens.grid(model)
-        self._seen: tuple[Tensor, int] | None = None  # what the grid was read from on the host
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
-
-    def read(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The hook."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        self.text = None if self.tokens.text_rows is None else self.tokens.text_rows(given)
-        if self.tokens.positions is not None:
-            self._read_positions(given)
-        elif self._grid_of is not None:
-            self.grid = self._grid_of(given)
-
-    def _read_positions(self, given: dict[str, Any]) -> None:
-        """The grid from the positions of tokens; waits for the device once for each tensor."""
-        name, cut = self.tokens.positions or ("", None)
-        ids = given.get(name)
-        if torch.compiler.is_compiling() or ids is None or cut is None:
-            self.grid = None  # values cannot be read in a graph
-            return
-        version = 0 if ids.is_inference() else ids._version
-        if self._seen is None or self._seen[0] is not ids or self._seen[1] != version:
-            self._seen = ids, version
-            positions = cut(ids, given)
-            self.grid = tuple(map(int, (positions.amax(0) - positions.amin(0) + 1).tolist()))
 
 
 class Bridged:
