@@ -154,3 +154,42 @@ def test_what_cannot_be_told_apart_stays_in_raster_order() -> None:
     assert stack.left is not None
     assert "cannot be told apart" in stack.left
     assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("cache", [m.SpeCa(), m.FBCache(threshold=0.5)], ids=lambda method: method.name)
+@pytest.mark.parametrize("ordered_first", [False, True])
+def test_tokens_are_put_back_where_a_cache_skips_the_last_block(cache, ordered_first) -> None:
+    model, inputs = MODELS["DiTTransformer2DModel"]()
+    wide = m.CLEAR(radius=1000.0, patch=(2, 2), block=(16, 32))
+
+    def outputs(chosen: list) -> list[Tensor]:
+        found = []
+        with torch.no_grad(), maskaccel.patch(model, chosen) as patch, patch.generation(6) as steps:
+            for step in range(6):
+                found += run(model, {**inputs, "hidden_states": inputs["hidden_states"] + 0.01 * step})
+                steps.step()
+            assert patch.report().activity[cache.name]["reused"] > 0
+        return found
+
+    chosen = [wide, cache] if ordered_first else [cache, wide]
+    for mine, theirs in zip(outputs(chosen), outputs([cache]), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=2e-4)
+
+
+def test_control_residuals_keep_the_raster_order_however_they_are_given() -> None:
+    model, inputs = MODELS["SD3Transformer2DModel"]()
+    names = list(inputs)
+    with torch.no_grad():
+        hidden = model.pos_embed(inputs["hidden_states"])
+        control = [torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))]
+        before = model(**inputs, block_controlnet_hidden_states=control).sample
+        with maskaccel.patch(model, [Watch()]):
+            given = [
+                inputs[name] for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+            ]
+            assert len(given) == len(names), names
+            after = model(*given, control).sample
+            stack = ordered_calls(model)
+    assert stack is not None
+    assert stack.calls == 0
+    torch.testing.assert_close(after, before, atol=2e-4, rtol=2e-4)

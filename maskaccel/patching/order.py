@@ -57,7 +57,8 @@ class OrderedStack:
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A call of the model begins: tokens are in raster order."""
         self.layout.order = None
-        given = [name for name, value in kwargs.items() if _CONTROL.search(name) and value is not None]
+        named = dict(zip(self.layout.names, args, strict=False)) | kwargs
+        given = [name for name, value in named.items() if _CONTROL.search(name) and value is not None]
         self.left = f"{given[0]} is given, which is in raster order" if given else None
 
     def enter(self, hidden: Tensor, others: Sequence[Tensor | None]) -> None:
@@ -157,7 +158,9 @@ def order_stack(context: Context, method: str, patch_of: PatchOf, grid: tuple[in
     transaction.pre_hook(context.model, stack.begin)
     for segment in segments:
         for block in segment:
-            transaction.wrap_forward(block, _Block(stack, block is segment[0], block is segment[-1]))
+            # Around whatever skips blocks: the first puts in order and the last puts back, whether they run or not.
+            wrapper = _Block(stack, block is segment[0], block is segment[-1])
+            transaction.wrap_forward(block, wrapper, outermost=True)
     return None
 
 

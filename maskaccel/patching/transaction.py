@@ -126,13 +126,14 @@ class Transaction:
         self.claim(module, "forward", claimant)
         self.forwards.setdefault(id(module), _Forward(module)).replacement = forward
 
-    def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
+    def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any], *, outermost: bool = False) -> None:
         """Plan a wrapper, `wrapper(self, inner, *args, **kwargs)`, before the forward; hooks below it stay.
 
         `inner(*args, **kwargs)` is the next wrapper, and at last the module's own forward, or its replacement.
-        Wrappers planned first stand outermost.
+        Wrappers planned first stand outermost, unless a later one asks to.
         """
-        self.forwards.setdefault(id(module), _Forward(module)).wrappers.append(wrapper)
+        wrappers = self.forwards.setdefault(id(module), _Forward(module)).wrappers
+        wrappers.insert(0 if outermost else len(wrappers), wrapper)
 
     def commit(self) -> None:
         """Apply every edit, or none if one fails."""
