@@ -11,6 +11,11 @@ from torch import Tensor, nn
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def tokens(count: int, dim: int, seed: int = 1) -> Tensor:
+    """Two samples of random tokens, `(2, count, dim)`."""
+    return torch.randn(2, count, dim, generator=torch.Generator().manual_seed(seed))
+
+
 def random_parameters(module: nn.Module, seed: int = 0) -> None:
     """Values that no initialisation at zero hides behind."""
     generator = torch.Generator().manual_seed(seed)
