@@ -9,6 +9,8 @@ from _numerics import assert_close_to_truth
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from maskaccel import ops
+from maskaccel.masks import TileMask
 from maskaccel.ops._backends import refusal
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
@@ -43,3 +45,26 @@ def test_native_kernels(seed) -> None:
 @given(st.integers(0, 2**40))
 def test_reference(seed) -> None:
     check(seed, "reference")
+
+
+@pytest.mark.parametrize("kind", ["mask", "empty rows", "bias", "grouped"])
+def test_gradcheck(kind) -> None:
+    """The reference in fp64, by finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    heads, kv_heads = 4, 2 if kind == "grouped" else 4
+    q, k, v = (
+        torch.randn(2, n, h, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for n, h in ((20, heads), (33, kv_heads), (33, kv_heads))
+    )
+    kept = torch.rand(2, heads, 20, 33, generator=generator) < 0.4
+    if kind == "empty rows":
+        kept[:, 1] = False
+        kept[0, :, 3:9] = False
+    bias = torch.randn(1, heads, 1, 33, generator=generator, dtype=torch.float64).requires_grad_(kind == "bias")
+    mask = TileMask.from_bool(kept, (16, 32))
+
+    def attention(q, k, v, bias):
+        out, lse = ops.tile_attention(q, k, v, mask, bias=bias, return_lse=True, backend="reference")
+        return out, lse.masked_fill(lse.isneginf(), 0.0)
+
+    assert torch.autograd.gradcheck(attention, (q, k, v, bias))

@@ -32,5 +32,7 @@ def test_dry_run(tmp_path):
     assert set(record["correctness"]["reference"].values()) == {"ok"}
     assert record["correctness"]["reference"].keys() == SPECS.keys(), "an op is not checked (tests/_raw_cases.py)"
     assert {r["op"] for r in record["results"]} == SPECS.keys(), "an op is not timed (maskaccel/bench/registry.py)"
+    for case in record["attention"]:
+        assert {"sdpa", "reference dense", "reference 0.1"} <= case["median_ms"].keys(), case["refused"]
     for result in record["results"]:
         assert {"reference", "copy", "eager", "compile"} <= result["providers"].keys(), result

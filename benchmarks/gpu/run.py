@@ -270,6 +270,15 @@ def bench_all(device: str, correct: dict[str, dict[str, str]], rounds: int, tiny
     return results
 
 
+def bench_attention(device: str, correct: dict[str, dict[str, str]], rounds: int, tiny: bool) -> list[dict[str, Any]]:
+    """Attention against density, with every backend whose attention passed its correctness check."""
+    from attention import sweep
+
+    both = ("tile_attention", "tile_attention_backward")
+    usable = [b for b, states in correct.items() if all(states.get(op) == "ok" for op in both)]
+    return sweep(device, Timer(device), usable, min(rounds, 7), tiny)
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -298,13 +307,14 @@ def main() -> int:
         report[backend] |= states
     good &= same
     results = [] if args.correctness else bench_all(device, report, args.rounds, args.dry_run)
+    attention = [] if args.correctness else bench_attention(device, report, args.rounds, args.dry_run)
     target = args.out
     if target is None and not args.dry_run:
         name = "".join(c if c.isalnum() else "-" for c in str(found["device"]).lower())
         target = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
     if target is not None:
         os.makedirs(target.parent, exist_ok=True)
-        record = {"fingerprint": found, "correctness": report, "results": results}
+        record = {"fingerprint": found, "correctness": report, "results": results, "attention": attention}
         target.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written: {target.relative_to(ROOT) if target.is_relative_to(ROOT) else target}")
     absent = [b for b, ops in report.items() if all(state == "absent" for state in ops.values())]
