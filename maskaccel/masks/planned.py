@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..ops._checks import count as check_count
 from .schedule import Action, Position, Schedule, plan_of
 
 Entry = TypeVar("Entry")
@@ -105,9 +106,7 @@ class Magnitudes(Planned):
             raise ValueError(f"ratios={self.ratios!r} must be a non-empty tuple of positive numbers, one a step")
         if not isinstance(self.threshold, int | float) or not 0 <= self.threshold < math.inf:
             raise ValueError(f"threshold={self.threshold!r} must be a finite number, 0 or more")
-        n = self.max_consecutive
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"max_consecutive={n!r} must be an integer, 1 or more")
+        check_count("max_consecutive", self.max_consecutive, 1)
         if not isinstance(self.retention, int | float) or not 0 <= self.retention <= 1:
             raise ValueError(f"retention={self.retention!r} must be a number from 0 to 1")
 

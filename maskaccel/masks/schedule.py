@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+from ..ops._checks import count as check_count
+
 Action = Literal["compute", "partial", "reuse"]
 ACTIONS: tuple[str, ...] = get_args(Action)
 
@@ -102,9 +104,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name, low in (("interval", 1), ("first", 1), ("last", 0), ("origin", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}={value!r} must be an integer, {low} or more")
+            check_count(name, getattr(self, name), low)
         if not self.between or any(action not in ("reuse", "partial") for action in self.between):
             raise ValueError(f"between={self.between!r} must be a non-empty tuple of 'reuse' and 'partial'")
         if self.computed is not None:

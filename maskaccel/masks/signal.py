@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..ops._checks import count as check_count
 from .schedule import Action, Position
 
 
@@ -63,8 +64,7 @@ class Signal:
             value = getattr(self, name)
             if value is None and name.startswith("max"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}={value!r} must be an integer, {low} or more")
+            check_count(name, value, low)
         if self.reference not in ("computed", "previous"):
             raise ValueError(f"reference={self.reference!r}; allowed are 'computed' and 'previous'")
         if self.reduce not in ("sample", "mean", "any"):

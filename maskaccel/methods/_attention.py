@@ -348,20 +348,3 @@ def beside(grid: tuple[int, ...], text: tuple[int, int], patch: tuple[int, ...] 
     """The order of a grid with its text before or after it."""
     start, length = text
     return TokenOrder(grid, patch, length if start == 0 else 0, 0 if start == 0 else length)
-
-
-def check_block(block: Any) -> None:
-    """ValueError unless it is a tile size."""
-    TileMask.full((1, 1), block)
-
-
-def check_count(name: str, value: Any, least: int = 0) -> None:
-    """ValueError unless it is an integer, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer, {least} or more")
-
-
-def check_number(name: str, value: Any) -> None:
-    """ValueError unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number")

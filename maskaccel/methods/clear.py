@@ -17,9 +17,12 @@ from ..masks import GridWindow, Segments, TileMask, TokenOrder
 from ..masks.rules import ALWAYS, NEVER, WHERE
 from ..masks.tiles import DEFAULT_BLOCK
 from ..ops import tile_attention
+from ..ops._checks import count as check_count
+from ..ops.attention.check import check_block
+from ..ops.attention.check import number as check_number
 from ..patching.attention import AttentionCall, AttentionSite, Places
 from ..state.generation import Generation
-from ._attention import FixedMask, SparseAttention, beside, check_block, check_count, check_number, in_order
+from ._attention import FixedMask, SparseAttention, beside, in_order
 
 
 class ClearPooling(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..masks.signal import Signal
+from ..ops._checks import count as check_count
 from ..patching.patch import Context
 from ..state.forecast import Forecaster, Hold
 from ..state.history import Storage
@@ -52,9 +53,7 @@ class DBCache(_cached.CachedFeatures):
     def __post_init__(self) -> None:
         self.signal  # noqa: B018  (validates the fields when the method is made)
         for name, low in (("lead", 1), ("tail", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}={value!r} must be an integer, {low} or more")
+            check_count(name, getattr(self, name), low)
 
     @property
     def signal(self) -> Signal:

@@ -16,12 +16,15 @@ from torch import Tensor
 from ..calibration.file import Calibration, calibration_of
 from ..masks.tiles import DEFAULT_BLOCK
 from ..ops import tile_attention
+from ..ops._checks import count as check_count
+from ..ops.attention.check import check_block
+from ..ops.attention.check import number as check_number
 from ..patching.attention import AttentionCall, AttentionSite, Places
 from ..patching.patch import Context
 from ..patching.transaction import PatchError
 from ..state.generation import Generation
 from ..state.skip import Limits, SkipState
-from ._attention import SitePolicy, SparseAttention, check_block, check_count, check_number
+from ._attention import SitePolicy, SparseAttention
 
 
 @dataclass(frozen=True)

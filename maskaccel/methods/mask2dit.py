@@ -14,9 +14,11 @@ import torch
 from ..masks import Segments, TileMask
 from ..masks.rules import ALWAYS, NEVER
 from ..masks.tiles import DEFAULT_BLOCK
+from ..ops._checks import count as check_count
+from ..ops.attention.check import check_block
 from ..patching.attention import AttentionSite, Places
 from ..state.generation import Generation
-from ._attention import FixedMask, SparseAttention, check_block, check_count
+from ._attention import FixedMask, SparseAttention
 
 
 @dataclass(frozen=True)

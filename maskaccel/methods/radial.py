@@ -16,10 +16,13 @@ from torch import Tensor
 from ..masks import Rule, TileMask, TokenOrder
 from ..masks.rules import ALL, NONE, SOME
 from ..masks.tiles import DEFAULT_BLOCK
+from ..ops._checks import count as check_count
+from ..ops.attention.check import check_block
+from ..ops.attention.check import number as check_number
 from ..ops.attention.reference import unpack_words
 from ..patching.attention import AttentionSite, Places
 from ..state.generation import Generation
-from ._attention import FixedMask, SparseAttention, beside, check_block, check_count, check_number
+from ._attention import FixedMask, SparseAttention, beside
 
 _LEAST = 128  # tokens: windows of distant frames get no narrower, but rarer
 

@@ -21,10 +21,13 @@ from torch import Tensor
 from ..masks import GridWindow, TileMask, TokenOrder
 from ..masks.tiles import DEFAULT_BLOCK
 from ..ops import merge_attention, tile_attention
+from ..ops._checks import count as check_count
+from ..ops.attention.check import check_block
+from ..ops.attention.check import number as check_number
 from ..patching.attention import AttentionCall, AttentionSite
 from ..state.generation import Generation
 from ..state.statistics import SoftmaxStats
-from ._attention import SitePolicy, SparseAttention, check_block, check_count, check_number
+from ._attention import SitePolicy, SparseAttention
 
 
 @dataclass(frozen=True)

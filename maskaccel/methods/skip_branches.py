@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Streams
+from ..ops._checks import count as check_count
 from ..patching.patch import Context
 from ..patching.transaction import PatchError
 from . import _cached
@@ -41,8 +42,7 @@ class SkipBranches(nn.Module):
     def __init__(self, width: int, depth: int, *, residual: bool = True) -> None:
         super().__init__()
         for field, value, low in (("width", width, 1), ("depth", depth, 2)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{field}={value!r} must be an integer, {low} or more")
+            check_count(field, value, low)
         self.width, self.depth, self.residual = width, depth, residual
         self.norms = nn.ModuleList(nn.LayerNorm(2 * width, eps=1e-6) for _ in range(depth // 2))
         self.linears = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth // 2))

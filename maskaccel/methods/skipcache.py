@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..masks import Schedule, Window
+from ..ops._checks import count as check_count
 from ..patching.patch import Context
 from ..state.history import Storage
 from . import _cached
@@ -52,8 +53,7 @@ class SkipCache(_cached.CachedFeatures):
         if not (isinstance(close, int | float) and isinstance(start, int | float) and 0 <= close < start <= 1000):
             raise ValueError(f"close={close!r} and start={start!r} must lie in 0 to 1000, close below start")
         self.rule  # noqa: B018  (validates the interval when the method is made)
-        if not isinstance(self.outer, int) or isinstance(self.outer, bool) or self.outer < 1:
-            raise ValueError(f"outer={self.outer!r} must be an integer, 1 or more")
+        check_count("outer", self.outer, 1)
 
     @property
     def rule(self) -> Schedule | Window:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from ..masks import GridWindow, TileMask, TokenOrder
 from ..masks.tiles import DEFAULT_BLOCK
+from ..ops._checks import count as check_count
 from ..patching.attention import AttentionSite, Places
 from ..state.generation import Generation
-from ._attention import FixedMask, SparseAttention, beside, check_count
+from ._attention import FixedMask, SparseAttention, beside
 
 
 @dataclass(frozen=True)

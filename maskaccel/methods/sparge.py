@@ -16,9 +16,12 @@ from torch import Tensor
 
 from ..masks import TileMask
 from ..ops import tile_pool, tile_select
+from ..ops._checks import count as check_count
+from ..ops.attention.check import check_block
+from ..ops.attention.check import number as check_number
 from ..patching.attention import AttentionCall, AttentionSite
 from ..state.generation import Generation
-from ._attention import SelectedTiles, SparseAttention, check_block, check_count, check_number
+from ._attention import SelectedTiles, SparseAttention
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..masks.schedule import Action, Position, plan_of
 from ..ops import relative_difference
+from ..ops._checks import count as check_count
 from ..patching.patch import Context
 from ..patching.transaction import PatchError
 from ..state.feature import key_of
@@ -70,9 +71,7 @@ class SpeCa(_cached.CachedFeatures):
 
     def __post_init__(self) -> None:
         for name, low in (("min_drafts", 0), ("max_drafts", 0), ("first", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}={value!r} must be an integer, {low} or more")
+            check_count(name, getattr(self, name), low)
         for name in ("threshold", "floor"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value >= 0:

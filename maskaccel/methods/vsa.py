@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..masks import TileMask, TokenOrder
 from ..ops import tile_attention, tile_pool, tile_scores, tile_select
+from ..ops._checks import count as check_count
+from ..ops.attention.check import number as check_number
 from ..patching.attention import AttentionCall, AttentionSite
 from ..state.generation import Generation
-from ._attention import SelectedTiles, SparseAttention, beside, check_count, check_number, in_order
+from ._attention import SelectedTiles, SparseAttention, beside, in_order
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,13 @@ def choice(name: str, value: object, allowed: Iterable[object]) -> None:
         raise ValueError(f"{name}={value!r} is not known; allowed are {', '.join(map(repr, allowed))}")
 
 
+def count(name: str, value: object, least: int = 0) -> int:
+    """An integer, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer, {least} or more")
+    return value
+
+
 def dense_last(t: Tensor | None) -> Tensor | None:
     """`t` with a contiguous last dim; copied only if it has none."""
     if t is None or t.shape[-1] == 1 or t.stride(-1) == 1:
