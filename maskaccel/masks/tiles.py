@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import _checks
 from ..ops.attention.check import check_block
 from ..ops.attention.reference import kept_elements, pack_words, unpack_words
 from .rules import ALL, NONE, SOME, Rule
@@ -50,9 +51,10 @@ class TileMask:
         patterns: Tensor | None = None,
     ) -> None:
         self.block = check_block(block)
-        if len(shape) != 2 or min(shape) < 0:
+        if len(shape) != 2 or min(shape) < 0 or any(int(n) != n for n in shape):
             raise ValueError(f"shape={tuple(shape)} must be (Sq, Sk)")
         self.shape = (int(shape[0]), int(shape[1]))
+        bits = _checks.tensor("bits", bits)
         if bits.dtype != torch.int32:
             raise TypeError(f"bits has dtype {bits.dtype}; it must be int32")
         expected = (self.rows, words_for(self.columns))
@@ -148,6 +150,7 @@ class TileMask:
             shape: `(Sq, Sk)`.
             block: Tile size.
         """
+        tiles = _checks.tensor("tiles", tiles)
         if tiles.dtype != torch.bool:
             raise TypeError(f"tiles has dtype {tiles.dtype}; it must be bool")
         if not 2 <= tiles.dim() <= 4:
@@ -181,6 +184,7 @@ class TileMask:
             unique: Store equal patterns once. It needs a look at the result, so on a GPU it waits; False keeps one
                 pattern a tile, and waits for nothing (a mask that is new in every layer).
         """
+        mask = _checks.tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask has dtype {mask.dtype}; it must be bool")
         if not 2 <= mask.dim() <= 4:

@@ -134,6 +134,12 @@ def namespace(backend: str) -> str:
 
 
 @functools.cache
+def automatic(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`select` of `backend=None`, looked up once for each op, device and dtype."""
+    return select(None, device, dtype, op)
+
+
+@functools.cache
 def automatic_namespace(op: str, device_type: str, index: int | None) -> str | None:
     """Namespace that `backend=None` uses for fp32, bf16 and fp16 on a device; None means the reference."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _call, _checks, _registry
-from .._backends import BACKENDS, namespace, refusal, select, select_while_tracing
+from .._backends import BACKENDS, automatic, call_refusal, namespace, refusal, select, select_while_tracing
 from . import check, reference
 from .schema import FEATURE_MAPS, KEEP, NORMALIZE, PRUNE
 
@@ -119,11 +119,12 @@ def tile_attention(
     q, k, v = _dense(q), _dense(k), _dense(v)
     # The epilogue is for inference; under autograd it is torch's.
     epilogue = (None, None) if wants_grad else (_fp32(out_scale), _checks.dense_last(out_add))
-    if mask is not None and block not in (None, mask.block):
+    if mask is not None and block is not None and check.check_block(block) != mask.block:
         raise ValueError(f"block={block} is not that of the mask, {mask.block}")
     bm, bn = check.check_block(block or _BLOCK) if mask is None else mask.block
+    compared = None if reference_lse is None else reference_lse.contiguous()
     args = (
-        q, k, v, *_operands(mask, wants_grad), bias, *table, reference_lse, *epilogue, bm, bn, scale, threshold, flags,
+        q, k, v, *_operands(mask, wants_grad), bias, *table, compared, *epilogue, bm, bn, scale, threshold, flags,
     )  # fmt: skip
     out, lse, keep = _run("tile_attention", q, args, backend, wants_grad)
     if wants_grad and out_scale is not None:
@@ -175,16 +176,23 @@ def _choose(name: str, q: Tensor, backend: str | None) -> str:
             return "reference"
         served = [b for b in BACKENDS if b != "reference" and refusal(b, q.device, torch.float32, name) is None]
         raise ValueError(f"{why} (here: {', '.join(served) or 'none'}); backend='reference' takes it")
-    chosen = (select_while_tracing if torch.compiler.is_compiling() else select)(backend, q.device, q.dtype, name)
-    return chosen
+    if torch.compiler.is_compiling():
+        return select_while_tracing(backend, q.device, q.dtype, name)
+    return automatic(name, q.device, q.dtype) if backend is None else select(backend, q.device, q.dtype, name)
 
 
 def _run(name: str, q: Tensor, args: tuple, backend: str | None, wants_grad: bool) -> Any:
     chosen = _choose(name, q, backend)
+    if torch.compiler.is_compiling() and backend is None and chosen != "reference":
+        return _registry.op("maskaccel", name)(*args)
+    if chosen == "cuda":
+        why = call_refusal("cuda", name, args)
+        if why is not None and backend is not None:
+            raise ValueError(f"backend='cuda' cannot run this call: {why}")
+        if why is not None:
+            chosen = "reference" if refusal("triton", q.device, q.dtype, name) else "triton"
     if chosen == "reference":
         return reference.KERNELS[name](*args)
-    if torch.compiler.is_compiling() and backend is None:
-        return _registry.op("maskaccel", name)(*args)
     if wants_grad:
         return _registry.autograd_function(namespace(chosen), name).apply(*args)
     return _registry.op(namespace(chosen), name)(*args)
@@ -217,7 +225,6 @@ def attention_column_sums(
         fp32 `(B, H, Sk)`. It has no derivative.
     """
     check.qkv(q, k, k)
-    _checks.no_gradient("attention_column_sums", q=q, k=k, lse=lse)
     if lse is None:
         raise TypeError("lse must be a torch.Tensor, got None")
     check.lse_of("lse", lse, q)
@@ -226,6 +233,7 @@ def attention_column_sums(
     scale = q.shape[3] ** -0.5 if scale is None else check.number("scale", scale)
     check.broadcastable("bias", bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), "B, H, Sq, Sk", q)
     table = (None, None, None) if relpos is None else relpos.operands(q, k)
+    _checks.no_gradient("attention_column_sums", q=q, k=k, lse=lse, bias=bias, relpos=table[0])
     lists = (None,) * 5 if mask is None else (*mask.transposed_lists(), mask.pattern_of, mask.patterns)
     bm, bn = _BLOCK if mask is None else mask.block
     q, k = _dense(q), _dense(k)

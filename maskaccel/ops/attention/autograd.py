@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._registry import OpSpec, define, op
 from . import reference
 from .schema import KEEP, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE, SCHEMAS
@@ -109,7 +110,7 @@ def _attention_backward(namespace: str, plain: tuple, needs: tuple, saved: tuple
     none: tuple = (None,) * len(needs)
     if not asked or (dout is None and dlse is None):
         return none
-    dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = torch.zeros_like(out) if dout is None else _checks.dense_last(dout)
     dlse = None if dlse is None else dlse.contiguous()
     mask = _with_transposed(mask, q, k, bm, bn)
     dq, dk, dv, ds = op(namespace, "tile_attention_backward")(
@@ -142,7 +143,7 @@ def _merge_backward(namespace: str, plain: tuple, needs: tuple, saved: tuple, gr
     dout, dlse = grads
     if dout is None and dlse is None:
         return (None,) * 4
-    dout = torch.zeros_like(saved[0]) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = torch.zeros_like(saved[0]) if dout is None else _checks.dense_last(dout)
     dlse = None if dlse is None else dlse.contiguous()
     return op(namespace, "merge_attention_backward")(dout, dlse, *saved)
 
@@ -154,7 +155,7 @@ def _save_linear(inputs: tuple, output: Any) -> tuple:
 def _linear_backward(namespace: str, plain: tuple, needs: tuple, saved: tuple, grads: tuple) -> tuple:
     if grads[0] is None:
         return (None,) * 6
-    dout = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+    dout = _checks.dense_last(grads[0])
     return (*op(namespace, "linear_attention_backward")(dout, *saved, *plain[3:]), None, None, None)
 
 

@@ -28,12 +28,19 @@ def qkv(q: Any, k: Any, v: Any) -> None:
     _checks.same_device("k", k, "q", q)
     if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
         raise ValueError(f"q is {tuple(q.shape)}, k is {tuple(k.shape)}; batch and head dim must be equal")
+    heads_divide(q, k)
+
+
+def heads_divide(q: Tensor, k: Tensor) -> None:
+    """Hk divides H."""
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads; they must divide the {q.shape[2]} heads of q")
 
 
 def mask_fits(mask: TileMask, q: Tensor, k: Tensor) -> None:
     """The mask is for scores of this shape."""
+    if not hasattr(mask, "transposed_lists"):  # its class is made of these ops: no import here
+        raise TypeError(f"mask must be a TileMask, got {type(mask).__name__}; TileMask.from_bool takes a bool tensor")
     if mask.shape != (q.shape[1], k.shape[1]):
         raise ValueError(f"mask is for {mask.shape} queries and keys; q and k have {(q.shape[1], k.shape[1])}")
     if mask.batch not in (1, q.shape[0]):
@@ -89,7 +96,7 @@ def head_dim_refusal(width: int, dtype: torch.dtype) -> str | None:
 
 def check_block(block: Sequence[int]) -> tuple[int, int]:
     """`block` as (bm, bn), or ValueError."""
-    sizes = tuple(block)
+    sizes = tuple(block) if isinstance(block, Sequence) else ()
     if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
         raise ValueError(f"block={block!r} must be two integers, rows and columns of a tile")
     if sizes[0] < 16 or sizes[0] % 16 or sizes[1] < 32 or sizes[1] % 32:

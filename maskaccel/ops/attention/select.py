@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -122,8 +122,10 @@ def tile_scores(
     _checks.choice("mode", mode, _MODES)
     q = _checks.activation("q", q, "B, S, H, D")
     k = _checks.activation("k", k, "B, S, Hk, D")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k has {k.shape[2]} heads; they must divide the {q.shape[2]} heads of q")
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        raise ValueError(f"q is {tuple(q.shape)}, k is {tuple(k.shape)}; batch and head dim must be equal")
+    _checks.same_device("k", k, "q", q)
+    check.heads_divide(q, k)
     scale = q.shape[3] ** -0.5 if scale is None else check.number("scale", scale)
     heads = q.shape[2]
     wide = lambda t: t if t.dtype == torch.float64 else t.float()  # noqa: E731
@@ -134,7 +136,7 @@ def tile_scores(
     if block is None:
         raise ValueError("mode='antidiagonal' needs the block")
     bm, bn = check_block(block)
-    if not isinstance(stride, int) or stride < 1 or bm % stride or bn % stride:
+    if not isinstance(stride, int) or isinstance(stride, bool) or stride < 1 or bm % stride or bn % stride:
         raise ValueError(f"stride={stride!r} must divide the block {(bm, bn)}")
 
     def groups(t: Tensor, flip: bool) -> Tensor:
@@ -160,7 +162,7 @@ def tile_select(
     cdf: float | Tensor | None = None,
     percentile: float | None = None,
     force: TileMask | Tensor | None = None,
-    forbid: TileMask | None = None,
+    forbid: TileMask | Tensor | None = None,
     min_per_row: int = 1,
 ) -> TileMask:
     """The mask of the tiles that score highest.
@@ -175,7 +177,7 @@ def tile_select(
         percentile: Tiles above this percentile, in 0 to 1, of all tiles of a head (DraftAttention); rows may be empty
             but for `min_per_row`.
         force: Tiles kept in any case: a mask of whole tiles, or bool broadcastable to the scores.
-        forbid: Tiles never kept.
+        forbid: Tiles never kept; as `force`.
         min_per_row: The best tiles of each row that are kept in any case.
 
     Returns:
@@ -192,6 +194,8 @@ def tile_select(
         raise ValueError(f"give one of top_k, cdf, percentile; got {', '.join(given) or 'none'}")
     block = check_block(block)
     columns = scores.shape[3]
+    if len(shape) != 2:
+        raise ValueError(f"shape={tuple(shape)} must be (Sq, Sk)")
     expected = tuple(math.ceil(n / b) for n, b in zip(shape, block, strict=True))
     if tuple(scores.shape[2:]) != expected:
         raise ValueError(
@@ -199,7 +203,9 @@ def tile_select(
         )
     if not isinstance(min_per_row, int) or isinstance(min_per_row, bool) or min_per_row < 0:
         raise ValueError(f"min_per_row={min_per_row!r} must be an integer, 0 or more")
-    allowed = None if forbid is None else ~forbid.tiles()
+    forced = _tiles("force", force, scores, block, shape)
+    forbidden = _tiles("forbid", forbid, scores, block, shape)
+    allowed = None if forbidden is None else ~forbidden
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     order = scores.sort(dim=-1, descending=True, stable=True)
@@ -218,17 +224,39 @@ def tile_select(
         assert percentile is not None
         if not 0 <= check.number("percentile", percentile) <= 1:
             raise ValueError(f"percentile={percentile!r} must be in [0, 1]")
+        if not scores.shape[2]:
+            return TileMask(pack_words(scores > 0), block, shape)
         ranks = scores.flatten(2).sort(dim=-1).values
         at = min(int(percentile * ranks.shape[-1]), ranks.shape[-1] - 1)
         chosen = (order.values >= ranks[..., at, None, None]) | least
     tiles = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order.indices, chosen)
-    if isinstance(force, TileMask):
-        tiles = tiles | force.tiles()
-    elif force is not None:
-        tiles = tiles | force
+    if forced is not None:
+        tiles = tiles | forced
     if allowed is not None:
         tiles = tiles & allowed
     return TileMask(pack_words(tiles), block, shape)
+
+
+def _tiles(name: str, value: Any, scores: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor | None:
+    """Bool, broadcastable to the scores, of a mask or a tensor."""
+    from ...masks.tiles import TileMask
+
+    if isinstance(value, TileMask):
+        if (value.block, value.shape) != (block, tuple(shape)):
+            raise ValueError(f"{name} is for {value.shape} in tiles of {value.block}, not {tuple(shape)} in {block}")
+        value = value.tiles()
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        seen = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a TileMask or a bool tensor, got {seen}")
+    sizes = zip(reversed(value.shape), reversed(scores.shape), strict=False)
+    if value.dim() > 4 or any(have not in (1, want) for have, want in sizes):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; it must broadcast to that of scores, {tuple(scores.shape)}"
+        )
+    _checks.same_device(name, value, "scores", scores)
+    return value
 
 
 def _count(top_k: int | float, columns: int) -> int:
@@ -243,6 +271,9 @@ def _fraction(name: str, value: float | Tensor, scores: Tensor) -> float | Tenso
     if isinstance(value, Tensor):
         if tuple(value.shape) != (scores.shape[1],):
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a number or ({scores.shape[1]},)")
+        on_host = value.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
+        if on_host and value.numel() and not bool(((value > 0) & (value <= 1)).all()):
+            raise ValueError(f"{name} holds values in [{float(value.min())}, {float(value.max())}]; allowed is (0, 1]")
         return value.to(scores)[:, None, None]
     if not 0 < check.number(name, value) <= 1:
         raise ValueError(f"{name}={value!r} must be in (0, 1]")
