@@ -178,7 +178,8 @@ def test_plan_as_text():
     assert (
         "reused while the sum of changes since the last computed step, mapped by the polynomial, is below 0.25" in text
     )
-    assert "it has no step mask" in runner.invoke(app, ["plan", "FusedAdaLN"]).output
+    assert "it has no step mask: every step is computed (exact)" in runner.invoke(app, ["plan", "FusedAdaLN"]).output
+    assert "computed, with attention over some of its tiles (lossy)" in runner.invoke(app, ["plan", "CLEAR"]).output
     assert "fall evenly from 1000" in runner.invoke(app, ["plan", "SkipCache"]).output
     forecast = runner.invoke(app, ["plan", "SCM", "--set", "forecaster=Taylor(2)"])
     assert forecast.exit_code == 0 and "SCM(forecaster=Taylor(2))" in forecast.output

@@ -9,6 +9,7 @@ from typing import Any
 from .. import methods, state
 from ..masks.schedule import StepRule, Window, render
 from ..masks.signal import Signal
+from ..methods._attention import SparseAttention
 from ._settings import settings
 
 # What a method calls its step mask.
@@ -63,6 +64,7 @@ def describe_plan(
     """
     method = make_method(name, texts)
     found: dict[str, Any] = {"method": _shown(method, texts), "kind": method.kind, "steps": steps, "rules": {}}
+    found["within"] = ", with attention over some of its tiles" if isinstance(method, SparseAttention) else ""
     for label, rule in rules_of(method).items():
         actions = rule.plan(steps, timesteps) if timesteps is not None else rule.plan(steps)
         how = at_run_time(rule)
@@ -104,7 +106,7 @@ def print_plan(data: dict[str, Any]) -> None:
     """`describe_plan` as text."""
     print(f"{data['method']}, {data['steps']} steps")
     if not data["rules"]:
-        print(f"  it has no step mask: every step is computed ({data['kind']})")
+        print(f"  it has no step mask: every step is computed{data['within']} ({data['kind']})")
     for label, one in data["rules"].items():
         counts = [f"{one[key]} {key}" for key in ("computed", "in part", "reused", "undecided") if one[key]]
         print(f"  {label + ': ' if label else ''}{one['letters']}  {', '.join(counts)}")

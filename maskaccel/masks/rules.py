@@ -341,6 +341,9 @@ def varlen(cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int]) -> Segments
         cu_seqlens_q: Offsets of the samples' queries, starting with 0, as `(B + 1,)`.
         cu_seqlens_k: Of the keys.
 
+    Returns:
+        `Segments` of the samples.
+
     Raises:
         ValueError: The offsets do not start with 0, decrease, or tell different numbers of samples.
     """

@@ -29,6 +29,9 @@ def predicted_mask(logits: Tensor, size: tuple[int, int], block: tuple[int, int]
 
     Returns:
         A mask `(Q, height * width)` of each sample, for all heads.
+
+    Raises:
+        ValueError: `logits` has another shape.
     """
     if logits.dim() != 4:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (B, Q, h, w)")

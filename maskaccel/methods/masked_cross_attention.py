@@ -35,6 +35,9 @@ def box_regions(boxes: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
     Returns:
         bool `(B, F * H * W, R)`: the centre of the token is inside.
+
+    Raises:
+        ValueError: `boxes` has another shape.
     """
     frames, height, width = grid
     if boxes.dim() == 3:
@@ -57,6 +60,9 @@ def region_mask(regions: Tensor, tokens: Sequence[int], block: tuple[int, int] =
 
     Returns:
         A mask `(S, sum(tokens))` of each sample. Made once for a video; on a GPU that waits.
+
+    Raises:
+        ValueError: `regions` is not bool `(B, S, R)` for as many regions as `tokens` has.
     """
     if regions.dim() != 3 or regions.dtype != torch.bool or regions.shape[2] != len(tokens):
         raise ValueError(
@@ -79,6 +85,9 @@ def identity_mask(identities: Tensor, count: int, tokens: int, block: tuple[int,
 
     Returns:
         A mask `(F * H * W, F * count * tokens)` of each sample.
+
+    Raises:
+        ValueError: `identities` is not int32 or int64 `(B, F, H, W)`, or holds more than `count`.
     """
     if identities.dim() != 4 or identities.dtype not in (torch.int32, torch.int64):
         raise ValueError(

@@ -223,6 +223,10 @@ def attention_column_sums(
 
     Returns:
         fp32 `(B, H, Sk)`. It has no derivative.
+
+    Raises:
+        TypeError: An argument is no tensor, or of a dtype that is not allowed.
+        ValueError: Shapes do not fit, an argument requires grad, or `backend` cannot run the call.
     """
     check.qkv(q, k, k)
     if lse is None:

@@ -104,7 +104,7 @@ def tile_scores(
     q: Tensor, k: Tensor, mode: str = "mean", *, block: tuple[int, int] | None = None, stride: int = 16,
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Softmax scores of pairs of blocks, fp32 `(B, H, Mq, Nk)`, each row a distribution.
+    """Softmax scores of pairs of blocks.
 
     Args:
         q: `"mean"`: pooled queries `(B, Mq, H, D)`; `"antidiagonal"`: the queries themselves, `(B, Sq, H, D)`.
@@ -114,6 +114,9 @@ def tile_scores(
         block: Tile size, for `"antidiagonal"`; multiples of stride.
         stride: Distance of the antidiagonals (8 or 16 in the paper).
         scale: Of the dot products; None is `D ** -0.5`.
+
+    Returns:
+        fp32 `(B, H, Mq, Nk)`, each row a distribution. Differentiable.
 
     Raises:
         TypeError: An argument is no floating tensor.
