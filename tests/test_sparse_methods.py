@@ -352,3 +352,61 @@ def test_what_does_not_follow_steps_is_one_graph(method) -> None:
         want = model(*inputs)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*inputs), want)
+
+
+STATEFUL = [
+    m.LiteAttention(threshold=-3.0, block=(16, 32)),
+    m.Rettention(density=1 / 8, dense_steps=1, refresh=5, grid=GRID, block=(16, 32)),
+]
+
+
+@pytest.mark.parametrize("method", STATEFUL, ids=lambda method: method.name)
+def test_two_calls_a_step_without_names_share_no_memory(method) -> None:
+    """A guidance loop that does not name its branches: nothing of one may show in the other."""
+    model, branches = Model(), [qkv(smooth=8, sharp=20.0, seed=seed) for seed in (0, 1)]
+    with torch.no_grad(), maskaccel.patch(model, [method]) as patch, patch.generation(4) as steps:
+        for _ in range(4):
+            for inputs in branches:
+                got = model(*inputs)
+                torch.testing.assert_close(got, F.scaled_dot_product_attention(*inputs), atol=1e-4, rtol=1e-4)
+            steps.step()
+        assert any("several times a step" in note for note in patch.report().notes)
+
+
+class _Each(nn.Module):
+    """Attention to one sample after the other (Mochi)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(t.split(1) for t in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+
+
+@pytest.mark.parametrize("method", STATEFUL, ids=lambda method: method.name)
+def test_samples_that_attend_one_by_one_have_memories_of_their_own(method) -> None:
+    def outputs(attention: nn.Module) -> Tensor:
+        model = Model()
+        model.blocks[0].attn = attention
+        with torch.no_grad(), maskaccel.patch(model, [method]) as patch, patch.generation(3) as steps:
+            for _ in range(3):
+                got = model(*qkv(smooth=8, sharp=20.0))
+                steps.step()
+        return got
+
+    torch.testing.assert_close(outputs(_Each()), outputs(Model().blocks[0].attn))
+
+
+@pytest.mark.parametrize("method", STATEFUL, ids=lambda method: method.name)
+def test_a_run_may_leave_inference_mode(method) -> None:
+    model, inputs = Model(), qkv(smooth=8)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    with maskaccel.patch(model, [method]) as patch, patch.generation(4) as steps:
+        with torch.inference_mode():
+            model(*inputs)
+        steps.step()
+        with torch.no_grad():
+            expected = model(*inputs)
+        steps.step()
+        assert expected.isfinite().all()
+        model(*leaves).sum().backward()
+        steps.step()
+        model(*leaves).sum().backward()  # nothing of the earlier step's graph is held

@@ -155,7 +155,7 @@ class _Skipping(SitePolicy):
         if at.index < method.dense_steps:
             return self.leave("dense_steps")
         limits = self.made(call)
-        mask = self.state.mask(call.q, call.k, limits)
+        mask = self.state.mask(call.q, call.k, limits, call.part)
         reference = self.state.reference_lse() if method.order_independent else None
         found = tile_attention(
             call.q, call.k, call.v, mask, scale=call.scale, bias=call.bias(), reference_lse=reference,

@@ -122,6 +122,7 @@ class _Reshaped(SitePolicy):
             return self.leave("outside of a run")
         if at.index < method.dense_steps - 1:
             return self.leave("dense_steps")
+        self.stats.begin(call.part)
         options: dict[str, Any] = {"scale": call.scale, "bias": call.bias()}
         shape = (*call.q.shape, call.k.shape[1])
         held = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..masks import TileMask
 from ..ops.attention.reference import unpack_words
+from ._once import Key, OncePerStep
 from .generation import Generation
 
 
@@ -28,14 +29,16 @@ class SkipState:
 
     def __init__(self, generation: Generation, block: tuple[int, int], refresh: int | None, min_tiles: int) -> None:
         self.generation, self.block, self.refresh, self.min_tiles = generation, block, refresh, min_tiles
-        self._bits: dict[str, Tensor] = {}
-        self._lse: dict[str, Tensor] = {}
-        self._shape: dict[str, tuple[int, ...]] = {}
-        self._last: dict[str, int] = {}
+        self._bits: dict[Key, Tensor] = {}
+        self._lse: dict[Key, Tensor] = {}
+        self._shape: dict[Key, tuple[int, ...]] = {}
+        self._last: dict[Key, int] = {}
+        self._calls = OncePerStep(generation, "no attention tile can be left out")
+        self._key: Key | None = None  # of the call that is under way
         generation.memories.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bits": {}, "_lse": {}, "_shape": {}, "_last": {}}
+        return {**self.__dict__, "_bits": {}, "_lse": {}, "_shape": {}, "_last": {}, "_key": None}
 
     @property
     def nbytes(self) -> int:
@@ -46,13 +49,23 @@ class SkipState:
         """Forget every branch."""
         for held in (self._bits, self._lse, self._shape, self._last):
             held.clear()
+        self._calls.clear()
 
-    def mask(self, q: Tensor, k: Tensor, limits: Limits) -> TileMask | None:
-        """The tiles to compute in this step; None: all that may be computed at all.
+    def mask(self, q: Tensor, k: Tensor, limits: Limits, part: int = 0) -> TileMask | None:
+        """A call begins: the tiles to compute in this step; None: all that may be computed at all.
 
         A call of another shape (another batch, another resolution), or a step that went back, starts anew.
+
+        Args:
+            q: Queries `(B, Sq, H, D)`.
+            k: Keys.
+            limits: What is kept and left out in any case.
+            part: Number of this attention within the call of its module.
         """
-        branch, index = self.generation.branch_key, self.generation.index
+        index, self._key = self.generation.index, self._calls.key(part)
+        if self._key is None:  # whose tiles are remembered cannot be told
+            return limits.allowed
+        branch = self._key
         shape = (*q.shape, k.shape[1])
         if self._shape.get(branch) != shape or index < self._last.get(branch, -1):
             for held in (self._bits, self._lse):
@@ -65,8 +78,8 @@ class SkipState:
         return TileMask(bits, self.block, (q.shape[1], k.shape[1]))
 
     def reference_lse(self) -> Tensor | None:
-        """The lse of this branch's last step, if it was kept."""
-        return self._lse.get(self.generation.branch_key)
+        """The lse of the same call in the last step, if it was kept."""
+        return None if self._key is None else self._lse.get(self._key)
 
     def update(self, keep: Tensor, limits: Limits, lse: Tensor | None = None) -> None:
         """Remember what the threshold kept.
@@ -76,7 +89,9 @@ class SkipState:
             limits: What is kept and left out in any case.
             lse: fp32 `(B, H, Sq)`, the reference of the next step.
         """
-        branch = self.generation.branch_key
+        branch = self._key
+        if branch is None:
+            return
         bits = keep
         if limits.kept is not None:
             bits = bits | limits.kept.bits
@@ -89,12 +104,17 @@ class SkipState:
         if limits.allowed is not None:
             bits = bits & limits.allowed.bits
         held = self._bits.get(branch)
-        if held is None or held.shape != bits.shape:
+        if held is None or held.shape != bits.shape or _sealed(held):
             self._bits[branch] = bits.clone() if bits is keep else bits
         else:
             held.copy_(bits)  # one buffer: a captured graph reads it again
         if lse is not None:
-            self._lse[branch] = lse
+            self._lse[branch] = lse.detach()
+
+
+def _sealed(t: Tensor) -> bool:
+    """Whether a tensor was made in inference mode and may not be written to outside of it."""
+    return not torch.compiler.is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class Limits:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ._once import Key, OncePerStep
 from .generation import Generation
 
 
@@ -18,11 +20,13 @@ class SoftmaxStats:
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
-        self._held: dict[str, tuple[tuple[int, ...], int, Tensor, Tensor]] = {}
+        self._held: dict[Key, tuple[tuple[int, ...], int, Tensor, Tensor]] = {}
+        self._calls = OncePerStep(generation, "no softmax statistics can be kept")
+        self._key: Key | None = None  # of the call that is under way
         generation.memories.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": {}}
+        return {**self.__dict__, "_held": {}, "_key": None}
 
     @property
     def nbytes(self) -> int:
@@ -32,7 +36,13 @@ class SoftmaxStats:
     def clear(self) -> None:
         """Forget every branch."""
         self._held.clear()
+        self._calls.clear()
 
+    def begin(self, part: int) -> None:
+        """A call begins: this attention within the call of its module."""
+        self._key = self._calls.key(part)
+
+    @torch.no_grad()
     def store(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, shape: tuple[int, ...]) -> None:
         """Remember the statistics of a step that was computed in full.
 
@@ -46,9 +56,11 @@ class SoftmaxStats:
             part_lse: fp32 `(B, H, Sq)` of it.
             shape: Of the call.
         """
+        if self._key is None:
+            return
         ratio = (part_lse - lse.masked_fill(lse.isneginf(), 0.0)).exp()
         residual = (out.float() - ratio.transpose(1, 2)[..., None] * part.float()).to(out.dtype)
-        self._held[self.generation.branch_key] = shape, self.generation.index, ratio, residual
+        self._held[self._key] = shape, self.generation.index, ratio, residual
 
     def get(self, shape: tuple[int, ...], growth: float, clamp: bool) -> tuple[Tensor, Tensor] | None:
         """`(ratio, residual)` for this step, or None if nothing fits.
@@ -58,7 +70,7 @@ class SoftmaxStats:
             growth: Added to the ratio for each step since it was measured, but the first.
             clamp: Whether the ratio stays at 1 or below.
         """
-        held = self._held.get(self.generation.branch_key)
+        held = None if self._key is None else self._held.get(self._key)
         if held is None or held[0] != shape or held[1] >= self.generation.index:
             return None
         _, measured, ratio, residual = held
