@@ -174,6 +174,11 @@ class SitePolicy:
         self.count(mask, call)
         return tile_attention(call.q, call.k, call.v, mask, scale=call.scale, bias=call.bias())
 
+    def dense_step(self) -> str | None:
+        """Why this step stays dense, or None."""
+        steps, at = getattr(self.method, "dense_steps", 0), self.generation
+        return "dense_steps" if at.active and at.index < steps else None
+
     def leave(self, reason: str) -> Tensor | None:
         """Note that a call stays dense; None, as the bridge expects then."""
         if not torch.compiler.is_compiling():
@@ -234,11 +239,6 @@ class FixedMask(SitePolicy):
         self.count(mask, call)
         return attend(call, mask, order)
 
-    def dense_step(self) -> str | None:
-        """Why this step stays dense, or None."""
-        steps, at = getattr(self.method, "dense_steps", 0), self.generation
-        return "dense_steps" if at.active and at.index < steps else None
-
 
 class SelectedTiles(SitePolicy):
     """Attention over tiles that are chosen anew at every call, from the queries and keys themselves.
@@ -283,11 +283,6 @@ class SelectedTiles(SitePolicy):
             mask = self.method.select(q, k, self.text_tiles(call))
         self.count(mask, call)
         return back(tile_attention(q, k, v, mask, scale=call.scale, bias=bias, **self.method.options()))
-
-    def dense_step(self) -> str | None:
-        """Why this step stays dense, or None."""
-        steps, at = getattr(self.method, "dense_steps", 0), self.generation
-        return "dense_steps" if at.active and at.index < steps else None
 
 
 def text_tiles(call: AttentionCall, block: tuple[int, int]) -> TileMask:

@@ -109,10 +109,7 @@ class _Heads(SitePolicy):
     making = staticmethod(_both)
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
-        at, method = self.generation, self.method
-        why = call.refusal()
-        if why is None and at.active and at.index < method.dense_steps:
-            why = "dense_steps"
+        why = call.refusal() or self.dense_step()
         if why is None and (call.grid is None or call.text is None):
             why = "the token grid is not known"
         if why is None and call.grid is not None and len(call.grid) != 3:

@@ -56,6 +56,9 @@ class RelativePosition:
             grid: Sizes of the grid.
             q_rows: int `(K,)` or `(B, K)`: which tokens the queries are; None: all.
             k_rows: The same of the keys.
+
+        Raises:
+            ValueError: The table has another number of offsets than the grid.
         """
         sizes = tuple(grid)
         entries = math.prod(2 * n - 1 for n in sizes)
