@@ -248,6 +248,16 @@ def test_liteattention_limits() -> None:
         (lambda: m.DraftAttention(sparsity=1.0), "sparsity=1.0"),
         (lambda: m.XAttention(stride=24), "stride=24"),
         (lambda: m.SparseVideoGen(samples=0), "samples=0"),
+        (lambda: m.LiteAttention(must_keep=((0.0, 5.5),)), "must_keep"),
+        (lambda: m.LiteAttention(must_skip=(0, 5)), "must_skip"),
+        (lambda: m.LiteAttention(block=64), "block=64"),
+        (lambda: m.CLEAR(patch=4), "patch=4"),
+        (lambda: m.CLEAR(patch=(1, 2, 4)), "patch"),
+        (lambda: m.VSA(top_k=2.5), "top_k=2.5"),
+        (lambda: m.SpargeAttn(top_k=-1), "top_k=-1"),
+        (lambda: m.SpargeAttn(pv_threshold=-5.0), "pv_threshold=-5.0"),
+        (lambda: m.DraftAttention(patch=(2, 4, 4)), "patch"),
+        (lambda: m.ByLayer(((0, m.XAttention()),)), "first layer"),
     ],
 )
 def test_bad_settings_are_refused(make, message) -> None:
@@ -410,3 +420,26 @@ def test_a_run_may_leave_inference_mode(method) -> None:
         model(*leaves).sum().backward()
         steps.step()
         model(*leaves).sum().backward()  # nothing of the earlier step's graph is held
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (m.CLEAR(grid=[12, 16]), r"CLEAR: grid=\[12, 16\] can be changed; give a tuple"),
+        (m.LiteAttention(must_keep=[(0, 5)]), "must_keep"),
+        (m.CLEAR(grid=(0, 16)), r"grid=\(0, 16\) must be sizes of 1 or more"),
+        (m.CLEAR(grid="ab"), "grid='ab'"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_site_can_take_leave_the_model_alone(method, message) -> None:
+    model = Model()
+    before = dict(model.blocks[0].attn.__dict__)
+    with pytest.raises((maskaccel.PatchError, ValueError), match=message):
+        maskaccel.patch(model, [method])
+    assert model.blocks[0].attn.__dict__ == before
+
+
+def test_a_sequence_of_which_nothing_is_left() -> None:
+    model, method = Model(), m.LiteAttention(must_skip=((0, TOKENS),))
+    with maskaccel.patch(model, [method]) as patch, patch.generation(2), pytest.raises(ValueError, match="leaves none"):
+        model(*qkv())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def _sizes(name: str, values: Sequence[int], axes: int | None = None) -> tuple[int, ...]:
-    sizes = tuple(values)
+    sizes = tuple(values) if isinstance(values, Sequence) else ()
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes)
     if not sizes or not whole or (axes is not None and len(sizes) != axes):
         count = "" if axes is None else f"{axes} "

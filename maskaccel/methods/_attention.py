@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import Counter
@@ -16,6 +17,7 @@ from ..ops import tile_attention
 from ..patching.attention import AttentionCall, AttentionSite, Once, Places, attention_sites, bridge
 from ..patching.order import order_stack, ordered_calls
 from ..patching.patch import Context
+from ..patching.transaction import PatchError
 from ..state.generation import Generation
 
 _UNLIKE = "queries and keys are not the same tokens"
@@ -71,6 +73,7 @@ class SparseAttention:
                 continue
             policy = self.policy(site, generation)
             if policy.making is not None:
+                _check_hashable(policy.method)
                 making = functools.partial(policy.making, policy.method)
                 policy.made = made.setdefault((policy.making, policy.method), Once(making))
             bridge(context, self.name, site, policy, grid=self.grid_of(site))
@@ -87,6 +90,16 @@ class SparseAttention:
         if ordered is not None and ordered.method == self.name:
             found["model calls in order"] = ordered.calls
         return found
+
+
+def _check_hashable(method: Any) -> None:
+    """PatchError if a setting of a method is a list, or another thing that cannot be looked up."""
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        try:
+            hash(value)
+        except TypeError:
+            raise PatchError(f"{method.name}: {field.name}={value!r} can be changed; give a tuple") from None
 
 
 def policies_of(model: nn.Module) -> list[SitePolicy]:

@@ -28,9 +28,12 @@ class ByLayer(SparseAttention):
     def __post_init__(self) -> None:
         if not self.ranges:
             raise ValueError("ranges=() must hold a range of layers and its method")
+        for entry in self.ranges:
+            if len(entry) != 3 or type(entry[0]) is not int or type(entry[1]) not in (int, type(None)):
+                raise ValueError(f"ranges holds {entry!r}; it must be (first layer, layer after the last, method)")
         end: int | None = 0
         for first, last, method in sorted(self.ranges, key=lambda r: r[0]):
-            if not isinstance(method, SparseAttention):
+            if not isinstance(method, SparseAttention) or isinstance(method, ByLayer):
                 raise TypeError(f"ranges holds {method!r}; it must be a method of sparse attention")
             if end is None or first < end or (last is not None and last <= first):
                 raise ValueError(f"ranges holds ({first}, {last}), which is empty or overlaps another")

@@ -92,6 +92,9 @@ class CLEAR(SparseAttention):
         check_number("radius", self.radius)
         if self.radius <= 0:
             raise ValueError(f"radius={self.radius!r} must be above 0")
+        if self.pooling is not None and not isinstance(self.pooling, ClearPooling):
+            raise TypeError(f"pooling must be a ClearPooling, got {type(self.pooling).__name__}")
+        TokenOrder((1, 1), self.patch)  # checks it
         if self.trained_tokens is not None:
             check_count("trained_tokens", self.trained_tokens, 2)
         check_count("dense_steps", self.dense_steps)

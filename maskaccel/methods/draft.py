@@ -47,6 +47,8 @@ class DraftAttention(SparseAttention):
         check_number("sparsity", self.sparsity)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity!r} must be in [0, 1)")
+        if len(self.patch) != 2:
+            raise ValueError(f"patch={self.patch!r} must be (height, width)")
         for size in self.patch:
             check_count("patch", size, 1)
         if math.prod(self.patch) % 32:

@@ -77,7 +77,8 @@ class LiteAttention(SparseAttention):
             check_count("refresh", self.refresh, 1)
         for name in ("must_keep", "must_skip"):
             for span in getattr(self, name):
-                if len(span) != 2 or not 0 <= span[0] < span[1]:
+                whole = isinstance(span, tuple) and len(span) == 2 and all(type(n) is int for n in span)
+                if not whole or not 0 <= span[0] < span[1]:
                     raise ValueError(f"{name}={getattr(self, name)!r} must hold ranges (start, end) of tokens")
         check_block(self.block)
 

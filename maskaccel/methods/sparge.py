@@ -19,6 +19,7 @@ from ..ops import tile_pool, tile_select
 from ..ops._checks import count as check_count
 from ..ops.attention.check import check_block
 from ..ops.attention.check import number as check_number
+from ..ops.attention.select import check_top_k
 from ..patching.attention import AttentionCall, AttentionSite
 from ..state.generation import Generation
 from ._attention import SelectedTiles, SparseAttention
@@ -53,8 +54,12 @@ class SpargeAttn(SparseAttention):
         check_number("cdf", self.cdf)
         if not 0 < self.cdf <= 1:
             raise ValueError(f"cdf={self.cdf!r} must be in (0, 1]")
+        if self.top_k is not None:
+            check_top_k(self.top_k)
         if self.pv_threshold is not None:
             check_number("pv_threshold", self.pv_threshold)
+            if self.pv_threshold < 0:
+                raise ValueError(f"pv_threshold={self.pv_threshold!r} must be 0 or more: log2 below the maximum")
         check_count("dense_steps", self.dense_steps)
         check_block(self.block)
 

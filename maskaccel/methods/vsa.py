@@ -18,6 +18,7 @@ from ..masks import TileMask, TokenOrder
 from ..ops import tile_attention, tile_pool, tile_scores, tile_select
 from ..ops._checks import count as check_count
 from ..ops.attention.check import number as check_number
+from ..ops.attention.select import check_top_k
 from ..patching.attention import AttentionCall, AttentionSite
 from ..state.generation import Generation
 from ._attention import SelectedTiles, SparseAttention, beside, in_order
@@ -49,9 +50,7 @@ class VSA(SparseAttention):
             check_count("cube", size, 1)
         if math.prod(self.cube) % 32:
             raise ValueError(f"cube={self.cube!r} has {math.prod(self.cube)} tokens; it must be a multiple of 32")
-        check_number("top_k", self.top_k)
-        if self.top_k <= 0:
-            raise ValueError(f"top_k={self.top_k!r} must be above 0")
+        check_top_k(self.top_k)
         check_number("coarse", self.coarse)
         check_count("dense_steps", self.dense_steps)
 

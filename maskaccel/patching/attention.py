@@ -337,7 +337,7 @@ def bridge(
     if not state.bridged:
         state.bridged = True
         transaction.pre_hook(context.model, state.layout.read)
-    given = None if grid is None else tuple(grid)
+    given = None if grid is None else TokenOrder(grid).grid  # which checks it
     bridged = Bridged(site, method, policy, state.layout, context.generation, given)
     if _processor_of(module) is not None:
         # What the processor finally is, another method of this patch may decide after this one.

@@ -158,6 +158,8 @@ class Limits:
         for start, end in _inside("must_skip", skip_keys, shape[1]):
             first, last = -(-start // block[1]), columns if end == shape[1] else end // block[1]
             allowed[:, first:last] = False
+        if allowed.numel() and not bool(allowed.any()):
+            raise ValueError(f"must_skip={skip_keys} leaves none of the {shape[1]} tokens")
         kept &= allowed
         self.kept = TileMask.from_tiles(kept, shape, block).to(device) if bool(kept.any()) else None
         self.allowed = None if bool(allowed.all()) else TileMask.from_tiles(allowed, shape, block).to(device)

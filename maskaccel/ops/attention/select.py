@@ -263,10 +263,16 @@ def _tiles(name: str, value: Any, scores: Tensor, block: tuple[int, int], shape:
 
 
 def _count(top_k: int | float, columns: int) -> int:
+    check_top_k(top_k)
+    return max(1, round(top_k * columns)) if isinstance(top_k, float) else min(top_k, columns)
+
+
+def check_top_k(top_k: Any) -> None:
+    """ValueError unless it is a number of tiles or a fraction of them."""
     if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1:
-        return min(top_k, columns)
+        return
     if isinstance(top_k, float) and 0 < top_k <= 1:
-        return max(1, round(top_k * columns))
+        return
     raise ValueError(f"top_k={top_k!r} must be a number of tiles, 1 or more, or a fraction in (0, 1]")
 
 
