@@ -47,6 +47,13 @@ def test_pool_with_learned_weights():
     torch.testing.assert_close(grad, squares.sum((0, 1, 3, 5, 6)).flatten())
 
 
+@pytest.mark.parametrize("block", [4, TokenOrder((5, 6), (2, 3))])
+def test_pool_in_a_graph(block):
+    pool = torch.compile(lambda x: tile_pool(x, block), fullgraph=True, backend="eager")
+    x = randn(1, 30, 2, 4)
+    torch.testing.assert_close(pool(x), tile_pool(x, block))
+
+
 @pytest.mark.parametrize(
     ("block", "options", "message"),
     [

@@ -53,7 +53,7 @@ def tile_pool(x: Tensor, block: int | TokenOrder, *, mode: str = "mean", weight:
         wide = torch.nn.functional.pad(wide, (0, 0, 0, 0, 0, -x.shape[1] % size))
     else:
         axes = _axes_of(block, x.shape[1])
-        size = math.prod(p for _, p in axes)
+        size = math.prod([p for _, p in axes])
         wide = _whole_patches(wide[:, block.prefix : block.tokens - block.suffix], axes, size)
     wide = wide.unflatten(1, (-1, size))
     if weight is not None:
