@@ -17,6 +17,7 @@ from zoo.all_models import MODELS
 from zoo.common import run, run_with_gradients
 
 import maskaccel
+from maskaccel import methods
 from maskaccel.masks import GridWindow, TileMask, TokenOrder
 from maskaccel.methods import FORA, FusedAdaLN, TaylorSeer
 from maskaccel.ops import tile_attention
@@ -397,4 +398,20 @@ def test_blocks_compiled_one_by_one_share_their_graphs():
         for got, want in zip(run(model, inputs), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert counters["stats"]["unique_graphs"] <= 3  # two classes of block, four blocks
+    torch._dynamo.reset()
+
+
+def test_blocks_of_a_video_model_share_their_graph() -> None:
+    """What a policy reads of a site is the same for all blocks, or each would be compiled by itself."""
+    from torch._dynamo.utils import counters
+
+    model, inputs = MODELS["WanTransformer3DModel"]()
+    with maskaccel.patch(model, methods.RadialAttention(block=(16, 32))), torch.no_grad():
+        expected = run(model, inputs)
+        torch._dynamo.reset()
+        counters.clear()
+        model.compile_repeated_blocks(backend="eager")
+        for got, want in zip(run(model, inputs), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()

@@ -221,6 +221,7 @@ class Bridged:
                  grid: tuple[int, ...] | None) -> None:  # fmt: skip
         self.site, self.method, self.policy, self.layout, self.generation = site, method, policy, layout, generation
         self.grid = grid
+        self._temporal = "temporal" in site.name  # not read in graphs: blocks with names of their own would share none
         self.calls = self.left = self.part = 0
 
     def text(self, rows: int) -> tuple[int, int] | None:
@@ -246,7 +247,7 @@ class Bridged:
         rows = queries - text[1] if queries == keys else queries
         parts: tuple[tuple[int, ...], ...] = (grid,)
         if self.site.kind == "self" and len(grid) == 3:  # attention along time, or within a frame
-            parts = (grid[:1],) if "temporal" in self.site.name else (grid, grid[1:])
+            parts = (grid[:1],) if self._temporal else (grid, grid[1:])
         found = next((part for part in parts if _product(part) == rows), None)
         # A call with some of the queries only is no error: methods that compute some tokens make such calls.
         some = self.layout.grid is not None and _product(self.layout.grid) == _product(grid)
