@@ -8,6 +8,7 @@ from torch import Tensor
 
 from maskaccel import ops
 from maskaccel.masks import TileMask
+from maskaccel.masks.rules import Lengths, Segments
 from maskaccel.ops.attention import api, reference
 
 LSE = torch.zeros(2, 4, 64)
@@ -49,6 +50,8 @@ SELECT = {"shape": (64, 64), "block": (16, 32)}
             ValueError,
             r"force is for \(128, 128\) in tiles of \(32, 64\)",
         ),
+        (lambda: Lengths(kv=[1, 2]), TypeError, "kv must be a torch.Tensor"),
+        (lambda: Segments([0], [0]), TypeError, "q must be a torch.Tensor"),
         (lambda: TileMask([1], (128, 128), (64, 64)), TypeError, "bits must be a torch.Tensor, got list"),
         (lambda: TileMask.full((64.5, 64)), ValueError, "must be"),
         (lambda: TileMask.from_bool([[True]]), TypeError, "mask must be a torch.Tensor, got list"),
@@ -103,3 +106,9 @@ def _noting(calls: list, kernel):
         return kernel(*args)
 
     return noted
+
+
+def test_rules_of_no_tokens() -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    assert TileMask.from_rule(Segments(none, torch.zeros(2, dtype=torch.int64), ((1,),)), (0, 2)).rows == 0
+    assert TileMask.from_rule(Lengths(kv=none), (64, 64)).batch == 0

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import _checks
+
 NONE, SOME, ALL = 0, 1, 2  # what a rule keeps of a tile; SOME may also be either of the others
 
 NEVER, ALWAYS, WHERE = 0, 1, 2  # entries of a relation between segments
@@ -179,6 +181,7 @@ class Lengths(Rule):
         for name, lengths in (("kv", self.kv), ("q", self.q)):
             if lengths is None:
                 continue
+            _checks.tensor(name, lengths)
             if lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"{name} must be integers (B,), got {lengths.dtype} {tuple(lengths.shape)}")
             if lengths.numel() and int(lengths.min()) < 0:
@@ -190,7 +193,7 @@ class Lengths(Rule):
     def check(self, sq: int, sk: int) -> None:
         """No length is above that of the sequence."""
         for name, lengths, most in (("kv", self.kv, sk), ("q", self.q, sq)):
-            if lengths is not None and int(lengths.max()) > most:
+            if lengths is not None and len(lengths) and int(lengths.max()) > most:
                 raise ValueError(f"{name} holds {int(lengths.max())}; the sequence has {most} tokens")
 
     def to(self, device: torch.device) -> Rule:
@@ -261,10 +264,10 @@ class Segments(Rule):
 
     def __post_init__(self) -> None:
         for name in ("q", "k"):
-            ids = getattr(self, name)
+            ids = _checks.tensor(name, getattr(self, name))
             if ids.dim() not in (1, 2) or ids.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"{name} must be integers (S,) or (B, S), got {ids.dtype} {tuple(ids.shape)}")
-            object.__setattr__(self, name, ids.long().reshape(-1, ids.shape[-1]))
+            object.__setattr__(self, name, ids.long()[(None,) * (2 - ids.dim())])
         batch = _joint("samples", len(self.q), len(self.k))
         if self.relation is not None:
             table = torch.as_tensor(self.relation, dtype=torch.int8, device=self.q.device)
@@ -273,7 +276,7 @@ class Segments(Rule):
             if bool((table == WHERE).any()) and self.where is None:
                 raise ValueError("relation holds 2 (where), which needs the rule `where`")
             for name, ids, classes in (("q", self.q, table.shape[0]), ("k", self.k, table.shape[1])):
-                low, high = int(ids.min()), int(ids.max())
+                low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
                 if low < 0 or high >= classes:
                     raise ValueError(f"{name} holds classes {low} to {high}; the relation has 0 to {classes - 1}")
             object.__setattr__(self, "relation", table)

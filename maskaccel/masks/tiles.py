@@ -245,7 +245,7 @@ class TileMask:
         pattern_of = torch.full(kind.shape, -1, dtype=torch.int32, device=device)
         words: list[Tensor] = []
         places: list[Tensor] = []
-        step = max(1, _CHUNK // (bm * bn * rule.batch * rule.heads))
+        step = max(1, _CHUNK // max(1, bm * bn * rule.batch * rule.heads))
         for part in at.split(step):
             kept = rule.keep(rows[part[:, 0]], columns[part[:, 1]])
             kept = kept.expand(rule.batch, rule.heads, -1, -1, -1)
