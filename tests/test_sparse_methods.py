@@ -9,6 +9,7 @@ import pytest
 import torch
 from _sparse_methods import CELLS, GRID, TOKENS, Block, Model, check, masked, pairs, qkv
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import maskaccel
@@ -443,3 +444,30 @@ def test_a_sequence_of_which_nothing_is_left() -> None:
     model, method = Model(), m.LiteAttention(must_skip=((0, TOKENS),))
     with maskaccel.patch(model, [method]) as patch, patch.generation(2), pytest.raises(ValueError, match="leaves none"):
         model(*qkv())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m.LiteAttention(-0.5, block=(16, 32)), m.Rettention(density=0.2, grid=(TOKENS,), dense_steps=2, block=(16, 32))],
+)
+def test_steps_are_not_compiled_anew(method) -> None:
+    """Twelve steps of a compiled model: the results of eager, and no graph for each step."""
+    model, counter = Model(), CompileCounterWithBackend("aot_eager")
+
+    def outputs(seen: list[int]) -> list[Tensor]:
+        with torch.no_grad(), patch.generation(12) as run:
+            found = []
+            for step in range(12):
+                found.append(model(*qkv(smooth=8, sharp=16.0, seed=step)))
+                seen.append(counter.frame_count)
+                run.step()
+        return found
+
+    with maskaccel.patch(model, [method]) as patch:
+        want = outputs([])
+        model.compile(backend=counter)
+        graphs: list[int] = []
+        got = outputs(graphs)
+    assert all(map(torch.equal, got, want))
+    assert len(set(graphs[6:])) == 1, graphs  # every way through has been seen by then
+    assert not all(torch.equal(a, b) for a, b in itertools.pairwise(want))

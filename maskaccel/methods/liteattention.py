@@ -166,3 +166,7 @@ class _Skipping(SitePolicy):
         self.count(mask, call)
         self.state.update(found.keep, limits, found.lse)
         return found.out
+
+
+# It decides and remembers in Python at every step: in a graph each step would be a constant, and compiled anew.
+_Skipping.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -138,3 +138,7 @@ class _Reshaped(SitePolicy):
         self.count(masks[0], call)
         self.count(masks[1], call)
         return out
+
+
+# It decides and remembers in Python at every step: in a graph each step would be a constant, and compiled anew.
+_Reshaped.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
