@@ -464,3 +464,10 @@ def test_lower_instruction_sets(isa):
     run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("normalize", ["sum", "mean"])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_linear_attention_without_keys_is_zero(normalize: str, backend: str | None) -> None:
+    q, k = torch.randn(2, 5, 4, 16), torch.randn(2, 0, 2, 16)
+    assert torch.equal(ops.linear_attention(q, k, k, normalize=normalize, backend=backend), torch.zeros_like(q))

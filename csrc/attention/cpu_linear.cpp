@@ -57,7 +57,7 @@ LinearArgs read(Inputs& in, LinearAttention& s) {
   s.k = head_rows(a.k, a.q.code, s.B, s.Sk, s.Hk, s.D);
   s.v = head_rows(a.v, a.q.code, s.B, s.Sk, s.Hk, s.D);
   s.elu = map == 1;
-  s.factor = normalize == 1 ? 1.0f / static_cast<float>(s.Sk) : 1.0f;
+  s.factor = normalize == 1 ? 1.0f / static_cast<float>(s.Sk > 0 ? s.Sk : 1) : 1.0f;
   s.keys = chunked(s.B * s.Hk, s.Sk);
   return a;
 }

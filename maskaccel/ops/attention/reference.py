@@ -259,7 +259,7 @@ def _phi_slope(x: Tensor, feature_map: int) -> Tensor:
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: int, normalize: int, eps: float) -> Tensor:
     """Linear attention; differentiable by torch's own rules."""
-    heads, count = q.shape[2], k.shape[1] if normalize else 1
+    heads, count = q.shape[2], max(k.shape[1], 1) if normalize else 1
     fq, fk = _phi(_heads(q, heads), feature_map), _phi(_heads(k, heads), feature_map)
     kv, total = fk.mT @ _heads(v, heads) / count, fk.sum(-2) / count
     z = (fq * total[..., None, :]).sum(-1, keepdim=True) + eps
@@ -270,7 +270,7 @@ def linear_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, feature_map: int, normalize: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In closed form: autograd does not record inside an op. `dn = dout / z`, `dz = -(dout . n) / z^2`."""
-    heads, kv_heads, count = q.shape[2], k.shape[2], k.shape[1] if normalize else 1
+    heads, kv_heads, count = q.shape[2], k.shape[2], max(k.shape[1], 1) if normalize else 1
     wide_q, wide_k, wide_v, g = (_heads(t, heads) for t in (q, k, v, dout))
     fq, fk = _phi(wide_q, feature_map), _phi(wide_k, feature_map)
     kv, total = fk.mT @ wide_v / count, fk.sum(-2, keepdim=True) / count
