@@ -11,6 +11,7 @@ from _numerics import assert_all_close_to_truth
 from _raw_attention import draw, run, run_plain
 from _raw_cases import describe, wanted, widened
 from _triton_cases import DTYPES, FP32, poisoned_memory  # noqa: F401
+from test_attention_fuzz import check as check_call
 
 from maskaccel.masks import TileMask
 from maskaccel.ops import _registry
@@ -151,3 +152,9 @@ def test_broken_contract_raises(name: str, spoil, message: str) -> None:
     with pytest.raises(RuntimeError) as caught:
         forward(**call)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_public_calls(seed: int) -> None:
+    """The cases of the CPU kernels' fuzz, forward and backward."""
+    check_call(seed, "triton", most=64)
