@@ -43,7 +43,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    r"attention_(forward|backward|sums)_kernel": Family(("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),
+    r"(?<!merge_)attention_(forward|backward|sums)_kernel": Family(("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),
     r"sm90_\w*kernel": Family(
         ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"),
         ("LDL", "STL", "CALL"),
