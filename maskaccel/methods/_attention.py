@@ -45,8 +45,9 @@ class SparseAttention:
         raise NotImplementedError
 
     def leaves(self, site: AttentionSite) -> str | None:
-        """Why a site stays as it is, or None."""
-        return None
+        """Why a site stays as it is, or None; the first `dense_layers` do, where a method has such a setting."""
+        dense = getattr(self, "dense_layers", 0)
+        return f"layer {site.layer} of dense_layers={dense}" if site.layer < dense else None
 
     @property
     def follows_steps(self) -> bool:
@@ -90,6 +91,26 @@ class SparseAttention:
         if ordered is not None and ordered.method == self.name:
             found["model calls in order"] = ordered.calls
         return found
+
+
+class SelectingAttention(SparseAttention):
+    """Base of the methods that choose the tiles anew at every call; a method gives `select`."""
+
+    def policy(self, site: AttentionSite, generation: Generation) -> SitePolicy:
+        """The attention of one module."""
+        return SelectedTiles(self, site, generation)
+
+    def token_order(self, call: AttentionCall) -> TokenOrder | str | None:
+        """The order of a call's tokens, None for as they are, or why the call stays dense."""
+        return None
+
+    def options(self) -> dict[str, Any]:
+        """More arguments of `tile_attention`."""
+        return {}
+
+    def select(self, q: Tensor, k: Tensor, beside: TileMask | None) -> TileMask:
+        """The mask of these queries and keys, in the order of `token_order`; `beside` are the tiles that hold text."""
+        raise NotImplementedError
 
 
 def _check_hashable(method: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -16,13 +15,12 @@ from ..masks import TileMask, TokenOrder
 from ..ops import tile_pool, tile_scores, tile_select
 from ..ops._checks import count as check_count
 from ..ops.attention.check import number as check_number
-from ..patching.attention import AttentionCall, AttentionSite
-from ..state.generation import Generation
-from ._attention import SelectedTiles, SparseAttention, beside
+from ..patching.attention import AttentionCall
+from ._attention import SelectingAttention, beside
 
 
 @dataclass(frozen=True)
-class DraftAttention(SparseAttention):
+class DraftAttention(SelectingAttention):
     """Compute the tiles that score highest in a draft at the resolution of patches.
 
     Attributes:
@@ -65,19 +63,11 @@ class DraftAttention(SparseAttention):
         """The patch, in every frame."""
         return (*(1,) * (len(grid) - 2), *self.patch) if len(grid) >= 2 else None
 
-    def policy(self, site: AttentionSite, generation: Generation) -> SelectedTiles:
-        """The attention of one module."""
-        return SelectedTiles(self, site, generation)
-
     def token_order(self, call: AttentionCall) -> TokenOrder | str:
         """The order of patches within frames."""
         if call.grid is None or call.text is None or len(call.grid) < 2:
             return "the token grid is not known"
         return beside(call.grid, call.text, self.patch_for(call.grid))
-
-    def options(self) -> dict[str, Any]:
-        """None."""
-        return {}
 
     def select(self, q: Tensor, k: Tensor, beside: TileMask | None) -> TileMask:
         """The mask of these queries and keys."""

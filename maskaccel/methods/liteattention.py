@@ -87,10 +87,6 @@ class LiteAttention(SparseAttention):
         """Always: it remembers tiles from step to step."""
         return True
 
-    def leaves(self, site: AttentionSite) -> str | None:
-        """The first layers."""
-        return f"layer {site.layer} of dense_layers={self.dense_layers}" if site.layer < self.dense_layers else None
-
     def attach(self, context: Context) -> None:
         """Plan the bridge of every site; PatchError if the calibration is for another model."""
         try:

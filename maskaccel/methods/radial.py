@@ -124,10 +124,6 @@ class RadialAttention(SparseAttention):
         check_count("dense_layers", self.dense_layers)
         check_block(self.block)
 
-    def leaves(self, site: AttentionSite) -> str | None:
-        """The first layers."""
-        return f"layer {site.layer} of dense_layers={self.dense_layers}" if site.layer < self.dense_layers else None
-
     def policy(self, site: AttentionSite, generation: Generation) -> FixedMask:
         """The attention of one module."""
         return FixedMask(self, site, generation)

@@ -20,13 +20,11 @@ from ..ops._checks import count as check_count
 from ..ops.attention.check import check_block
 from ..ops.attention.check import number as check_number
 from ..ops.attention.select import check_top_k
-from ..patching.attention import AttentionCall, AttentionSite
-from ..state.generation import Generation
-from ._attention import SelectedTiles, SparseAttention
+from ._attention import SelectingAttention
 
 
 @dataclass(frozen=True)
-class SpargeAttn(SparseAttention):
+class SpargeAttn(SelectingAttention):
     """Compute the tiles that block means predict to matter.
 
     Attributes:
@@ -62,14 +60,6 @@ class SpargeAttn(SparseAttention):
                 raise ValueError(f"pv_threshold={self.pv_threshold!r} must be 0 or more: log2 below the maximum")
         check_count("dense_steps", self.dense_steps)
         check_block(self.block)
-
-    def policy(self, site: AttentionSite, generation: Generation) -> SelectedTiles:
-        """The attention of one module."""
-        return SelectedTiles(self, site, generation)
-
-    def token_order(self, call: AttentionCall) -> None:
-        """Tokens stay as they are."""
-        return
 
     def options(self) -> dict[str, Any]:
         """The second test."""

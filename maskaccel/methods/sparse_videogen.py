@@ -61,10 +61,6 @@ class SparseVideoGen(SparseAttention):
             check_count(name, getattr(self, name))
         check_block(self.block)
 
-    def leaves(self, site: AttentionSite) -> str | None:
-        """The first layers."""
-        return f"layer {site.layer} of dense_layers={self.dense_layers}" if site.layer < self.dense_layers else None
-
     def policy(self, site: AttentionSite, generation: Generation) -> _Heads:
         """The attention of one module."""
         return _Heads(self, site, generation)

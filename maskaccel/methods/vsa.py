@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +20,11 @@ from ..ops.attention.check import number as check_number
 from ..ops.attention.select import check_top_k
 from ..patching.attention import AttentionCall, AttentionSite
 from ..state.generation import Generation
-from ._attention import SelectedTiles, SparseAttention, beside, in_order
+from ._attention import SelectedTiles, SelectingAttention, beside, in_order
 
 
 @dataclass(frozen=True)
-class VSA(SparseAttention):
+class VSA(SelectingAttention):
     """Attend to the cubes whose means score highest.
 
     Attributes:
@@ -74,10 +73,6 @@ class VSA(SparseAttention):
         if len(call.grid) != len(self.cube):
             return f"cube={self.cube} is not for the grid {call.grid}"
         return beside(call.grid, call.text, self.cube)
-
-    def options(self) -> dict[str, Any]:
-        """None."""
-        return {}
 
     def select(self, q: Tensor, k: Tensor, beside: TileMask | None) -> TileMask:
         """The mask of these queries and keys."""

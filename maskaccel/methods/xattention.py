@@ -7,7 +7,6 @@ says how much of a row's attention a tile holds. The fewest tiles that hold the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -16,13 +15,11 @@ from ..ops import tile_scores, tile_select
 from ..ops._checks import count as check_count
 from ..ops.attention.check import check_block
 from ..ops.attention.check import number as check_number
-from ..patching.attention import AttentionCall, AttentionSite
-from ..state.generation import Generation
-from ._attention import SelectedTiles, SparseAttention
+from ._attention import SelectingAttention
 
 
 @dataclass(frozen=True)
-class XAttention(SparseAttention):
+class XAttention(SelectingAttention):
     """Compute the tiles whose antidiagonals hold most of the attention.
 
     Attributes:
@@ -49,18 +46,6 @@ class XAttention(SparseAttention):
         if self.block[0] % self.stride or self.block[1] % self.stride:
             raise ValueError(f"stride={self.stride} must divide the block {self.block}")
         check_count("dense_steps", self.dense_steps)
-
-    def policy(self, site: AttentionSite, generation: Generation) -> SelectedTiles:
-        """The attention of one module."""
-        return SelectedTiles(self, site, generation)
-
-    def token_order(self, call: AttentionCall) -> None:
-        """Tokens stay as they are."""
-        return
-
-    def options(self) -> dict[str, Any]:
-        """None."""
-        return {}
 
     def select(self, q: Tensor, k: Tensor, beside: TileMask | None) -> TileMask:
         """The mask of these queries and keys."""
