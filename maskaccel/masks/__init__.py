@@ -5,6 +5,7 @@ from .order import TokenOrder
 from .rules import Causal, Dense, Lengths, Rule, Segments, varlen
 from .schedule import Action, Position, Schedule, StepRule, Window
 from .tiles import TileMask
+from .tokens import TokenIndex
 from .windows import GridWindow
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Segments",
     "StepRule",
     "TileMask",
+    "TokenIndex",
     "TokenOrder",
     "Whole",
     "Window",

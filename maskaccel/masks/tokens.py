@@ -67,9 +67,7 @@ class TokenIndex:
         return cls(keep, inverse_of(keep, n), grid=grid)
 
     @classmethod
-    def from_mask(
-        cls, mask: Tensor, *, capacity: int | None = None, grid: tuple[int, ...] | None = None
-    ) -> TokenIndex:
+    def from_mask(cls, mask: Tensor, *, capacity: int | None = None, grid: tuple[int, ...] | None = None) -> TokenIndex:
         """From a mask of kept tokens.
 
         Args:
@@ -216,7 +214,9 @@ class TokenIndex:
         """
         dim = dim % x.dim()
         if x.shape[dim] != self.n:
-            raise ValueError(f"dim {dim} of a tensor {tuple(x.shape)} has {x.shape[dim]} rows; the index is of {self.n}")
+            raise ValueError(
+                f"dim {dim} of a tensor {tuple(x.shape)} has {x.shape[dim]} rows; the index is of {self.n}"
+            )
         if dim == 0:
             if self.batch > 1:
                 return self.gather(x[None], 1)

@@ -1,0 +1,1 @@
+"""Token ops: which rows run, and the way there and back."""
