@@ -125,7 +125,7 @@ class TokenIndex:
 
     @property
     def mask(self) -> Tensor:
-        """bool `(B|1, N)`: True for kept tokens."""
+        """Bool `(B|1, N)`: True for kept tokens."""
         return self.inverse >= 0
 
     def cu_seqlens(self, batch: int | None = None) -> Tensor:
@@ -244,7 +244,7 @@ class TokenIndex:
 
 
 def inverse_of(keep: Tensor, n: int) -> Tensor:
-    """int32 `(B, n)`: the slot of each token in `keep` `(B, K)`, -1 where it has none; ids of n or more count as none."""
+    """int32 `(B, n)`: the slot of each token in `keep` `(B, K)`, -1 where it has none; ids from n on are none."""
     slots = torch.arange(keep.shape[1], dtype=torch.int32, device=keep.device).expand(keep.shape[0], -1)
     wide = torch.full((keep.shape[0], n + 1), -1, dtype=torch.int32, device=keep.device)
     return wide.scatter_(1, keep.clamp(max=n).long(), slots)[:, :n].contiguous()
