@@ -68,7 +68,8 @@ struct Arg {
 
 struct DtypeCodes {
   int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16(),
-          f64 = aoti_torch_dtype_float64(), i32 = aoti_torch_dtype_int32(), cpu = aoti_torch_device_type_cpu();
+          f64 = aoti_torch_dtype_float64(), i32 = aoti_torch_dtype_int32(), i64 = aoti_torch_dtype_int64(),
+          u8 = aoti_torch_dtype_uint8(), cpu = aoti_torch_device_type_cpu();
   int32_t of(Dtype dtype) const { return dtype == Dtype::f32 ? f32 : dtype == Dtype::bf16 ? bf16 : f16; }
 };
 inline const DtypeCodes& codes() {
