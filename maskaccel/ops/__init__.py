@@ -29,6 +29,8 @@ from .steps import (
     scatter_combine,
 )
 from .steps import reference as _steps_reference
+from .tokens import autograd as _tokens_autograd
+from .tokens import reference as _tokens_reference
 
 __all__ = [
     "RelativePosition",
@@ -58,5 +60,13 @@ _adaln_autograd.register()
 _attention_autograd.register()
 _attention_serves.register()
 _steps_api.register()
+_tokens_autograd.register()
 _backends.native.load()  # after the schemas: its kernels attach to them
-_backends.implement_fallbacks({**_adaln_fallback.KERNELS, **_attention_reference.KERNELS, **_steps_reference.KERNELS})
+_backends.implement_fallbacks(
+    {
+        **_adaln_fallback.KERNELS,
+        **_attention_reference.KERNELS,
+        **_steps_reference.KERNELS,
+        **_tokens_reference.KERNELS,
+    }
+)

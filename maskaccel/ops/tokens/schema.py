@@ -71,7 +71,8 @@ flags)`:
 `(B, S, Hk, Dh)`, last dim contiguous, any other strides, not expanded, of k's dtype, or uint8: the bits of fp8 e4m3fn
 with fp32 scales `(B, S, Hk)` contiguous. Norm and RoPE of q and k are those of `qk_norm_rope` (same flags, weights
 and tables; `cos, sin` `(S', T)` or `(B|1, S', T)`, or None); row m reads row `positions[m]` of the tables, int32
-`(M,)` or `(B, M)`, None: `ids[m]`. Then row `ids[b, m]` (int32 `(B|1, M)`; outside [0, S): written nowhere) of the
+`(M,)` or `(B, M)`, None: `ids[m]`; clamped to the table. Then row
+`ids[b, m]` (int32 `(B|1, M)`; outside [0, S): written nowhere) of the
 caches takes k and v; of equal ids the last counts. With flag PRE_ROPE the cache takes k before RoPE. fp8: the scale
 of a row and head is its largest magnitude / 448 (1 for zeros), values are `x / scale` rounded to the nearest even.
 Returns q (0 elements for None). Nothing else may share memory with the caches. M and S of 1 or more for fp8.
@@ -89,7 +90,8 @@ are not read: the result is that token and confidence +inf. Elsewhere, in one pa
 V)`; and its confidence under softmax(logits) (with flag SCALED under softmax(logits / temperature)): bits 0-1 of
 flags: 0 the probability of the id, 1 the largest probability minus the second (0 for V = 1: then 1), 2 the negative
 entropy in nats, 3 the logarithm of the probability. A row with a NaN has id `mask_id` and confidence NaN. Logits of
--inf have probability 0 and are never taken, unless all are: then as with a NaN. Returns int64 `(B, N)` and fp32 `(B,
+-inf have probability 0 and are never taken, unless all are: then as with a NaN. +inf counts as a NaN.
+Returns int64 `(B, N)` and fp32 `(B,
 N)`. `unmask_select(confidence, sampled, tokens, step, count, groups, hold, noise, mask_id, seed, offset, threshold,
 temperature)`: candidates are the tokens with `tokens == mask_id`, no `hold` (uint8 `(B|1, N)` or None), a group in
 [0, G) (`groups` int32 `(B|1, N)`; None: all in group 0) and a confidence that is no NaN. Their metric is `confidence
