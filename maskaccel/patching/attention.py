@@ -230,10 +230,11 @@ class Bridged:
             return 0, 0
         length = self.layout.text
         if length is None:
+            routed = self.layout.routed
             grid = self.layout.grid if self.grid is None else self.grid
-            if grid is None:
+            if grid is None and routed is None:
                 return None
-            length = rows - _product(grid)
+            length = rows - (_product(grid or ()) if routed is None else routed.kept)
         rows, length = operator.index(rows), operator.index(length)
         if not 0 <= length <= rows or self.layout.tokens.text is None:
             return None
@@ -245,6 +246,10 @@ class Bridged:
         if grid is None or text is None:
             return None
         rows = queries - text[1] if queries == keys else queries
+        routed = self.layout.routed
+        if routed is not None and self.site.kind != "cross":
+            kept = routed.grid
+            return kept if kept is not None and _product(kept) == rows else None
         parts: tuple[tuple[int, ...], ...] = (grid,)
         if self.site.kind == "self" and len(grid) == 3:  # attention along time, or within a frame
             parts = (grid[:1],) if self._temporal else (grid, grid[1:])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks import TokenOrder
+from ..masks import TokenIndex, TokenOrder
 from ..models._tokens import Tokens, parameters
 
 
@@ -18,6 +18,7 @@ class TokenLayout:
         grid: Grid of the latent tokens, or None.
         text: Number of text tokens in joint sequences, or None: whatever is not in the grid.
         order: The order in which the latent tokens run through the blocks now (`patching/order.py`); None: raster.
+        routed: The latent tokens that the blocks run on now (`patching/span.py`); None: all.
     """
 
     def __init__(self, model: nn.Module, tokens: Tokens) -> None:
@@ -25,6 +26,7 @@ class TokenLayout:
         self.grid: tuple[int, ...] | None = None
         self.text: int | None = None
         self.order: TokenOrder | None = None
+        self.routed: TokenIndex | None = None
         self._grid_of = None if tokens.grid is None else tokens.grid(model)
         self._seen: tuple[Tensor, int] | None = None  # what the grid was read from on the host
 

@@ -159,18 +159,19 @@ def order_stack(context: Context, method: str, patch_of: PatchOf, grid: tuple[in
     for segment in segments:
         for block in segment:
             # Around whatever skips blocks: the first puts in order and the last puts back, whether they run or not.
-            wrapper = _Block(stack, block is segment[0], block is segment[-1])
+            wrapper = OrderedBlock(stack, block is segment[0], block is segment[-1])
             transaction.wrap_forward(block, wrapper, outermost=True)
     return None
 
 
-class _Block:
+class OrderedBlock:
     """One block of an ordered run, as a wrapper of its forward."""
 
     def __init__(self, stack: OrderedStack, first: bool, last: bool) -> None:
         self.stack, self.first, self.last = stack, first, last
 
     def __call__(self, block: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """A call of the block; `inner` is the block itself, or what else stands before it."""
         stack, streams = self.stack, streams_of(block)
         hidden = streams.take(args, kwargs)[0]
         if self.first and hidden is not None:

@@ -126,14 +126,18 @@ class Transaction:
         self.claim(module, "forward", claimant)
         self.forwards.setdefault(id(module), _Forward(module)).replacement = forward
 
-    def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any], *, outermost: bool = False) -> None:
+    def wrap_forward(
+        self, module: nn.Module, wrapper: Callable[..., Any], *, outermost: bool = False, below: type | None = None
+    ) -> None:
         """Plan a wrapper, `wrapper(self, inner, *args, **kwargs)`, before the forward; hooks below it stay.
 
         `inner(*args, **kwargs)` is the next wrapper, and at last the module's own forward, or its replacement.
-        Wrappers planned first stand outermost, unless a later one asks to.
+        Wrappers planned first stand outermost, unless a later one asks to; it may name a class of wrappers (`below`)
+        that it stands inside of nevertheless.
         """
         wrappers = self.forwards.setdefault(id(module), _Forward(module)).wrappers
-        wrappers.insert(0 if outermost else len(wrappers), wrapper)
+        around = [i for i, one in enumerate(wrappers) if below is not None and isinstance(one, below)]
+        wrappers.insert(max(around, default=-1) + 1 if outermost else len(wrappers), wrapper)
 
     def commit(self) -> None:
         """Apply every edit, or none if one fails."""
