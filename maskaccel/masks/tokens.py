@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -254,7 +254,7 @@ def _flatten(index: TokenIndex) -> tuple[list[Any], tuple]:
     return [index.keep, index.inverse, index.counts], (index.grid, index.prefix, index.suffix)
 
 
-def _unflatten(values: Sequence[Any], context: tuple) -> TokenIndex:
+def _unflatten(values: Iterable[Any], context: Any) -> TokenIndex:
     return TokenIndex(*values, *context)
 
 

@@ -29,31 +29,59 @@ from .steps import (
     scatter_combine,
 )
 from .steps import reference as _steps_reference
+from .tokens import (
+    MergeIndex,
+    confidence_unmask,
+    gather_modulate,
+    gather_rows,
+    match_tokens,
+    merge_tokens,
+    random_keep,
+    read_kv_rows,
+    scatter_merge,
+    select_active,
+    sparse_dense_fuse,
+    unmerge_tokens,
+    write_kv_rows,
+)
 from .tokens import autograd as _tokens_autograd
 from .tokens import reference as _tokens_reference
 
 __all__ = [
+    "MergeIndex",
     "RelativePosition",
     "attention_column_sums",
     "combine_history",
     "combine_history_norm_modulate",
     "combine_sites",
+    "confidence_unmask",
     "gate_residual",
     "gate_residual_norm_modulate",
     "gated_activation",
+    "gather_modulate",
+    "gather_rows",
     "gram",
     "kmeans",
     "linear_attention",
+    "match_tokens",
     "merge_attention",
+    "merge_tokens",
     "norm_modulate",
     "norm_modulate_difference",
     "qk_norm_rope",
+    "random_keep",
+    "read_kv_rows",
     "relative_difference",
     "scatter_combine",
+    "scatter_merge",
+    "select_active",
+    "sparse_dense_fuse",
     "tile_attention",
     "tile_pool",
     "tile_scores",
     "tile_select",
+    "unmerge_tokens",
+    "write_kv_rows",
 ]
 
 _adaln_autograd.register()

@@ -135,3 +135,17 @@ def one_dtype(x: Tensor, *operands: Tensor | None) -> list[Tensor | None]:
     if len(dtypes) > 1 or (dtypes and next(iter(dtypes)) not in (x.dtype, torch.float32)):
         operands = tuple(None if t is None else t.float() for t in operands)
     return [dense_last(t) for t in operands]
+
+
+def overlap(t: Tensor | None, written: Tensor) -> bool:
+    """Whether a tensor shares memory with one that is written."""
+    if t is None or torch.compiler.is_compiling() or t.device.type == "meta" or 0 in (t.numel(), written.numel()):
+        return False
+    (first, last), (start, end) = _extent(t), _extent(written)
+    return t.device == written.device and first < end and start < last
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one after the last."""
+    span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+    return t.data_ptr(), t.data_ptr() + span * t.element_size()

@@ -78,17 +78,8 @@ def writable_history(history: Tensor, newest: object) -> int:
 
 def apart(name: str, t: Tensor | None, written: Tensor) -> None:
     """None, or a tensor that shares no memory with what is written."""
-    if t is None or torch.compiler.is_compiling() or t.device.type == "meta" or 0 in (t.numel(), written.numel()):
-        return
-    (first, last), (start, end) = _extent(t), _extent(written)
-    if t.device == written.device and first < end and start < last:
+    if _checks.overlap(t, written):
         raise ValueError(f"{name} shares memory with history[newest], which this call writes; pass a copy")
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and of the one after the last."""
-    span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
-    return t.data_ptr(), t.data_ptr() + span * t.element_size()
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:

@@ -1,0 +1,169 @@
+"""Sampling of masked generative models: which masked tokens take their value at a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import _run
+from .schema import CONFIDENCES, SCALED
+
+ORDERS = ("confidence", "margin", "entropy", "scores")
+_INF = math.inf
+
+
+def confidence_unmask(
+    logits: Tensor,
+    tokens: Tensor,
+    mask_id: int,
+    n: int | Sequence[int] | Tensor | None = None,
+    *,
+    threshold: float | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    sample_offset: int = 0,
+    order: str = "confidence",
+    scores: Tensor | None = None,
+    scaled: bool = False,
+    selection_temperature: float = 0.0,
+    groups: Tensor | None = None,
+    hold: Tensor | None = None,
+    noise: Tensor | None = None,
+    selection_noise: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample a token at every masked position, and let the most confident ones stay: one pass over the logits.
+
+    The step of MaskGIT (Chang et al. 2022, arXiv 2202.04200, section 3.2) and of masked diffusion language models
+    (LLaDA, Nie et al. 2025, arXiv 2502.09992, low-confidence remasking). A token is sampled by the Gumbel-max trick,
+    `argmax(logits + temperature * g)`, whose law is `softmax(logits / temperature)`; noise comes from counters
+    (`random_keep`), so a run repeats on every device up to the rounding of logarithms. Logits of positions that are
+    not masked are never read.
+
+    Args:
+        logits: `(B, N, V)`, fp32, bf16 or fp16 (fp64 on the reference), last dim contiguous.
+        tokens: int64 `(B, N)`.
+        mask_id: Token of a masked position. It may be one of the V ids or lie outside them.
+        n: Masked tokens to reveal in each sample: an int, `(B,)`, or with groups `(B, G)`. More than there are reveals
+            all. None: 0, with a `threshold`.
+        threshold: Reveal every masked token whose confidence is this or more too (Fast-dLLM).
+        temperature: Of the sampled tokens; 0 takes the likeliest.
+        seed: Of the noise, with `step` and `sample_offset` as in `random_keep`.
+        step: As there.
+        sample_offset: As there.
+        order: What confidence is: `"confidence"`, the probability of the sampled token; `"margin"`, the largest
+            probability minus the second; `"entropy"`, minus the entropy in nats; `"scores"`: given from outside.
+        scores: `(B, N)` confidence for `order="scores"` (UNCAGE, learned policies).
+        scaled: Confidence is under `softmax(logits / temperature)` in place of `softmax(logits)`.
+        selection_temperature: Gumbel noise of this scale is added when tokens are compared: to the logarithm of the
+            probability for `"confidence"` (MaskGIT), to the confidence itself for the others.
+        groups: Integers `(N,)` or `(B, N)`: n is counted in each group 0, 1, ... by itself; others are not revealed
+            (DUS's dilated groups, blocks).
+        hold: Bool `(N,)` or `(B, N)`: positions that stay as they are (EditMGT).
+        noise: fp32 `(B, N, V)` Gumbel noise in place of the counters' for sampling.
+        selection_noise: fp32 `(B, N)`, the same for the comparison.
+        backend: As in `maskaccel.ops.norm_modulate`.
+
+    Returns:
+        `(tokens, confidence)`: int64 `(B, N)`, and fp32 `(B, N)`, +inf where a position was not masked.
+
+    Raises:
+        TypeError: Dtypes do not fit.
+        ValueError: Shapes do not fit, numbers out of range, neither `n` nor `threshold` given, an input requires grad,
+            or logits of a masked position hold a NaN, +inf, or -inf alone (read on a CPU only; elsewhere such a
+            position stays masked with confidence NaN).
+    """
+    logits = _checks.activation("logits", logits, "B, N, V")
+    batch, count, size = logits.shape
+    tokens = _checks.tensor("tokens", tokens)
+    if tokens.dtype != torch.int64 or tuple(tokens.shape) != (batch, count):
+        raise ValueError(f"tokens is {tokens.dtype} {tuple(tokens.shape)}; it must be int64 {(batch, count)}")
+    _checks.same_device("tokens", tokens, "logits", logits)
+    _checks.no_gradient("confidence_unmask", logits=logits, scores=scores)
+    _run.integer("mask_id", mask_id, 0)
+    _checks.choice("order", order, ORDERS)
+    temperature = _run.number("temperature", temperature, 0.0, 1e6)
+    selection_temperature = _run.number("selection_temperature", selection_temperature, 0.0, 1e6)
+    if scaled and temperature == 0:
+        raise ValueError("scaled=True needs a temperature above 0")
+    if (scores is None) == (order == "scores"):
+        raise ValueError(f"order={order!r} {'needs' if scores is None else 'has no'} scores")
+    if n is None and threshold is None:
+        raise ValueError("n or threshold must say how many tokens are revealed")
+    if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
+        raise ValueError(f"threshold={threshold!r} must be a number")
+    device = logits.device
+    group = None if groups is None else _run.rows_of("groups", groups, batch, count, device)
+    held = _run.flags_of("hold", hold, batch, count, device)
+    limits = _counts(0 if n is None else n, batch, group is not None, device)
+    _noise("noise", noise, (batch, count, size), device)
+    _noise("selection_noise", selection_noise, (batch, count), device)
+    if scores is not None:
+        scores = _checks.floating("scores", scores)
+        if tuple(scores.shape) != (batch, count):
+            raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be {(batch, count)}")
+        _checks.same_device("scores", scores, "logits", logits)
+
+    at, key = _run.step_tensor(step, device), _run.seed_of(seed)
+    _run.integer("sample_offset", sample_offset, 0)
+    # Noise is added to logarithms, which are formed before they are rounded to probabilities.
+    logs = order == "confidence" and selection_temperature > 0
+    kind = CONFIDENCES["log" if logs else "confidence" if order == "scores" else order] | (SCALED if scaled else 0)
+    tokens = tokens.contiguous()
+    args: tuple = (_checks.dense_last(logits), tokens, at, noise, mask_id, key, sample_offset, temperature, kind)
+    sampled, confidence = _run.run("sample_logits", args, device, backend, logits.dtype)
+    bad = confidence.isnan()
+    if device.type == "cpu" and not torch.compiler.is_compiling() and bool(bad.any()):
+        sample, row = map(int, bad.nonzero()[0])
+        raise ValueError(f"logits of token {row} of sample {sample} hold a NaN, +inf, or nothing but -inf")
+    compared = confidence if scores is None else torch.where(bad, confidence, scores.float())
+    least = _INF if threshold is None else float(threshold)
+    if logs and threshold is not None:
+        least = math.log(threshold) if threshold > 0 else -_INF
+    args = (compared.float().contiguous(), sampled, tokens, at, limits, group, held, selection_noise, mask_id, key,
+            sample_offset, least, selection_temperature)  # fmt: skip
+    revealed = _run.run("unmask_select", args, device, backend)
+    return revealed, confidence.exp() if logs else confidence
+
+
+def _counts(n: int | Sequence[int] | Tensor, batch: int, grouped: bool, device: torch.device) -> Tensor:
+    """Tokens to reveal, int32 `(B|1, G)`."""
+    if isinstance(n, Tensor):
+        if n.dtype not in (torch.int32, torch.int64) or n.dim() > 2:
+            raise TypeError(f"n is {n.dtype} {tuple(n.shape)}; it must be integers (B,) or (B, G)")
+        counts = n.reshape(1, 1) if n.dim() == 0 else n[:, None] if n.dim() == 1 else n
+        _checks_device("n", n, device)
+    elif isinstance(n, Sequence):
+        counts = torch.tensor(list(n))
+        counts = counts[:, None] if counts.dim() == 1 else counts
+        if counts.dtype != torch.int64:
+            raise TypeError(f"n={n!r} must be integers")
+    else:
+        counts = torch.full((1, 1), _run.integer("n", n, 0), device=device)
+    if counts.dim() != 2 or counts.shape[0] not in (1, batch) or (not grouped and counts.shape[1] != 1):
+        forms = f"an int, ({batch},)" + (f" or ({batch}, G)" if grouped else "")
+        raise ValueError(f"n has shape {tuple(counts.shape)}; it must be {forms}")
+    if counts.device.type == "cpu" and not torch.compiler.is_compiling() and counts.numel() and int(counts.min()) < 0:
+        raise ValueError(f"n holds {int(counts.min())}; it must be 0 or more")
+    return counts.to(device=device, dtype=torch.int32).contiguous()
+
+
+def _checks_device(name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}; it must be on {device}")
+
+
+def _noise(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    if t is None:
+        return
+    t = _checks.tensor(name, t)
+    if t.dtype != torch.float32 or tuple(t.shape) != shape:
+        raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be float32 {shape}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    _checks_device(name, t, device)
