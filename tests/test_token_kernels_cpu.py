@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import maskaccel.ops  # noqa: F401  (defines the ops and loads the library)
 from maskaccel._native import native
+from maskaccel.ops._backends import refusal
 from maskaccel.ops.adaln import schema as adaln_schema
 from maskaccel.ops.tokens import reference
 from maskaccel.ops.tokens.schema import (
@@ -30,7 +31,8 @@ from maskaccel.ops.tokens.schema import (
     THRESHOLD,
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not native.has_cpu, reason=f"native library {native.state}: {native.reason}")
+LACKS = refusal("cpu", torch.device("cpu"), torch.float32, "gather_rows")
+pytestmark = pytest.mark.skipif(LACKS is not None, reason=str(LACKS))
 
 RAW = torch.ops.maskaccel_raw
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
