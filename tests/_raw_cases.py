@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import _raw_attention
+import _raw_tokens
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from maskaccel.ops.adaln.flags import packed
 from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL, SCHEMAS
 from maskaccel.ops.attention import reference as attention_reference
 from maskaccel.ops.steps import reference as steps_reference
+from maskaccel.ops.tokens import reference as tokens_reference
 
 WIDTHS = (3, 7, 8, 24, 72, 130, 256, 520, 1000, 1024, 1032, 1152, 1536)
 ADALN = (
@@ -29,7 +31,7 @@ ADALN = (
 
 def plain(op: str) -> Callable[..., Any]:
     """The op in plain torch: the fallback, which also runs in fp64."""
-    kernels = {**steps_reference.KERNELS, **attention_reference.KERNELS}
+    kernels = {**steps_reference.KERNELS, **attention_reference.KERNELS, **tokens_reference.KERNELS}
     return kernels[op] if op in kernels else getattr(fallback, op)
 
 
@@ -37,6 +39,8 @@ def run(op: str, kernel: Callable[..., Any], args: tuple) -> tuple[Tensor, ...]:
     """What a call gives that can be compared: its results and what it wrote, which `args` do not see."""
     if op in _raw_attention.DRAWS:
         return _raw_attention.run(op, kernel, args)
+    if op in _raw_tokens.DRAWS:
+        return _raw_tokens.run(op, kernel, args)
     if op == "scatter_combine":
         history = args[0].clone()
         return kernel(history, *args[1:]), history
@@ -57,6 +61,8 @@ def run_plain(op: str, args: tuple) -> tuple[Tensor, ...]:
     """The results of plain torch. Gradients of activations are always formed there: the plain form builds on them."""
     if op in _raw_attention.DRAWS:
         return _raw_attention.run_plain(op, args)
+    if op in _raw_tokens.DRAWS:
+        return _raw_tokens.run_plain(op, args)
     if op.endswith("_backward") and op != "gated_activation_backward":
         args = (*args[:-1], args[-1] | NEED_X | NEED_A)
     return run(op, plain(op), args)
@@ -319,7 +325,7 @@ STEPS: dict[str, Callable[[Draw], tuple]] = {
 }
 
 
-OPS = (*ADALN, *STEPS, *_raw_attention.DRAWS)
+OPS = (*ADALN, *STEPS, *_raw_attention.DRAWS, *_raw_tokens.DRAWS)
 
 
 def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = WIDTHS) -> tuple:
@@ -327,8 +333,8 @@ def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tu
     if op in _raw_attention.DRAWS:
         return _raw_attention.draw(op, seed, dtype, device)
     d = Draw(seed, dtype, device, widths)
-    if op in STEPS:
-        return STEPS[op](d)
+    if op in STEPS or op in _raw_tokens.DRAWS:
+        return (STEPS.get(op) or _raw_tokens.DRAWS[op])(d)
     if op.startswith("qk"):
         return _qk(op, d)
     return _activation(op, d) if op.startswith("gated_activation") else _adaln(op, d)

@@ -95,7 +95,7 @@ def random_keep(step, order, labels, quota, force, seed, route, offset, batch, n
 def select_active(score, age, decay, force, keep, high, threshold, flags):
     """The tokens of largest score, weighted by age."""
     batch, n = score.shape
-    metric = score.float() * decay[age.long().clamp(0, decay.shape[0] - 1)] + 0.0
+    metric = score.float() * decay.float()[age.long().clamp(0, decay.shape[0] - 1)] + 0.0
     metric = metric.masked_fill(metric.isnan(), -math.inf)
     forced = torch.zeros_like(score, dtype=torch.bool) if force is None else (force != 0).expand(batch, n)
     allowed = ~forced
