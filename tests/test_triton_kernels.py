@@ -33,8 +33,8 @@ def test_importing_does_not_need_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "from maskaccel.ops import _registry\n"
         "from maskaccel.ops.adaln import triton as a; from maskaccel.ops.steps import triton as s\n"
-        "from maskaccel.ops.attention import triton as t\n"
-        "assert {*a.KERNELS, *s.KERNELS, *t.KERNELS} == set(_registry.SPECS), set(_registry.SPECS)"
+        "from maskaccel.ops.attention import triton as t; from maskaccel.ops.tokens import triton as k\n"
+        "assert {*a.KERNELS, *s.KERNELS, *t.KERNELS, *k.KERNELS} == set(_registry.SPECS), set(_registry.SPECS)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from triton_token_cases import token_cases
 
 ARCHS = (80, 90, 100, 120)
 WIDTH, HEAD_DIM, HEADS, TOKENS, BATCH = 3072, 128, 24, 64, 2
@@ -101,6 +102,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (torch.bfloat16, torch.float32):
         yield from cases_of(dtype)
         yield from small_attention_cases(dtype)
+        yield from token_cases(dtype)
 
 
 def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -18,7 +18,7 @@ from ._triton import interpreting
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_MODULES = ("maskaccel.ops.adaln.triton", "maskaccel.ops.attention.triton", "maskaccel.ops.steps.triton")
+_TRITON_MODULES = tuple(f"maskaccel.ops.{family}.triton" for family in ("adaln", "attention", "steps", "tokens"))
 
 
 @functools.cache

@@ -44,6 +44,20 @@ def load(pointer, offsets, mask):
 
 
 @triton.jit
+def row_scales(x, out, x_batch, x_row, N, D, BLOCK: tl.constexpr):
+    """One over the length of a row; 0 for a row of zeros."""
+    n = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        v = load(x + b * x_batch + n.to(tl.int64) * x_row, cols, cols < D)
+        total += v * v
+    square = tl.sum(total, 0)
+    tl.store(out + b * N + n, tl.where(square > 0, 1.0 / tl.sqrt(square), 0.0))
+
+
+@triton.jit
 def reduce_rows(partials, out, batches, chunks, per_group, groups, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[o, f] = sum over `batches` samples and the `per_group` chunks of group f, in an order fixed by the shape."""
     row = tl.program_id(0)

@@ -13,7 +13,7 @@ from .schema import ACROSS_HEADS, LAWS, ROPE_HALF
 _NARROW = LAWS["narrow"]
 
 
-def _check_qk(q: Tensor, k: Tensor, weights: tuple[Tensor | None, ...], flags: int) -> None:
+def check_qk(q: Tensor, k: Tensor, weights: tuple[Tensor | None, ...], flags: int) -> None:
     host.check_activation("q", q, dims=4)
     host.check_activation("k", k, dims=4)
     if k.dtype != q.dtype or k.device != q.device or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -28,7 +28,7 @@ def _check_qk(q: Tensor, k: Tensor, weights: tuple[Tensor | None, ...], flags: i
     host.one_dtype("weights and biases", *weights)
 
 
-class _Rope:
+class Rope:
     """cos, sin and positions as kernel operands: `(tensor, batch, token, head and last stride)` of each table."""
 
     def __init__(self, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None) -> None:
@@ -75,10 +75,11 @@ class _Rope:
 
     @property
     def tables(self) -> tuple:
+        """The operands of a kernel: cos, sin, positions and their batch stride."""
         return self.cos, self.sin, self.positions, self.positions_batch
 
 
-def _shape(q: Tensor, k: Tensor, rope: _Rope, flags: int, per_thread: int) -> dict:
+def launch_shape(q: Tensor, k: Tensor, rope: Rope, flags: int, per_thread: int) -> dict:
     """Constants of a launch: tiles that cover the heads and pairs of one token, and their warps."""
     half = bool(flags & ROPE_HALF) and rope.cos is not None
     width = q.shape[3]
@@ -95,8 +96,8 @@ def _shape(q: Tensor, k: Tensor, rope: _Rope, flags: int, per_thread: int) -> di
 
 
 def qk_norm_rope(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, eps, flags):
-    _check_qk(q, k, (q_weight, k_weight, q_bias, k_bias), flags)
-    rope = _Rope(q, k, cos, sin, positions)
+    check_qk(q, k, (q_weight, k_weight, q_bias, k_bias), flags)
+    rope = Rope(q, k, cos, sin, positions)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     q_tokens, k_tokens = (0 if t.numel() == 0 else t.shape[0] * t.shape[1] for t in (q, k))
     if q_tokens or k_tokens:
@@ -105,7 +106,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, 
         host.launch(
             qk_forward, (max(q_tokens, k_tokens), 2), q, q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias,
             *rope.tables, q.stride()[:3], k.stride()[:3], q_tokens, k_tokens, q.shape[1], k.shape[1], q.shape[2],
-            k.shape[2], q.shape[3], eps, **_shape(q, k, rope, flags, 16),
+            k.shape[2], q.shape[3], eps, **launch_shape(q, k, rope, flags, 16),
             enable_fp_fusion=not flags & _NARROW,
         )  # fmt: skip
     return q_out, k_out
@@ -113,10 +114,10 @@ def qk_norm_rope(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, 
 
 def qk_norm_rope_backward(dq, dk, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, positions, eps, flags, needs):
     vectors = (q_weight, k_weight, q_bias, k_bias)
-    _check_qk(q, k, vectors, flags)
+    check_qk(q, k, vectors, flags)
     host.check_activation("dq", dq, q, dims=4)
     host.check_activation("dk", dk, k, dims=4)
-    rope = _Rope(q, k, cos, sin, positions)
+    rope = Rope(q, k, cos, sin, positions)
     dq_out, dk_out = q.new_empty(q.shape if needs & 1 else 0), k.new_empty(k.shape if needs & 2 else 0)
     widths = [v.numel() if v is not None and needs & (4 << i) else 0 for i, v in enumerate(vectors)]
     q_tokens, k_tokens = (0 if t.numel() == 0 else t.shape[0] * t.shape[1] for t in (q, k))
@@ -132,7 +133,7 @@ def qk_norm_rope_backward(dq, dk, q, k, q_weight, k_weight, q_bias, k_bias, cos,
         qk_backward, (programs, 2), q, dq, dk, q, k, q_weight, k_weight, *rope.tables, dq_out if needs & 1 else None,
         dk_out if needs & 2 else None, *partials, dq.stride()[:3], dk.stride()[:3], q.stride()[:3], k.stride()[:3], run,
         q_tokens, k_tokens, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], eps,
-        **_shape(q, k, rope, flags & ~_NARROW, 8),
+        **launch_shape(q, k, rope, flags & ~_NARROW, 8),
     )  # fmt: skip
     none = q.new_empty(0, dtype=torch.float32)
     sums = (none.clone() if p is None else host.reduce_partials(p, 1, 1).flatten() for p in partials)

@@ -145,16 +145,12 @@ def load_rope(cos, sin, positions, positions_batch, b, s, h, first, second, m1, 
 
 
 @triton.jit
-def norm_rope_token(x, out, weight, bias, cos, sin, positions, positions_batch, x_batch, x_token, x_head, token, S, H,
-                    D, eps, HEADS: tl.constexpr, PAIRS: tl.constexpr, FLAGS: tl.constexpr, FULL: tl.constexpr,
-                    PER_HEAD: tl.constexpr):  # fmt: skip
-    """Norm and rotation of all heads of one token of q or k."""
+def normed_pairs(x, weight, bias, strides, b, s, H, D, eps, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+                 FLAGS: tl.constexpr):  # fmt: skip
+    """All heads of row `s` of sample `b` after their norm. `strides` are those of batch, token and head."""
     KIND: tl.constexpr = FLAGS & 3
     NARROW: tl.constexpr = (FLAGS & 4) != 0
-    ACROSS: tl.constexpr = (FLAGS & 16) != 0
     HALF: tl.constexpr = (FLAGS & 32) != 0
-    b = (token // S).to(tl.int64)
-    s = token % S
     h = tl.arange(0, HEADS).to(tl.int64)[:, None]
     heads = h < H
     first, second, r1, r2 = pair_columns(D, PAIRS, HALF)
@@ -162,9 +158,9 @@ def norm_rope_token(x, out, weight, bias, cos, sin, positions, positions_batch, 
     r2 = r2[None, :]
     m1 = heads & r1
     m2 = heads & r2
-    row = b * x_batch + s.to(tl.int64) * x_token + h * x_head
+    row = b * strides[0] + s.to(tl.int64) * strides[1] + h * strides[2]
     one, two = load_pairs(x, row, D, heads, PAIRS, HEADS, HALF)
-    if ACROSS:
+    if (FLAGS & 16) != 0:
         one, two, _ = standardize_pairs(one, two, m1, m2, D * H, eps, KIND, True)
         one, two = affine_pairs(one, two, weight, bias, h * D, first, second, m1, m2, x.dtype.element_ty, KIND,
                                 (FLAGS & 8) != 0, NARROW)  # fmt: skip
@@ -172,13 +168,38 @@ def norm_rope_token(x, out, weight, bias, cos, sin, positions, positions_batch, 
         one, two, _ = standardize_pairs(one, two, m1, m2, D, eps, KIND, False)
         one, two = affine_pairs(one, two, weight, bias, 0, first, second, r1, r2, x.dtype.element_ty, KIND,
                                 (FLAGS & 8) != 0, NARROW)  # fmt: skip
+    return one, two
+
+
+@triton.jit
+def rotated_pairs(one, two, cos, sin, positions, positions_batch, b, s, H, D, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+                  FLAGS: tl.constexpr, FULL: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
+    """Both tiles after their rotation; the tables are None for none."""
     if cos is not None:
-        c1, s1, c2, s2 = load_rope(cos, sin, positions, positions_batch, b, s, h, first, second, m1, m2, r1, r2, PAIRS,
-                                   FULL, PER_HEAD)  # fmt: skip
+        h = tl.arange(0, HEADS).to(tl.int64)[:, None]
+        first, second, r1, r2 = pair_columns(D, PAIRS, (FLAGS & 32) != 0)
+        r1 = r1[None, :]
+        r2 = r2[None, :]
+        c1, s1, c2, s2 = load_rope(cos, sin, positions, positions_batch, b, s, h, first, second, (h < H) & r1,
+                                   (h < H) & r2, r1, r2, PAIRS, FULL, PER_HEAD)  # fmt: skip
         turned = one * c1 - two * s1
         two = two * c2 + one * s2
         one = turned
-    store_pairs(out, (token.to(tl.int64) * H + h) * D, one, two, D, heads, PAIRS, HEADS, HALF)
+    return one, two
+
+
+@triton.jit
+def norm_rope_token(x, out, weight, bias, cos, sin, positions, positions_batch, strides, token, S, H, D, eps,
+                    HEADS: tl.constexpr, PAIRS: tl.constexpr, FLAGS: tl.constexpr, FULL: tl.constexpr,
+                    PER_HEAD: tl.constexpr):  # fmt: skip
+    """Norm and rotation of all heads of one token of q or k."""
+    b = (token // S).to(tl.int64)
+    s = token % S
+    one, two = normed_pairs(x, weight, bias, strides, b, s, H, D, eps, HEADS, PAIRS, FLAGS)
+    one, two = rotated_pairs(one, two, cos, sin, positions, positions_batch, b, s, H, D, HEADS, PAIRS, FLAGS, FULL,
+                             PER_HEAD)  # fmt: skip
+    h = tl.arange(0, HEADS).to(tl.int64)[:, None]
+    store_pairs(out, (token.to(tl.int64) * H + h) * D, one, two, D, h < H, PAIRS, HEADS, (FLAGS & 32) != 0)
 
 
 @triton.jit
@@ -190,14 +211,12 @@ def qk_forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, cos, sin,
     token = tl.program_id(0)
     if tl.program_id(1) == 0:
         if token < q_tokens:
-            norm_rope_token(q, q_out, q_weight, q_bias, cos, sin, positions, positions_batch, q_strides[0],
-                            q_strides[1], q_strides[2], token, S, H, D, eps, Q_HEADS, PAIRS, FLAGS, FULL,
-                            PER_HEAD)  # fmt: skip
+            norm_rope_token(q, q_out, q_weight, q_bias, cos, sin, positions, positions_batch, q_strides, token, S, H, D,
+                            eps, Q_HEADS, PAIRS, FLAGS, FULL, PER_HEAD)  # fmt: skip
     else:
         if token < k_tokens:
-            norm_rope_token(k, k_out, k_weight, k_bias, cos, sin, positions, positions_batch, k_strides[0],
-                            k_strides[1], k_strides[2], token, SK, HK, D, eps, K_HEADS, PAIRS, FLAGS, FULL,
-                            PER_HEAD)  # fmt: skip
+            norm_rope_token(k, k_out, k_weight, k_bias, cos, sin, positions, positions_batch, k_strides, token, SK, HK,
+                            D, eps, K_HEADS, PAIRS, FLAGS, FULL, PER_HEAD)  # fmt: skip
 
 
 @triton.jit

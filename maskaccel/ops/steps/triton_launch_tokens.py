@@ -90,7 +90,8 @@ def kmeans(x: Tensor, init: Tensor | None, k: int, iters: int, metric: int) -> t
 
 
 def _cluster(x: Tensor, centroids: Tensor, labels: Tensor, distance: Tensor, iters: int, metric: int) -> None:
-    from .triton_kmeans import assign_rows, center_rows, row_scales
+    from .._triton_lib import row_scales
+    from .triton_kmeans import assign_rows, center_rows
 
     batch, n, width = x.shape
     k = centroids.shape[1]
