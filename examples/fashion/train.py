@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from data import DEFAULT_ROOT, NULL_CLASS, load_split, to_float
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from loop import lr_factor, save_atomically
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -37,21 +38,26 @@ CONFIG = {
 }
 
 
-def build_model(size: int = 32, init: Path | None = None) -> DiTTransformer2DModel:
-    """The network: 4.6 M parameters, (size / 2)^2 tokens; untrained, or with the weights of a pipeline folder.
-
-    Untrained, its adaLN and last projection are zero-initialised. Positions are no parameters, so weights fit any size.
-    """
-    model = DiTTransformer2DModel(**CONFIG | {"sample_size": size})
+def prepare(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """An untrained model ready for training: adaLN and the last projection at zero, no labels dropped by itself."""
     for block in model.transformer_blocks:
         torch.nn.init.zeros_(block.norm1.linear.weight)
         torch.nn.init.zeros_(block.norm1.linear.bias)
         # Each block owns a label table that would drop labels by itself, independently of the other blocks; then
-        # no sample would ever be unconditional in all of them. Labels are dropped once per sample in the loop below.
+        # no sample would ever be unconditional in all of them. Labels are dropped once per sample by the loop.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     for layer in (model.proj_out_1, model.proj_out_2):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
+    return model
+
+
+def build_model(size: int = 32, init: Path | None = None) -> DiTTransformer2DModel:
+    """The network: 4.6 M parameters, (size / 2)^2 tokens; untrained, or with the weights of a pipeline folder.
+
+    Positions are no parameters, so weights fit any size.
+    """
+    model = prepare(DiTTransformer2DModel(**CONFIG | {"sample_size": size}))
     if init is not None:
         trained = DiTTransformer2DModel.from_pretrained(init / "transformer").state_dict()
         model.load_state_dict(trained, strict=True)
@@ -68,22 +74,6 @@ def build_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Opti
         torch.optim.Muon(matrices, lr=lr * 1.5, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01),
     ]
-
-
-def lr_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Warm-up, constant, linear decay to 2 %."""
-    decay_start = int(steps * (1 - cooldown))
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < decay_start:
-        return 1.0
-    return max(0.02, (steps - step) / max(1, steps - decay_start))
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def train(args: argparse.Namespace) -> None:

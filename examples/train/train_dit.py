@@ -1,0 +1,266 @@
+"""Train a DiT or SiT, with or without token dropping, in one process or many.
+
+    python examples/train/train_dit.py --run runs/none --steps 1000
+    python examples/train/train_dit.py --run runs/tread --method tread --steps 1000
+    python examples/train/train_dit.py --run runs/tread --method tread --steps 2000 --resume
+    python examples/train/train_dit.py --run runs/mine --data ~/pictures --size 64 --patch 4   # a folder for each class
+    torchrun --nproc-per-node 2 examples/train/train_dit.py --run runs/ddp
+    torchrun --nproc-per-node 2 examples/train/train_dit.py --run runs/fsdp --parallel fsdp
+
+A run folder holds `log.jsonl` (a line for every `--log-every` steps), `checkpoint.pt` and, with `--snapshot-every`,
+files of the averaged weights. README.md beside this file says what each method does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import networks
+import parallel
+import torch
+from clock import Clock, peak_memory_mib
+from ema import Ema
+from objective import Objective, loss
+from options import DTYPES, Options, kept, parse
+from sources import Batch, Draws, FashionImages, FolderImages, Source, held_out, prefetched
+from torch import nn
+from tqdm import tqdm
+
+from data import DEFAULT_ROOT  # isort: skip  of the example model; `sources` made its folder importable
+from loop import lr_factor, save_atomically  # isort: skip
+
+
+def open_source(options: Options) -> Source:
+    """The training images: Fashion-MNIST, or a folder of images."""
+    if options.data is None or (Path(options.data) / "train-images-idx3-ubyte.gz").is_file():
+        if options.size != FashionImages.size:
+            raise ValueError(f"size={options.size}: Fashion-MNIST has {FashionImages.size} pixels a side")
+        return FashionImages(options.data or DEFAULT_ROOT)
+    return FolderImages(options.data, options.size, options.channels)
+
+
+def open_held_out(options: Options) -> Batch | None:
+    """The batch that evaluations use: test images, or those of `eval_data`; None without either."""
+    if not options.eval_every:
+        return None
+    if options.data is None or (Path(options.data) / "t10k-images-idx3-ubyte.gz").is_file():
+        source: Source = FashionImages(options.data or DEFAULT_ROOT, "test")
+    elif options.eval_data is not None:
+        source = FolderImages(options.eval_data, options.size, options.channels)
+    else:
+        raise ValueError("eval_every needs eval_data, a folder like that of data, for images of your own")
+    return held_out(source, options.eval_images)
+
+
+class Run:
+    """A training run on one rank.
+
+    Args:
+        options: What to train.
+        where: This rank.
+    """
+
+    def __init__(self, options: Options, where: parallel.Ranks) -> None:
+        self.options, self.where = options, where
+        share = where.world * options.accumulate
+        if options.batch % share:
+            raise ValueError(
+                f"batch={options.batch} must be a multiple of {share}: ranks ({where.world}) times accumulate "
+                f"({options.accumulate})"
+            )
+        self.source, self.held_out = open_source(options), open_held_out(options)
+        self.draws = Draws(self.source, options.batch, options.seed, options.label_drop, options.flip)
+        torch.manual_seed(options.seed)  # the same weights on every rank
+        self.objective = build_objective(options, self.source).to(where.device)
+        blocks = networks.blocks(self.objective.network)
+        if options.compile:
+            for block in blocks:
+                block.compile()
+        self.wrapped = parallel.wrap(self.objective, blocks, options.parallel, where)
+        self.ema = Ema(self.objective, options.ema)
+        self.optimizer = torch.optim.AdamW(
+            self.objective.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay
+        )
+        self.start, self.clock = 0, Clock()
+
+    # ---------------------------------------------------------------------------------------------------- one step
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The dtype of the forward."""
+        dtype = DTYPES[self.options.dtype]
+        return torch.autocast(self.where.device.type, dtype, enabled=dtype is not None)
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's part of every step to come."""
+        count = self.options.batch // self.where.world
+        return prefetched(
+            lambda step: self.draws.step(step, self.where.rank * count, count), self.start, self.options.steps
+        )
+
+    def step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step; the mean loss of this rank's samples, and the norm of the gradient."""
+        options, parts = self.options, self.options.accumulate
+        total = torch.zeros((), device=self.where.device)
+        for i, part in enumerate(batch.split(parts)):
+            with parallel.synchronised(self.wrapped, i == parts - 1):
+                with self.autocast():
+                    mean = loss(self.wrapped, part.to(self.where.device)).mean() / parts
+                mean.backward()
+            total += mean.detach()
+        norm = parallel.unsharded(nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * lr_factor(batch.step, options.steps, options.warmup, options.cooldown)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(batch.step)
+        return total, norm
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The loss of the averaged weights on the held-out batch, nothing dropped."""
+        assert self.held_out is not None
+        self.objective.eval()
+        with self.ema.applied(), self.autocast():
+            parts = [
+                loss(self.wrapped, part.to(self.where.device))
+                for part in self.held_out.split(-(-len(self.held_out.labels) // 64))
+            ]
+        self.objective.train()
+        return torch.cat(parts).mean().item()
+
+    # ---------------------------------------------------------------------------------------------------- states
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step` steps."""
+        state = {
+            "model": parallel.whole(self.objective.state_dict()),
+            "ema": parallel.whole(self.ema.state_dict()),
+            "optimizer": parallel.whole(self.optimizer.state_dict()),
+            "step": step,
+            "seconds": self.clock.seconds,
+            "cpu_seconds": self.clock.cpu_seconds,
+            "options": kept(self.options),
+        }
+        if self.where.first:
+            save_atomically(state, self.options.run / "checkpoint.pt")
+
+    def load(self) -> None:
+        """Go on from the checkpoint of the run folder.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It was made with other options, or has all the steps already.
+        """
+        path = self.options.run / "checkpoint.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"resume: {path} does not exist")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, value in kept(self.options).items():
+            if state["options"].get(name) != value:
+                raise ValueError(f"resume: the run has {name}={state['options'].get(name)!r}, not {value!r}")
+        if state["step"] >= self.options.steps:
+            raise ValueError(f"resume: the run has {state['step']} steps already; steps={self.options.steps}")
+        parallel.load_model(self.objective, state["model"])
+        self.ema.load_state_dict(state["ema"])
+        parallel.load_optimizer(self.optimizer, state["optimizer"])
+        self.start, self.clock = state["step"], Clock(state["seconds"], state["cpu_seconds"])
+
+    def snapshot(self, step: int) -> None:
+        """Write the averaged weights alone."""
+        state = parallel.whole(self.ema.state_dict())
+        if self.where.first:
+            save_atomically(
+                {"ema": state, "step": step, "options": kept(self.options)}, snapshot_path(self.options, step)
+            )
+
+
+def snapshot_path(options: Options, step: int) -> Path:
+    return options.run / f"ema-{step:06d}.pt"
+
+
+def build_objective(options: Options, source: Source) -> Objective:
+    """The network with what its method adds."""
+    network = networks.build(
+        options.network,
+        size=source.size,
+        channels=source.channels,
+        patch=options.patch,
+        width=options.width,
+        depth=options.depth,
+        heads=options.heads,
+        classes=len(source.classes),
+        rope=options.rope,
+    )
+    return Objective(network)
+
+
+def due(every: int, step: int, last: int) -> bool:
+    return bool(every) and (step % every == 0 or step == last)
+
+
+def train(options: Options) -> None:
+    """Train as told, on all ranks that torchrun started.
+
+    Raises:
+        ValueError: An option is out of its range or does not fit the others; the message names it.
+        FileNotFoundError: Data or a checkpoint are missing.
+        FileExistsError: The run folder holds a run, and `resume` is not set.
+    """
+    with parallel.ranks(options.device) as where:
+        if (options.run / "checkpoint.pt").is_file() and not options.resume:
+            raise FileExistsError(f"{options.run} holds a run already: add --resume, or take another folder")
+        run = Run(options, where)
+        if options.resume:
+            run.load()
+        options.run.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context((options.run / "log.jsonl").open("a")) if where.first else None
+            _loop(run, log)
+
+
+def _loop(run: Run, log: Any) -> None:
+    options, where, steps = run.options, run.where, run.options.steps
+    bar = tqdm(total=steps, initial=run.start, unit="step", desc=options.method, disable=not where.first)
+    running, since, before = torch.zeros((), device=where.device), run.start, run.clock.seconds
+
+    def write(**record: Any) -> None:
+        if log is not None:
+            log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+            log.flush()
+
+    for batch in run.batches():
+        mean, norm = run.step(batch)
+        running += mean
+        step = batch.step + 1
+        bar.update()
+        if due(options.log_every, step, steps):
+            total, cpu = where.total(running, run.clock.cpu_seconds)
+            value = total / where.world / (step - since)
+            seconds = run.clock.seconds
+            write(
+                step=step,
+                loss=value,
+                grad_norm=float(norm),
+                lr=run.optimizer.param_groups[0]["lr"],
+                seconds=seconds,
+                cpu_seconds=cpu,
+                images_per_second=(step - since) * options.batch / (seconds - before),
+                peak_memory_mib=peak_memory_mib(where.device),
+            )
+            bar.set_postfix(loss=f"{value:.4f}")
+            running.zero_()
+            since, before = step, seconds
+        with run.clock.stopped():
+            if due(options.eval_every, step, steps):
+                write(step=step, eval_loss=run.evaluate())
+            if due(options.snapshot_every, step, steps):
+                run.snapshot(step)
+            if due(options.save_every, step, steps):
+                run.save(step)
+    bar.close()
+
+
+if __name__ == "__main__":
+    train(parse(description=__doc__))
