@@ -1,7 +1,7 @@
 """Published methods, one file each, made of the pieces below.
 
-Methods with an `attach` are for `maskaccel.patch` (`PATCHES`); the others are attention layers of their own, with
-parameters to train, or make the masks of such layers.
+Methods with an `attach` are for `maskaccel.patch` (`PATCHES`); the others are layers and stacks of blocks of their own,
+with parameters to train, their losses and schedules, or what makes the masks of such layers.
 """
 
 from .by_layer import ByLayer
@@ -27,9 +27,12 @@ from .liteattention import LiteAttention
 from .magcache import MagCache
 from .mask2dit import Mask2DiT
 from .mask2former import Mask2FormerAttention, predicted_mask
+from .maskdit import MaskDiTDecoder, MaskDiTTransformer, maskdit_loss
 from .masked_cross_attention import MaskedCrossAttention, box_regions, identity_mask, region_mask
 from .maskgwm import MaskGWMAttention
+from .mdt import MDTTransformer, SideInterpolater, power_cosine_scale
 from .mediators import MediatorAttention, MediatorSchedule
+from .microdit import ExpertChoiceMLP, MicroDiTTransformer, PatchMixer, kept_edm_loss
 from .pab import PAB
 from .pt_dit import PTDiTAttention
 from .radial import RadialAttention
@@ -42,6 +45,7 @@ from .sortblock import Sortblock
 from .sparge import SpargeAttn
 from .sparse_videogen import SparseVideoGen
 from .speca import SpeCa
+from .sprint import SprintFusion
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 from .toca import ToCa
@@ -66,6 +70,7 @@ __all__ = [
     "DiffiTAttention",
     "DraftAttention",
     "DuCa",
+    "ExpertChoiceMLP",
     "FBCache",
     "FasterCache",
     "FoCa",
@@ -75,16 +80,22 @@ __all__ = [
     "LiTAttention",
     "LinFusionAttention",
     "LiteAttention",
+    "MDTTransformer",
     "MagCache",
     "Mask2DiT",
     "Mask2FormerAttention",
+    "MaskDiTDecoder",
+    "MaskDiTTransformer",
     "MaskGWMAttention",
     "MaskedCrossAttention",
     "MediatorAttention",
     "MediatorSchedule",
+    "MicroDiTTransformer",
     "PTDiTAttention",
+    "PatchMixer",
     "RadialAttention",
     "Rettention",
+    "SideInterpolater",
     "SkipBranches",
     "SkipCache",
     "SlidingTile",
@@ -92,6 +103,7 @@ __all__ = [
     "SpargeAttn",
     "SparseVideoGen",
     "SpeCa",
+    "SprintFusion",
     "TaylorSeer",
     "TeaCache",
     "ToCa",
@@ -99,6 +111,9 @@ __all__ = [
     "XAttention",
     "box_regions",
     "identity_mask",
+    "kept_edm_loss",
+    "maskdit_loss",
+    "power_cosine_scale",
     "predicted_mask",
     "region_mask",
 ]

@@ -1,0 +1,238 @@
+"""MDT and MDTv2: masked diffusion transformers (Gao et al. 2023, arXiv 2303.14389; the authors' code).
+
+In the masked pass of a training step a part r of the tokens is dropped after the (learned) positions were added; all
+blocks but the last `decode_layer` run on the kept ones. Then the **side interpolater** fills in the others:
+
+    X = restore(kept, mask token) + decoder positions,  S = Block_side(X, c),  output = M S + (1 - M) X
+
+with M = 1 at dropped tokens, and the last blocks run on all tokens. S is used at dropped tokens alone, so the side
+block runs with its queries there, keys and values from all: the same result and gradients (`partial_block`). When
+nothing is masked (the dense pass of a step, and sampling) the decoder positions are added and there is no side block.
+
+A training step is the sum of the loss of a dense and of a masked pass, each over all tokens. v1 (`version=1`): r is
+fixed, two blocks of decoder, no long skips. v2: r ~ U[r0, r0 + 0.2] (drawn on the host and in buckets, see
+`_ratios`), long skips from the first half of the encoder to the second on the kept tokens, and from the embedding of
+all tokens to every block of the decoder. Attention has a table of relative positions; on kept tokens it is read at
+their places (`RelativePosition`), not gathered.
+
+Guidance (`power_cosine_scale`): w(t) = 1 + (w - 1) (1 - cos(pi (1 - t / T)^s)) / 2.
+
+Left out: three entries of the authors' tables that no offset reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..masks import TokenIndex
+from ..ops.attention import RelativePosition
+from ._layers import check_tokens, sizes
+from ._masked_rows import partial_block
+from ._ratios import RatioRange
+from ._transformer import AdaLNBlock, learned_token, sincos, touched
+
+
+def power_cosine_scale(scale: float, t: Tensor | float, steps: float = 1000, power: float = 4.0) -> Tensor:
+    """The guidance scale of a timestep: 1 at t = T, `scale` at t = 0.
+
+    Args:
+        scale: Full scale w.
+        t: Timesteps, of any shape.
+        steps: T.
+        power: The exponent s: the larger, the later guidance sets in.
+
+    Returns:
+        Scales of the shape of `t`.
+    """
+    at = torch.as_tensor(t, dtype=torch.float32)
+    return 1 + (scale - 1) * (1 - torch.cos(math.pi * (1 - at / steps) ** power)) / 2
+
+
+def places_of(
+    block: nn.Module, grid: Sequence[int], queries: TokenIndex | None = None, keys: TokenIndex | None = None
+) -> RelativePosition:
+    """Places on the grid of the tokens that a block sees; each block reads its own table at them."""
+    table = cast(Any, block).attn.relative_position
+    return RelativePosition.of_grid(table, grid, *(None if i is None else i.keep for i in (queries, keys)))
+
+
+class SideInterpolater(nn.Module):
+    """Mask tokens, decoder positions and the side block at the dropped tokens.
+
+    Args:
+        dim: Channels.
+        grid: Sizes of the grid of tokens.
+        heads: Attention heads of the side block.
+        mlp_ratio: Hidden channels of its MLP by channels.
+        block: A side block of another kind in its place, called as `block(x, c)` and known to `partial_block`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: Sequence[int],
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        block: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid = sizes("grid", grid, len(tuple(grid)))
+        self.mask_token = learned_token(dim)
+        self.decoder_pos_embed = nn.Parameter(sincos(self.grid, dim))
+        self.block = block or AdaLNBlock(dim, heads, mlp_ratio, offsets=math.prod(2 * n - 1 for n in self.grid))
+
+    def forward(self, x: Tensor, c: Tensor, index: TokenIndex | None = None) -> Tensor:
+        """From the encoder to the decoder.
+
+        Args:
+            x: `(B, K, dim)`, the kept tokens; or all, `(B, N, dim)`, where nothing is dropped.
+            c: Condition of the side block.
+            index: The kept tokens; None: all.
+
+        Returns:
+            `(B, N, dim)`.
+        """
+        pos = self.decoder_pos_embed
+        if index is None or index.kept == index.n:
+            return touched(x + pos.to(x.dtype), *self.block.parameters(), self.mask_token)
+        full = ops.scatter_merge(None, x, index, mode="mask_token", mask_token=self.mask_token, pos=pos)
+        dropped = index.complement()
+        placed = getattr(getattr(self.block, "attn", None), "relative_position", None) is not None
+        options = {"places": places_of(self.block, self.grid, dropped)} if placed else {}
+        side = partial_block(self.block, full, dropped, c, **options)
+        return ops.scatter_merge(full, side.to(full.dtype), dropped)
+
+
+class MDTTransformer(nn.Module):
+    """The blocks of an MDT: what lies between the embedding and the last layer of a DiT.
+
+    Args:
+        dim: Channels (1152 in XL).
+        depth: Number of blocks without the side block (28 in XL).
+        heads: Attention heads (16 in XL).
+        grid: Sizes of the grid of tokens.
+        version: 1 or 2.
+        decode_layer: Blocks of the decoder, which see all tokens. None: 2 (v1), 4 (v2; the authors' v2-S takes 6).
+        ratio: Of dropped tokens. None: 0.3 (v1), uniform in [0.3, 0.5] (v2).
+        mlp_ratio: Hidden channels of the MLPs by channels.
+        block: What makes the blocks, `block(skip)` with `skip` True for one with a long skip; None: adaLN-Zero. A block
+            takes `(x, c, skip=, places=, rows=)` and has `attn.relative_position`.
+
+    Raises:
+        ValueError: Sizes do not fit, or the blocks of a v2 cannot be halved.
+    """
+
+    paper = "MDTv2: Masked Diffusion Transformer is a Strong Image Synthesizer (arXiv 2303.14389)"
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        grid: Sequence[int],
+        *,
+        version: int = 2,
+        decode_layer: int | None = None,
+        ratio: RatioRange | None = None,
+        mlp_ratio: float = 4.0,
+        block: Callable[[bool], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if version not in (1, 2):
+            raise ValueError(f"version={version}; allowed are 1 and 2")
+        decode = decode_layer if decode_layer is not None else (2 if version == 1 else 4)
+        encode = depth - decode
+        if decode < 1 or encode < 1 or (version == 2 and encode % 2):
+            raise ValueError(
+                f"depth={depth}, decode_layer={decode}: both parts need a block, and v2 an even number of blocks before"
+                " the decoder"
+            )
+        self.grid = sizes("grid", grid, len(tuple(grid)))
+        self.dim, self.version = dim, version
+        self.ratio = ratio or (RatioRange(0.3, 0.3) if version == 1 else RatioRange(0.3, 0.5))
+        offsets = math.prod(2 * n - 1 for n in self.grid)
+
+        def adaln(skip: bool) -> nn.Module:
+            return AdaLNBlock(dim, heads, mlp_ratio, skip=skip, offsets=offsets)
+
+        block = block or adaln
+        half = encode // 2 if version == 2 else encode
+        self.en_inblocks = nn.ModuleList(block(False) for _ in range(half))
+        self.en_outblocks = nn.ModuleList(block(True) for _ in range(encode - half))
+        self.de_blocks = nn.ModuleList(block(version == 2) for _ in range(decode))
+        self.pos_embed = nn.Parameter(sincos(self.grid, dim))
+        self.side = SideInterpolater(dim, self.grid, heads, mlp_ratio, block=block(False))
+
+    def choose(
+        self, batch: int, step: int, *, seed: int = 0, route: int = 0, offset: int = 0, device: Any = None
+    ) -> TokenIndex:
+        """The kept tokens of a step's masked pass.
+
+        Args:
+            batch: Samples.
+            step: Training step: the ratio and the tokens are functions of it and the seed.
+            seed: Of the tokens.
+            route: Tells several draws of a step apart.
+            offset: Number of this rank's first sample among all ranks.
+            device: Of the index.
+        """
+        n = math.prod(self.grid)
+        keep = self.ratio.kept(n, step)
+        return ops.random_keep(batch, n, keep, seed=seed, step=step, route=route, sample_offset=offset, device=device)
+
+    def places(self, index: TokenIndex | None = None) -> RelativePosition:
+        """Where tokens are on the grid: the kept ones, or all."""
+        return places_of(self.en_inblocks[0], self.grid, index, index)
+
+    def encode(self, x: Tensor, c: Tensor, index: TokenIndex | None = None) -> tuple[Tensor, Tensor]:
+        """The blocks before the side interpolater.
+
+        Args:
+            x: Embedded tokens without positions, `(B, N, dim)`.
+            c: Condition.
+            index: Kept tokens; None: all.
+
+        Returns:
+            The kept tokens `(B, K, dim)`, and all tokens with positions as they came in.
+        """
+        check_tokens(x, self.dim, self.grid)
+        x = whole = x + self.pos_embed.to(x.dtype)
+        places = self.places(index)
+        if index is not None:
+            x = index.gather(x)
+        skips = []
+        for block in self.en_inblocks:
+            x = block(x, c, places=places)
+            skips.append(x)
+        for block in self.en_outblocks:
+            x = block(x, c, skip=skips.pop(), places=places)
+        return x, whole
+
+    def decode(self, x: Tensor, whole: Tensor, c: Tensor) -> Tensor:
+        """The last blocks, on all tokens; `whole` as of `encode`."""
+        places = self.places()
+        for block in self.de_blocks:
+            x = block(x, c, skip=whole if self.version == 2 else None, places=places)
+        return x
+
+    def forward(self, x: Tensor, c: Tensor, index: TokenIndex | None = None) -> Tensor:
+        """The dense pass, or with an index the masked one.
+
+        Args:
+            x: Embedded tokens without positions, `(B, N, dim)`.
+            c: Condition `(B, dim)`.
+            index: Kept tokens of the masked pass, of `choose`.
+
+        Returns:
+            `(B, N, dim)`.
+        """
+        index = None if index is None or index.kept == index.n else index
+        x, whole = self.encode(x, c, index)
+        return self.decode(self.side(x, c, index), whole, c)

@@ -1,0 +1,169 @@
+"""SPRINT: sparse-dense residual fusion (Park et al. 2025, arXiv 2510.21986; the authors' code), and path-drop guidance.
+
+The blocks are f (2, all tokens), g (the middle, on kept tokens: 25 % in pretraining) and h (2, all tokens):
+
+    f = f(x),  g = g(kept rows of f),  h_in = W [g_pad ; f] + b,  g_pad = g at kept tokens and the mask token elsewhere
+
+Tokens are kept by cell, 1 of every 2 x 2 for a ratio of 0.75 (`CELLS`). In training, each sample has g_pad replaced by
+the mask token throughout with probability 0.1 (**path drop**). That trains what guidance uses: the unconditional
+half of a guided step runs f and h alone,
+
+    v = v_u + w (v_c - v_u),  v_u = h(W [mask token ; f(x, null)])
+
+so it costs 4 of 28 blocks of SiT-XL, not 28. The fusion also takes place when all tokens are kept (finetuning at a
+ratio of 0, and sampling). The loss is over all tokens.
+
+`SprintFusion` never forms g_pad or the concatenation: with W = [W_g | W_f] it is a product of f for all tokens and one
+of `g - mask token` for the kept ones. The authors' mask token is not trained (normal, 0.02).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..masks import TokenIndex
+from ._ratios import uniform
+from ._transformer import learned_token, touched
+
+RATIO = 0.75
+"""Dropped part of the tokens in pretraining; 0 in finetuning."""
+
+PATH_DROP = 0.1
+"""Probability of a path drop, for each sample of a training batch."""
+
+CELLS: dict[float, tuple[tuple[int, int], int]] = {
+    0.5: ((2, 2), 2),
+    0.625: ((4, 4), 6),
+    0.75: ((2, 2), 1),
+    0.875: ((4, 4), 2),
+}
+"""By ratio: cells of the grid, and how many tokens of each are kept. Video keeps 2 of 2 x 2 x 2 (a ratio of 0.75)."""
+
+
+class SprintFusion(nn.Module):
+    """The linear layer that joins both paths, and the mask token.
+
+    Args:
+        dim: Channels.
+        path_drop: Probability of a path drop in training mode.
+        learn_mask: Whether the mask token is trained (SR-DiT, PRX).
+        seed: Of the path drops.
+
+    Attributes:
+        weight: `(dim, 2 dim)`, columns of g first: Xavier uniform.
+        bias: `(dim,)`: 0.
+        mask_token: `(dim,)`.
+
+    Raises:
+        ValueError: `path_drop` is no probability.
+    """
+
+    def __init__(self, dim: int, *, path_drop: float = PATH_DROP, learn_mask: bool = False, seed: int = 0) -> None:
+        super().__init__()
+        if not 0 <= path_drop < 1:
+            raise ValueError(f"path_drop={path_drop} must lie in [0, 1)")
+        self.path_drop, self.seed = path_drop, seed
+        self.weight, self.bias = nn.Parameter(torch.empty(dim, 2 * dim)), nn.Parameter(torch.zeros(dim))
+        nn.init.xavier_uniform_(self.weight)
+        self.mask_token = learned_token(dim).requires_grad_(learn_mask)
+
+    def draw(self, batch: int, step: Tensor | int, *, offset: int = 0, device: Any = None) -> Tensor | None:
+        """Which samples keep the path of g in a training step: bool `(batch,)`; None: all of them.
+
+        A function of the seed, the step and the number of the sample, as the kept tokens.
+
+        Args:
+            batch: Samples.
+            step: Training step.
+            offset: Number of this rank's first sample.
+            device: Of the result.
+        """
+        if not self.path_drop or not self.training:
+            return None
+        return uniform(batch, seed=self.seed, step=step, offset=offset, device=device) >= self.path_drop
+
+    def forward(self, f: Tensor, g: Tensor, index: TokenIndex | None = None, path_keep: Tensor | None = None) -> Tensor:
+        """`W [g_pad ; f] + b`.
+
+        Args:
+            f: All tokens before the middle, `(B, N, dim)`.
+            g: Kept tokens after it, `(B, K, dim)`; all of them without an index.
+            index: The kept tokens.
+            path_keep: bool `(B,)`: False where g_pad is the mask token throughout.
+
+        Returns:
+            `(B, N, dim)`.
+        """
+        index = TokenIndex.all(f.shape[1], f.device) if index is None else index
+        out = ops.sparse_dense_fuse(f, g, index, self.weight, self.bias, self.mask_token, path_keep)
+        return touched(out, self.mask_token)
+
+    def without_middle(self, f: Tensor) -> Tensor:
+        """`W [mask token ; f] + b`: the path-dropped form, of `(B, N, dim)`, which needs no g."""
+        to_mask, to_f = self.weight.chunk(2, dim=1)
+        out = torch.nn.functional.linear(f, to_f, self.bias)
+        wide = torch.promote_types(torch.float32, to_mask.dtype)
+        return (out + to_mask.to(wide) @ self.mask_token.to(wide)).to(out.dtype)
+
+    def guided(self, f: Tensor, g: Tensor, index: TokenIndex | None = None) -> Tensor:
+        """Both halves of a guided batch, of which the conditional one alone went through the middle.
+
+        Args:
+            f: `(2 B, N, dim)`: conditional samples, then unconditional ones.
+            g: `(B, K, dim)` of the conditional ones.
+            index: As in `forward`, of the conditional samples.
+
+        Returns:
+            `(2 B, N, dim)`.
+        """
+        cond, null = f.chunk(2)
+        return torch.cat([self(cond, g, index), self.without_middle(null)])
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """`v_u + w (v_c - v_u)`."""
+    return torch.lerp(unconditional, conditional, scale)
+
+
+def cell_index(
+    batch: int,
+    grid: tuple[int, ...],
+    ratio: float = RATIO,
+    *,
+    seed: int,
+    step: Tensor | int = 0,
+    offset: int = 0,
+    device: Any = None,
+) -> TokenIndex:
+    """Kept tokens by cell: as many of each, drawn among its tokens.
+
+    Args:
+        batch: Samples.
+        grid: Sizes of the grid of tokens; three for a video.
+        ratio: Dropped part, one of `CELLS` (0.75 for a video).
+        seed: Of the draw.
+        step: Training step.
+        offset: Number of this rank's first sample.
+        device: Of the index.
+
+    Raises:
+        ValueError: There are no cells for the ratio, or they do not divide the grid.
+    """
+    if len(grid) == 3 and ratio == 0.75:
+        cell: tuple[int, ...] = (2, 2, 2)
+        kept = 2
+    elif len(grid) == 2 and ratio in CELLS:
+        cell, kept = CELLS[ratio]
+    else:
+        known = ", ".join(map(str, CELLS))
+        raise ValueError(f"ratio={ratio} on the grid {grid} has no cells; known are {known} (images), 0.75 (videos)")
+    n = math.prod(grid)
+    return ops.random_keep(
+        batch, n, n * kept // math.prod(cell), seed=seed, step=step, sample_offset=offset, scheme="cell", grid=grid,
+        cell=cell, device=device,
+    )  # fmt: skip
