@@ -38,6 +38,16 @@ TINY = {
     "merge_attention": (2, 12, 3, 16),
     "linear_attention": (2, 12, 3, 16),
     "attention_column_sums": (2, 12, 3, 16),
+    "gather_rows": (2, 12, 40),
+    "gather_modulate": (2, 12, 40),
+    "scatter_merge": (2, 12, 40),
+    "sparse_dense_fuse": (2, 12, 40),
+    "merge_tokens": (2, 16, 40),
+    "unmerge_tokens": (2, 16, 40),
+    "select_active": (2, 12, 40),
+    "write_kv_rows": (2, 12, 3, 16),
+    "read_kv_rows": (2, 12, 3, 16),
+    "confidence_unmask": (2, 12, 40),
 }
 CPU = torch.device("cpu")
 QUICK = runner.Settings(rounds=3, min_seconds=1e-4, warmup=1)
@@ -45,8 +55,9 @@ QUICK = runner.Settings(rounds=3, min_seconds=1e-4, warmup=1)
 
 def test_every_public_op_is_registered():
     registered = {name.split(".")[0] for name in OPS}
-    # predictors are plain torch, and a relative position table is data
-    assert registered == set(maskaccel.ops.__all__) - {"tile_pool", "tile_scores", "tile_select", "RelativePosition"}
+    # predictors are plain torch, tables and indices are data, and others draw their tokens from other generators
+    apart = {"tile_pool", "tile_scores", "tile_select", "RelativePosition", "MergeIndex", "match_tokens", "random_keep"}
+    assert registered == set(maskaccel.ops.__all__) - apart
     assert set(TINY) == set(OPS)
 
 

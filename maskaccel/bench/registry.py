@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from . import attention, eager
+from . import attention, eager, tokens
 from .eager import Inputs
 
 Shape = tuple[int, ...]
@@ -76,6 +76,7 @@ class Op:
         wants_grad: Inputs that get a gradient in training; empty for an op without a derivative.
         elements: Elements of the activation that one forward call has to read and write.
         elements_backward: The same of backward.
+        kernel: The raw op behind it, where that has another name.
     """
 
     name: str
@@ -88,11 +89,17 @@ class Op:
     wants_grad: tuple[str, ...]
     elements: Callable[[Shape], int]
     elements_backward: Callable[[Shape], int] = field(default=lambda shape: 0)
+    kernel: str = ""
 
     @property
     def function(self) -> str:
         """Name in `maskaccel.ops`."""
         return self.name.split(".")[0]
+
+    @property
+    def raw(self) -> str:
+        """Name of the raw op behind it: the one that backends hold or lack."""
+        return self.kernel or self.function
 
     def check_shape(self, shape: Shape) -> None:
         """Raise ValueError unless `shape` has the dims of this op."""
@@ -393,6 +400,7 @@ _ALL = (
         elements=lambda s: 3 * math.prod(s),
     ),
     *attention.entries(Op),
+    *tokens.entries(Op),
 )  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for op in _ALL}
 

@@ -237,11 +237,11 @@ def run_case(
     if backward and not op.wants_grad:
         raise ValueError(f"{op.name} has no backward")
     for backend in backends or ():
-        reason = None if backend is None else refusal(backend, device, dtype, op.function)
+        reason = None if backend is None else refusal(backend, device, dtype, op.raw)
         if reason is not None:
             raise ValueError(f"backend={backend!r} cannot run here: {reason}")
     settings = settings or Settings()
-    chosen = list(backends) if backends is not None else list(backends_for(device, dtype, op.function))
+    chosen = list(backends) if backends is not None else list(backends_for(device, dtype, op.raw))
     inputs = op.inputs(shape, dtype, device)
     count = op.elements_backward(shape) if backward else op.elements(shape)
     direction = "backward" if backward else "forward"

@@ -30,6 +30,16 @@ CPU_SHAPES: dict[str, tuple[Shape, ...]] = {
     "merge_attention": ((1, 4608, 24, 128),),
     "linear_attention": ((1, 4608, 24, 128),),
     "attention_column_sums": ((1, 2048, 8, 64),),
+    "gather_rows": CPU_TOKENS,
+    "gather_modulate": CPU_TOKENS,
+    "scatter_merge": CPU_TOKENS,
+    "sparse_dense_fuse": ((8, 1024, 384),),
+    "merge_tokens": CPU_TOKENS,
+    "unmerge_tokens": CPU_TOKENS,
+    "select_active": CPU_TOKENS,
+    "write_kv_rows": ((1, 4608, 24, 128),),
+    "read_kv_rows": ((1, 4608, 24, 128),),
+    "confidence_unmask": ((1, 64, 32768), (2, 256, 8256)),
 }
 
 

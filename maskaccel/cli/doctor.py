@@ -34,6 +34,10 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         ("tile_attention", "tile_attention.quarter", "merge_attention", "linear_attention", "attention_column_sums"),
         ((2, 150, 4, 64), (1, 37, 2, 72)),
     ),
+    **dict.fromkeys(("gather_rows", "gather_modulate", "scatter_merge", "sparse_dense_fuse", "select_active"), _TOKENS),
+    **dict.fromkeys(("merge_tokens", "unmerge_tokens"), ((2, 64, 1152), (3, 6, 67))),
+    **dict.fromkeys(("write_kv_rows", "read_kv_rows"), ((2, 33, 4, 64), (1, 8, 3, 72))),
+    "confidence_unmask": ((2, 33, 1000), (1, 7, 37)),
 }
 
 
@@ -106,7 +110,7 @@ def examine(device: str | None = None) -> list[Check]:
                 checks.append(Check("all ops", backend, str(where), "", "", "unavailable", note=reason))
                 continue
             for op in OPS.values():
-                reason = refusal(backend, where, torch.float32, op.function)
+                reason = refusal(backend, where, torch.float32, op.raw)
                 if reason is not None:
                     checks.append(Check(op.name, backend, str(where), "", "", "unavailable", note=reason))
                     continue

@@ -81,6 +81,13 @@ def seed_of(seed: object) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
+def _as_rows(name: str, t: Tensor, batch: int, n: int) -> Tensor:
+    """A tensor `(n,)`, `(1, n)` or `(batch, n)` with the batch as its first dim."""
+    if tuple(t.shape) not in ((n,), (1, n), (batch, n)):
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be ({n},), (1, {n}) or ({batch}, {n})")
+    return t[None] if t.dim() == 1 else t
+
+
 def flags_of(name: str, mask: object, batch: int, n: int, device: torch.device) -> Tensor | None:
     """A bool mask `(n,)`, `(1, n)` or `(batch, n)` as uint8 `(B|1, n)`, or None."""
     if mask is None:
@@ -88,9 +95,7 @@ def flags_of(name: str, mask: object, batch: int, n: int, device: torch.device) 
     mask = _checks.tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} has dtype {mask.dtype}; it must be bool")
-    mask = mask[None] if mask.dim() == 1 else mask
-    if mask.dim() != 2 or mask.shape[1] != n or mask.shape[0] not in (1, batch):
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it must be ({n},), (1, {n}) or ({batch}, {n})")
+    mask = _as_rows(name, mask, batch, n)
     _on(name, mask, device)
     return mask.to(torch.uint8).contiguous()
 
@@ -100,9 +105,7 @@ def rows_of(name: str, value: object, batch: int, n: int, device: torch.device) 
     t = _checks.tensor(name, value)
     if t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {t.dtype}; it must be int32 or int64")
-    t = t[None] if t.dim() == 1 else t
-    if t.dim() != 2 or t.shape[1] != n or t.shape[0] not in (1, batch):
-        raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be ({n},), (1, {n}) or ({batch}, {n})")
+    t = _as_rows(name, t, batch, n)
     _on(name, t, device)
     return t.to(torch.int32).contiguous()
 

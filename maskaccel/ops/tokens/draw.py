@@ -182,13 +182,19 @@ def _grid(grid: Sequence[int] | None, scheme: str, n: int, frames: int) -> tuple
         if scheme in ("cell", "rows_cols", "row_equal"):
             raise ValueError(f"scheme={scheme!r} needs the grid of the tokens")
         return (n // frames,)
-    sizes = tuple(grid)
-    if not all(isinstance(s, int) and s >= 1 for s in sizes) or math.prod(sizes) != n:
-        raise ValueError(f"grid={grid!r} must be sizes whose product is n={n}")
+    sizes = grid_of(grid, n)
     if frames > 1:
         if sizes[0] != frames:
             raise ValueError(f"grid={grid!r} must begin with frames={frames}")
         sizes = sizes[1:] or (1,)
+    return sizes
+
+
+def grid_of(grid: Sequence[int], n: int) -> tuple[int, ...]:
+    """Sizes of a grid of n tokens."""
+    sizes = tuple(grid)
+    if not all(isinstance(s, int) and s >= 1 for s in sizes) or math.prod(sizes) != n:
+        raise ValueError(f"grid={grid!r} must be sizes whose product is n={n}")
     return sizes
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _checks
 from . import _run
-from .draw import random_keep
+from .draw import grid_of, random_keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def match_tokens(
     """
     metric = _checks.activation("metric", metric, "B, N, C")
     batch, n, _ = metric.shape
-    sizes = tuple(grid)
+    sizes = grid_of(grid, n)
     cell = tuple(2 if s % 2 == 0 else 1 for s in sizes) if cell is None else tuple(cell)
     cells = n // max(1, math.prod(cell))
     ratio = _run.number("ratio", ratio, 0.0, 1.0)

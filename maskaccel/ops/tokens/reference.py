@@ -181,9 +181,8 @@ def scatter_merge_backward(dout, rows, ids, inverse, gate, lam, mode, needs):
     wide, batch = _wide(dout), dout.shape[0]
     kept = (inverse >= 0).expand(batch, -1).unsqueeze(-1)
     grad = dout.to(wide)
-    empty = dout.new_empty(0)
-    none = empty.to(wide)
-    dfull, drows, dgate, dmask = empty, empty, none, none
+    dfull, drows = dout.new_empty(0), dout.new_empty(0)  # one each: results of an op must not share memory
+    dgate, dmask = grad.new_empty(0), grad.new_empty(0)
     share = 1 - lam if mode == MERGES["blend"] else 1.0
     if needs & NEED_FULL:
         dfull = grad * torch.where(kept, lam if mode == MERGES["blend"] else 0.0, 1.0).to(wide)
