@@ -2,6 +2,7 @@
 
 from .api import Attention, attention_column_sums, linear_attention, merge_attention, tile_attention
 from .relpos import RelativePosition
+from .segments import segment_attention
 from .select import tile_pool, tile_scores, tile_select
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "attention_column_sums",
     "linear_attention",
     "merge_attention",
+    "segment_attention",
     "tile_attention",
     "tile_pool",
     "tile_scores",
