@@ -1,7 +1,7 @@
 """Published methods, one file each, made of the pieces below.
 
 Methods with an `attach` are for `maskaccel.patch` (`PATCHES`); the others are layers and stacks of blocks of their own,
-with parameters to train, their losses and schedules, or what makes the masks of such layers.
+with parameters to train, their losses and schedules, what makes the masks of such layers, or samplers of masked models.
 """
 
 from .by_layer import ByLayer
@@ -15,25 +15,36 @@ from .dmd import DMD
 from .dpcache import DPCache
 from .draft import DraftAttention
 from .duca import DuCa
+from .dus import DUS
+from .editmgt import EditMGT
 from .fastercache import FasterCache
 from .foca import FoCa
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
 from .hdit import HDiTAttention
 from .hyca import HyCa
+from .lavida_o import LaViDaO
+from .learned_policy import LearnedPolicy
 from .linfusion import LinFusionAttention
 from .lit import LiTAttention
 from .liteattention import LiteAttention
+from .llada import LLaDA
+from .llada2 import LLaDA2
 from .magcache import MagCache
 from .mask2dit import Mask2DiT
 from .mask2former import Mask2FormerAttention, predicted_mask
+from .maskbit import MaskBit
 from .maskdit import MaskDiTDecoder, MaskDiTTransformer, maskdit_loss
 from .masked_cross_attention import MaskedCrossAttention, box_regions, identity_mask, region_mask
+from .maskgit import MaskGIT
 from .maskgwm import MaskGWMAttention
+from .md4 import MD4, GenMD4
+from .mdlm import MDLM
 from .mdt import MDTTransformer, SideInterpolater, power_cosine_scale
 from .mediators import MediatorAttention, MediatorSchedule
 from .microdit import ExpertChoiceMLP, MicroDiTTransformer, PatchMixer, kept_edm_loss
 from .pab import PAB
+from .prime import Prime
 from .pt_dit import PTDiTAttention
 from .radial import RadialAttention
 from .rettention import Rettention
@@ -50,6 +61,7 @@ from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 from .toca import ToCa
 from .u_dit import UDiTAttention
+from .uncage import UNCAGE
 from .vsa import VSA
 from .xattention import XAttention
 
@@ -57,9 +69,13 @@ __all__ = [
     "CLEAR",
     "DDT",
     "DMD",
+    "DUS",
     "FORA",
+    "MD4",
+    "MDLM",
     "PAB",
     "SCM",
+    "UNCAGE",
     "VSA",
     "ByLayer",
     "ClearPooling",
@@ -70,13 +86,19 @@ __all__ = [
     "DiffiTAttention",
     "DraftAttention",
     "DuCa",
+    "EditMGT",
     "ExpertChoiceMLP",
     "FBCache",
     "FasterCache",
     "FoCa",
     "FusedAdaLN",
+    "GenMD4",
     "HDiTAttention",
     "HyCa",
+    "LLaDA",
+    "LLaDA2",
+    "LaViDaO",
+    "LearnedPolicy",
     "LiTAttention",
     "LinFusionAttention",
     "LiteAttention",
@@ -84,8 +106,10 @@ __all__ = [
     "MagCache",
     "Mask2DiT",
     "Mask2FormerAttention",
+    "MaskBit",
     "MaskDiTDecoder",
     "MaskDiTTransformer",
+    "MaskGIT",
     "MaskGWMAttention",
     "MaskedCrossAttention",
     "MediatorAttention",
@@ -93,6 +117,7 @@ __all__ = [
     "MicroDiTTransformer",
     "PTDiTAttention",
     "PatchMixer",
+    "Prime",
     "RadialAttention",
     "Rettention",
     "SideInterpolater",

@@ -39,8 +39,10 @@ class Method(Protocol):
 class Context:
     """What a method sees of one model while it plans its edits."""
 
-    def __init__(self, model: nn.Module, transaction: Transaction, report: PatchReport, generation: Generation) -> None:
+    def __init__(self, model: nn.Module, transaction: Transaction, report: PatchReport, generation: Generation,
+                 scheduler: Any = None) -> None:  # fmt: skip
         self.model, self.transaction, self.report, self.generation = model, transaction, report, generation
+        self.scheduler = scheduler  # of the pipeline, if there is one
         self.planned = 0
         self.tracked = False
 
@@ -200,7 +202,8 @@ def patch(target: Any, methods: Method | Sequence[Method] | None = None) -> Patc
 
     transaction, report = Transaction(), PatchReport()
     generations = [Generation() for _ in models]
-    contexts = [Context(m, transaction, report, g) for m, g in zip(models, generations, strict=True)]
+    scheduler = getattr(pipeline, "scheduler", None)
+    contexts = [Context(m, transaction, report, g, scheduler) for m, g in zip(models, generations, strict=True)]
     for method in chosen:
         before = sum(context.planned for context in contexts)
         for context in contexts:

@@ -11,7 +11,7 @@ from .transaction import PatchError
 
 
 def find_models(target: Any) -> tuple[list[nn.Module], Any | None]:
-    """The transformers of a pipeline, or the module itself.
+    """The transformers of a pipeline (its `model` where it has none), or the module itself.
 
     Returns:
         The models, and the pipeline (None for a module).
@@ -28,9 +28,11 @@ def find_models(target: Any) -> tuple[list[nn.Module], Any | None]:
             "or a torch.nn.Module"
         )
     models = [m for name, m in components.items() if isinstance(m, nn.Module) and "transformer" in name]
+    if not models and isinstance(components.get("model"), nn.Module):  # diffusion language models
+        models = [components["model"]]
     if not models:
         names = ", ".join(f"{name} ({type(value).__name__})" for name, value in components.items())
-        raise PatchError(f"{type(target).__name__} holds no component named transformer*; it holds {names}")
+        raise PatchError(f"{type(target).__name__} holds no component named transformer* or model; it holds {names}")
     return [_not_compiled(model) for model in models], target
 
 

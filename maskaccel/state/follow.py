@@ -56,6 +56,12 @@ def _step(scheduler: Any) -> None:
         generation.step()
 
 
+def advance(scheduler: Any) -> None:
+    """Another step than the scheduler's own was done in its place: the runs that it moves go on."""
+    if is_followed(scheduler):
+        _step(scheduler)
+
+
 def _skip(scheduler: Any) -> None:
     for generation in scheduler.__dict__[FOLLOWERS]:
         generation.shorten(getattr(scheduler, "begin_index", None) or 0)

@@ -6,7 +6,7 @@ from .draw import random_keep
 from .fuse import sparse_dense_fuse
 from .merging import MergeIndex, match_tokens, merge_tokens, unmerge_tokens
 from .rows import gather_modulate, gather_rows, scatter_merge
-from .unmask import confidence_unmask
+from .unmask import confidence_unmask, sample_logits, unmask_select
 
 __all__ = [
     "MergeIndex",
@@ -17,9 +17,11 @@ __all__ = [
     "merge_tokens",
     "random_keep",
     "read_kv_rows",
+    "sample_logits",
     "scatter_merge",
     "select_active",
     "sparse_dense_fuse",
+    "unmask_select",
     "unmerge_tokens",
     "write_kv_rows",
 ]

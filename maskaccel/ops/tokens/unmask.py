@@ -79,56 +79,183 @@ def confidence_unmask(
             position stays masked with confidence NaN).
     """
     logits = _checks.activation("logits", logits, "B, N, V")
-    batch, count, size = logits.shape
-    tokens = _checks.tensor("tokens", tokens)
-    if tokens.dtype != torch.int64 or tuple(tokens.shape) != (batch, count):
-        raise ValueError(f"tokens is {tokens.dtype} {tuple(tokens.shape)}; it must be int64 {(batch, count)}")
-    _checks.same_device("tokens", tokens, "logits", logits)
-    _checks.no_gradient("confidence_unmask", logits=logits, scores=scores)
-    _run.integer("mask_id", mask_id, 0)
     _checks.choice("order", order, ORDERS)
-    temperature = _run.number("temperature", temperature, 0.0, 1e6)
     selection_temperature = _run.number("selection_temperature", selection_temperature, 0.0, 1e6)
-    if scaled and temperature == 0:
-        raise ValueError("scaled=True needs a temperature above 0")
     if (scores is None) == (order == "scores"):
         raise ValueError(f"order={order!r} {'needs' if scores is None else 'has no'} scores")
+    if scores is not None:
+        _checks.no_gradient("confidence_unmask", scores=scores)
+        scores = _checks.floating("scores", scores)
+        if tuple(scores.shape) != tuple(logits.shape[:2]):
+            raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be {tuple(logits.shape[:2])}")
+        _checks.same_device("scores", scores, "logits", logits)
+    # What is wrong with the selection is told before anything runs.
+    _selection(tokens, n, threshold, groups, hold, selection_noise, logits)
+    # Noise is added to logarithms, which are formed before they are rounded to probabilities.
+    logs = order == "confidence" and selection_temperature > 0
+    sampled, confidence = sample_logits(
+        logits, tokens, mask_id, temperature=temperature,
+        confidence="log" if logs else "confidence" if order == "scores" else order, scaled=scaled,
+        seed=seed, step=step, sample_offset=sample_offset, noise=noise, backend=backend,
+    )  # fmt: skip
+    compared = confidence if scores is None else torch.where(confidence.isnan(), confidence, scores.float())
+    if logs and threshold is not None:
+        threshold = math.log(threshold) if threshold > 0 else -_INF
+    revealed = unmask_select(
+        compared, sampled, tokens, mask_id, n, threshold=threshold, temperature=selection_temperature, groups=groups,
+        hold=hold, seed=seed, step=step, sample_offset=sample_offset, noise=selection_noise, backend=backend,
+    )  # fmt: skip
+    return revealed, confidence.exp() if logs else confidence
+
+
+def sample_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    mask_id: int,
+    *,
+    temperature: float = 1.0,
+    confidence: str = "confidence",
+    scaled: bool = False,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    sample_offset: int = 0,
+    noise: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first half of `confidence_unmask`: a token for every masked position, and its confidence.
+
+    Args:
+        logits: As there, like all arguments but this one:
+        tokens: As there.
+        mask_id: As there.
+        temperature: As there.
+        confidence: `"confidence"`, `"margin"`, `"entropy"`, or `"log"`, the logarithm of the probability.
+        scaled: As there.
+        seed: As there.
+        step: As there.
+        sample_offset: As there.
+        noise: As there.
+        backend: As there.
+
+    Returns:
+        int64 `(B, N)`, the token itself where nothing is masked, and fp32 `(B, N)`, +inf there.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there.
+    """
+    logits = _checks.activation("logits", logits, "B, N, V")
+    batch, count, size = logits.shape
+    _tokens("tokens", tokens, (batch, count))
+    _checks.same_device("tokens", tokens, "logits", logits)
+    _checks.no_gradient("sample_logits", logits=logits)
+    _run.integer("mask_id", mask_id, 0)
+    _checks.choice("confidence", confidence, CONFIDENCES)
+    temperature = _run.number("temperature", temperature, 0.0, 1e6)
+    if scaled and temperature == 0:
+        raise ValueError("scaled=True needs a temperature above 0")
+    device = logits.device
+    _noise("noise", noise, (batch, count, size), device)
+    at, key = _run.step_tensor(step, device), _run.seed_of(seed)
+    _run.integer("sample_offset", sample_offset, 0)
+    kind = CONFIDENCES[confidence] | (SCALED if scaled else 0)
+    args = (
+        _checks.dense_last(logits), tokens.contiguous(), at, noise, mask_id, key, sample_offset, temperature, kind
+    )  # fmt: skip
+    sampled, found = _run.run("sample_logits", args, device, backend, logits.dtype)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = found.isnan()
+        if bool(bad.any()):
+            sample, row = map(int, bad.nonzero()[0])
+            raise ValueError(f"logits of token {row} of sample {sample} hold a NaN, +inf, or nothing but -inf")
+    return sampled, found
+
+
+def unmask_select(
+    confidence: Tensor,
+    sampled: Tensor,
+    tokens: Tensor,
+    mask_id: int,
+    n: int | Sequence[int] | Tensor | None = None,
+    *,
+    threshold: float | None = None,
+    temperature: float = 0.0,
+    groups: Tensor | None = None,
+    hold: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    sample_offset: int = 0,
+    noise: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The second half of `confidence_unmask`: which masked positions take their sampled token.
+
+    Args:
+        confidence: fp32 `(B, N)`: what positions are compared by. A NaN is never revealed.
+        sampled: int64 `(B, N)`: the token of each.
+        tokens: As there, like all arguments from here on.
+        mask_id: As there.
+        n: As there.
+        threshold: As there.
+        temperature: `selection_temperature` there, always of the confidence itself.
+        groups: As there.
+        hold: As there.
+        seed: As there.
+        step: As there.
+        sample_offset: As there.
+        noise: `selection_noise` there.
+        backend: As there.
+
+    Returns:
+        int64 `(B, N)`.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there.
+    """
+    confidence = _checks.tensor("confidence", confidence)
+    if confidence.dtype != torch.float32 or confidence.dim() != 2:
+        raise ValueError(f"confidence is {confidence.dtype} {tuple(confidence.shape)}; it must be float32 (B, N)")
+    _checks.no_gradient("unmask_select", confidence=confidence)
+    limits, group, held = _selection(tokens, n, threshold, groups, hold, noise, confidence)
+    _tokens("sampled", sampled, tuple(confidence.shape))
+    for name, t in (("tokens", tokens), ("sampled", sampled)):
+        _checks.same_device(name, t, "confidence", confidence)
+    _run.integer("mask_id", mask_id, 0)
+    temperature = _run.number("temperature", temperature, 0.0, 1e6)
+    device = confidence.device
+    at, key = _run.step_tensor(step, device), _run.seed_of(seed)
+    _run.integer("sample_offset", sample_offset, 0)
+    least = _INF if threshold is None else float(threshold)
+    args = (confidence.contiguous(), sampled.contiguous(), tokens.contiguous(), at, limits, group, held, noise, mask_id,
+            key, sample_offset, least, temperature)  # fmt: skip
+    revealed: Tensor = _run.run("unmask_select", args, device, backend)
+    return revealed
+
+
+def _tokens(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    t = _checks.tensor(name, t)
+    if t.dtype != torch.int64 or tuple(t.shape) != shape:
+        raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be int64 {shape}")
+
+
+def _selection(
+    tokens: Tensor, n: int | Sequence[int] | Tensor | None, threshold: float | None, groups: Tensor | None,
+    hold: Tensor | None, noise: Tensor | None, like: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """What a selection is limited by: counts `(B|1, G)`, groups and held positions, for a batch like that of `like`."""
+    batch, count = like.shape[:2]
+    device = like.device
+    _tokens("tokens", tokens, (batch, count))
     if n is None and threshold is None:
         raise ValueError("n or threshold must say how many tokens are revealed")
     if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
         raise ValueError(f"threshold={threshold!r} must be a number")
-    device = logits.device
     group = None if groups is None else _run.rows_of("groups", groups, batch, count, device)
     held = _run.flags_of("hold", hold, batch, count, device)
     limits = _counts(0 if n is None else n, batch, group is not None, device)
-    _noise("noise", noise, (batch, count, size), device)
-    _noise("selection_noise", selection_noise, (batch, count), device)
-    if scores is not None:
-        scores = _checks.floating("scores", scores)
-        if tuple(scores.shape) != (batch, count):
-            raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be {(batch, count)}")
-        _checks.same_device("scores", scores, "logits", logits)
-
-    at, key = _run.step_tensor(step, device), _run.seed_of(seed)
-    _run.integer("sample_offset", sample_offset, 0)
-    # Noise is added to logarithms, which are formed before they are rounded to probabilities.
-    logs = order == "confidence" and selection_temperature > 0
-    kind = CONFIDENCES["log" if logs else "confidence" if order == "scores" else order] | (SCALED if scaled else 0)
-    tokens = tokens.contiguous()
-    args: tuple = (_checks.dense_last(logits), tokens, at, noise, mask_id, key, sample_offset, temperature, kind)
-    sampled, confidence = _run.run("sample_logits", args, device, backend, logits.dtype)
-    bad = confidence.isnan()
-    if device.type == "cpu" and not torch.compiler.is_compiling() and bool(bad.any()):
-        sample, row = map(int, bad.nonzero()[0])
-        raise ValueError(f"logits of token {row} of sample {sample} hold a NaN, +inf, or nothing but -inf")
-    compared = confidence if scores is None else torch.where(bad, confidence, scores.float())
-    least = _INF if threshold is None else float(threshold)
-    if logs and threshold is not None:
-        least = math.log(threshold) if threshold > 0 else -_INF
-    args = (compared.float().contiguous(), sampled, tokens, at, limits, group, held, selection_noise, mask_id, key,
-            sample_offset, least, selection_temperature)  # fmt: skip
-    revealed = _run.run("unmask_select", args, device, backend)
-    return revealed, confidence.exp() if logs else confidence
+    _noise("noise" if like.dim() == 2 else "selection_noise", noise, (batch, count), device)
+    return limits, group, held
 
 
 def _counts(n: int | Sequence[int] | Tensor, batch: int, grouped: bool, device: torch.device) -> Tensor:
