@@ -24,7 +24,7 @@ if _torch_error is None:
     from . import calibration, masks, methods, ops
     from ._explain import explain, info
     from ._native import native
-    from .patching import Patch, PatchError, PatchReport, patch
+    from .patching import Patch, PatchError, PatchReport, TokenRoute, patch
 else:
 
     def __getattr__(name: str) -> NoReturn:
@@ -38,6 +38,7 @@ __all__ = [
     "Patch",
     "PatchError",
     "PatchReport",
+    "TokenRoute",
     "__version__",
     "calibration",
     "explain",

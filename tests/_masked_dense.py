@@ -32,13 +32,13 @@ class SpanOf:
 
     def __init__(self, start: int = 0, end: int = -1, choose: Choose | None = different) -> None:
         self.start, self.end, self.tokens = start, end, choose
-        self.calls: list[SpanCall] = []
+        self.seen: list[tuple[int, int, int | None, bool]] = []  # samples, tokens, text, whether blocks hand all on
 
     def attach(self, context: Any) -> None:
         attach_span(context, self.name, self.start, self.end, self)
 
     def choose(self, call: SpanCall) -> TokenIndex | None:
-        self.calls.append(call)
+        self.seen.append((call.batch, call.tokens, call.text, call.spread))
         return None if self.tokens is None else self.tokens(call.batch, call.tokens, None)
 
     def reenter(self, call: SpanCall, rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .patch import Context, Method, Patch, patch
 from .report import PatchReport
+from .route import MaskToken, TokenRoute
 from .transaction import PatchError
 
-__all__ = ["Context", "Method", "Patch", "PatchError", "PatchReport", "patch"]
+__all__ = ["Context", "MaskToken", "Method", "Patch", "PatchError", "PatchReport", "TokenRoute", "patch"]

@@ -233,7 +233,9 @@ def _as_methods(methods: Method | Sequence[Method] | None) -> tuple[Method, ...]
     for method in chosen:
         if isinstance(method, type) or not hasattr(method, "attach"):
             raise TypeError(f"methods holds {method!r}, which is no method; pass instances like methods.FusedAdaLN()")
-    kinds = [type(method) for method in chosen]
+    kinds = [type(method) for method in chosen if not getattr(method, "several", False)]
+    if len({id(method) for method in chosen}) != len(chosen):
+        raise TypeError("methods holds the same object twice")
     if len(set(kinds)) != len(kinds):
         raise TypeError(f"methods names {', '.join(k.__name__ for k in kinds)}: each kind may be given once")
     return chosen

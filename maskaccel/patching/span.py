@@ -162,8 +162,8 @@ class SpanBlock:
             return inner(*args, **kwargs)
         if self.number == span.start or call.spread:
             hidden = index.shift(*rows.beside(span.method, hidden, rows.tokens)).gather(hidden)
-        else:
-            rows.beside(span.method, hidden, index.kept)
+        elif span is self.spans[-1] or self.spans[self.spans.index(span) + 1].start == self.number:
+            rows.beside(span.method, hidden, index.kept)  # inside of an inner span it has the rows of that one
         output = self.on_rows(span, call, block, streams, inner, (hidden, *values[1:]), args, kwargs)
         return self.leave(span, call, streams, output) if self.number == span.end or call.spread else output
 
