@@ -231,14 +231,17 @@ def test_routes_that_follow_each_other_or_are_nested(dit, first, second) -> None
 # -------------------------------------------------------------------------------- several forwards, recomputation
 
 
+def found_in(model, outs, latents) -> list[Tensor]:
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [*(o.detach() for o in outs), *(x.grad for x in latents), *grads]
+
+
 def routed(model, inputs, wrap=lambda m: None, forwards=2, keep=0.5):
     """Losses and gradients of some forwards before one backward."""
     model.zero_grad(set_to_none=True)
     with maskaccel.patch(
         model,
-        [
-            TokenRoute(1, -2, keep, seed=3),
-        ],
+        [TokenRoute(1, -2, keep, seed=3)],
     ):
         undo = wrap(model)
         try:
@@ -285,9 +288,7 @@ def around_blocks(model, reentrant=False, numbers=range(DEPTH)):
         inner = block.forward
 
         def forward(hidden, inner=inner, **kwargs):
-            return checkpoint(
-                functools.partial(inner, **{k: v for k, v in kwargs.items()}), hidden, use_reentrant=reentrant
-            )
+            return checkpoint(functools.partial(inner, **kwargs), hidden, use_reentrant=reentrant)
 
         block.__dict__["forward"] = forward
 
@@ -325,8 +326,7 @@ def test_a_checkpoint_around_several_blocks_or_all_of_the_model(dit) -> None:
         others = {name: value for name, value in inputs.items() if name != "hidden_states"}
         outs = [checkpoint(lambda x: model(x, **others).sample, x, use_reentrant=False) for x in latents]
         sum((out * (i + 1)).square().sum() for i, out in enumerate(outs)).backward()
-    close([*(o.detach() for o in outs), *(x.grad for x in latents),
-           *(p.grad for p in model.parameters() if p.grad is not None)], want)  # fmt: skip
+    close(found_in(model, outs, latents), want)
 
 
 def test_a_reentrant_checkpoint_around_the_end_is_refused(dit) -> None:
@@ -552,9 +552,9 @@ def test_calls_that_cannot_be_routed(dit) -> None:
             model(**inputs)
     ragged = torch.zeros(3, 16, dtype=torch.bool)
     ragged[0, :4] = ragged[1, :5] = ragged[2, :6] = True
-    with maskaccel.patch(model, [SpanOf(1, 2, lambda b, n, d: TokenIndex.from_mask(ragged))]):
-        with pytest.raises(ValueError, match="ragged"):
-            model(**inputs)
+    span = SpanOf(1, 2, lambda b, n, d: TokenIndex.from_mask(ragged))
+    with maskaccel.patch(model, [span]), pytest.raises(ValueError, match="ragged"):
+        model(**inputs)
     want = gradients(model, inputs)
     with maskaccel.patch(model, [TokenRoute(1, 2, 1.0)]):  # an error in one call leaves nothing behind for the next
         close(gradients(model, inputs), want)
