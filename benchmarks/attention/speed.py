@@ -7,8 +7,6 @@ compared with the truth.
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from maskaccel.bench.attention import tiles
 from maskaccel.bench.fingerprint import fingerprint
 from maskaccel.masks import TileMask
 
+from ..interleaved import timed
 from . import page
 
 HEADS = ((8, 64), (4, 128), (8, 72))
@@ -52,9 +51,9 @@ def measure(tokens: int, rounds: int, *, flex: bool = True, backward: bool = Tru
         masks = {density: tiles(tokens, heads, density) for density in DENSITIES}
         head = {"dtype": name, "heads": heads, "head_dim": width, "tokens": tokens}
         with torch.no_grad():
-            found.append(head | {"direction": "forward", "seconds": _timed(_forwards(qkv, masks, flex), rounds)})
+            found.append(head | {"direction": "forward", "seconds": timed(_forwards(qkv, masks, flex), rounds)})
         if backward:
-            found.append(head | {"direction": "backward", "seconds": _timed(_backwards(qkv, masks), rounds)})
+            found.append(head | {"direction": "backward", "seconds": timed(_backwards(qkv, masks), rounds)})
     return {"fingerprint": fingerprint(), "block": 64, "rounds": rounds, "cases": found}
 
 
@@ -129,19 +128,6 @@ def _compare(got: Tensor, qkv: list[Tensor], mask: TileMask) -> None:
     )
     if mine > 2 * theirs + 1e-9:
         raise RuntimeError(f"the result is off: error {mine:.2e}, torch's {theirs:.2e}")
-
-
-def _timed(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for call in calls.values():
-        call()
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            begin = time.perf_counter()
-            calls[name]()
-            samples[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def table(data: dict[str, Any]) -> str:

@@ -20,9 +20,9 @@ def segment_attention(
     """Softmax attention over the keys of all segments together, none of which is copied.
 
     What partial-token inference and reference images need: a cache of the image's K and V, the text's, and those of a
-    reference (FLUX Kontext, Flux2's reference K/V) stay where they are. Every segment is an attention of its own, joined
-    by its log-sum-exp; differentiable. An extra segment costs a pass over q's result, where a concatenation costs one
-    over all K and V.
+    reference (FLUX Kontext, Flux2's reference K/V) stay where they are. Every segment is an attention of its own,
+    joined by its log-sum-exp; differentiable. A further segment costs a pass over q's result, where a concatenation
+    costs one over all K and V.
 
     Args:
         q: `(B, Sq, H, D)`, as in `tile_attention`.

@@ -1,0 +1,1 @@
+"""Token dropping, measured: training steps on routes, partial-token inference, guided steps, sampling of logits."""

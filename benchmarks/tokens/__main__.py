@@ -1,0 +1,46 @@
+"""Command line: `python -m benchmarks.tokens {training,unmask,ids} ...`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import __doc__ as description
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokens", description=description)
+    commands = parser.add_subparsers(dest="what", required=True)
+    training = commands.add_parser("training", help="steps of a DiT-S/2 on routes, partial inference, guided steps")
+    training.add_argument("--rounds", type=int, default=5)
+    training.add_argument("--batch", type=int, default=8)
+    training.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
+    unmask = commands.add_parser("unmask", help="confidence_unmask beside the eager float64 path")
+    unmask.add_argument("--rounds", type=int, default=7)
+    ids = commands.add_parser("ids", help="random_keep beside noise, argsort and argsort")
+    ids.add_argument("--rounds", type=int, default=15)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command. Each of them imports only what it needs."""
+    args = _parser().parse_args(argv)
+    if args.what == "training":
+        from . import training
+
+        training.run(args.tokens, args.batch, args.rounds, RESULTS, DOCS)
+    elif args.what == "unmask":
+        from . import unmask
+
+        unmask.run(args.rounds, RESULTS, DOCS)
+    else:
+        from . import ids
+
+        ids.run(args.rounds, RESULTS, DOCS)
+
+
+if __name__ == "__main__":
+    main()
