@@ -137,7 +137,7 @@ def reveal_step(
         outside = ~reveal.within
         hold = outside if hold is None else hold | outside
     return unmask_select(
-        confidence, ids, tokens, mask_id, n=reveal.count, threshold=reveal.threshold, temperature=spread, hold=hold,
+        confidence.float(), ids, tokens, mask_id, n=reveal.count, threshold=reveal.threshold, temperature=spread, hold=hold,
         seed=seed, step=step, noise=select_noise,
     )  # fmt: skip
 

@@ -102,8 +102,8 @@ def confidence_unmask(
     if logs and threshold is not None:
         threshold = math.log(threshold) if threshold > 0 else -_INF
     revealed = unmask_select(
-        compared, sampled, tokens, mask_id, n, threshold=threshold, temperature=selection_temperature, groups=groups,
-        hold=hold, seed=seed, step=step, sample_offset=sample_offset, noise=selection_noise, backend=backend,
+        compared.float(), sampled, tokens, mask_id, n, threshold=threshold, temperature=selection_temperature,
+        groups=groups, hold=hold, seed=seed, step=step, sample_offset=sample_offset, noise=selection_noise, backend=backend,
     )  # fmt: skip
     return revealed, confidence.exp() if logs else confidence
 
@@ -138,7 +138,7 @@ def sample_logits(
         backend: As there.
 
     Returns:
-        int64 `(B, N)`, the token itself where nothing is masked, and fp32 `(B, N)`, +inf there.
+        int64 `(B, N)`, the token itself where nothing is masked, and fp32 `(B, N)` (fp64 for such logits), +inf there.
 
     Raises:
         TypeError: As there.
