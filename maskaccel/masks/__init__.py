@@ -1,6 +1,6 @@
 """What to compute: plain data and its algebra."""
 
-from .cycle import Cycle, Whole
+from .cycle import Cycle, DenseAt, Whole
 from .order import TokenOrder
 from .rules import Causal, Dense, Lengths, Rule, Segments, varlen
 from .schedule import Action, Position, Schedule, StepRule, Window
@@ -13,6 +13,7 @@ __all__ = [
     "Causal",
     "Cycle",
     "Dense",
+    "DenseAt",
     "GridWindow",
     "Lengths",
     "Position",

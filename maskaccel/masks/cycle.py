@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..ops._checks import count as check_count
 from .planned import Planned
 from .schedule import Action, Position, Schedule, StepRule, plan_of
 
@@ -60,6 +61,40 @@ class Cycle(Planned):
         while since < at.index and not mask[step - since]:
             since += 1
         return self.between[(since - 1) % len(self.between)]
+
+
+@dataclass(frozen=True)
+class DenseAt:
+    """Steps in part but for the first ones, given ones, and those after an end.
+
+    Attributes:
+        first: Steps at the start that are always computed, 1 or more.
+        at: Numbers of further steps that are computed, from 0.
+        end: Last step that may be in part; None: the last of the run.
+    """
+
+    first: int = 1
+    at: tuple[int, ...] = ()
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("first", self.first, 1)
+        if not isinstance(self.at, tuple):
+            raise ValueError(f"at={self.at!r} must be a tuple of step numbers")
+        for step in self.at:
+            check_count("a step of at", step)
+        if self.end is not None:
+            check_count("end", self.end)
+
+    def action(self, at: Position) -> Action:
+        """What happens at a step; a run that starts late (image to image) starts late in the numbers too."""
+        step = at.index + at.offset
+        dense = at.index == 0 or step < self.first or step in self.at or (self.end is not None and step > self.end)
+        return "compute" if dense else "partial"
+
+    def plan(self, num_steps: int, timesteps: Sequence[float] | None = None) -> list[Action]:
+        """What happens at every step of a run."""
+        return plan_of(self, num_steps, timesteps)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .fused_adaln import FusedAdaLN
 from .hdit import HDiTAttention
 from .hyca import HyCa
 from .lavida_o import LaViDaO
+from .lazy_diffusion import LazyDiffusion
 from .learned_policy import LearnedPolicy
 from .linfusion import LinFusionAttention
 from .lit import LiTAttention
@@ -47,6 +48,8 @@ from .pab import PAB
 from .prime import Prime
 from .pt_dit import PTDiTAttention
 from .radial import RadialAttention
+from .ras import RAS
+from .reference_kv import ReferenceKV
 from .rettention import Rettention
 from .scm import SCM
 from .skip_branches import SkipBranches
@@ -56,10 +59,12 @@ from .sortblock import Sortblock
 from .sparge import SpargeAttn
 from .sparse_videogen import SparseVideoGen
 from .speca import SpeCa
+from .spotedit import SpotEdit
 from .sprint import SprintFusion
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 from .toca import ToCa
+from .tome import ToMe
 from .u_dit import UDiTAttention
 from .uncage import UNCAGE
 from .vsa import VSA
@@ -74,6 +79,7 @@ __all__ = [
     "MD4",
     "MDLM",
     "PAB",
+    "RAS",
     "SCM",
     "UNCAGE",
     "VSA",
@@ -98,6 +104,7 @@ __all__ = [
     "LLaDA",
     "LLaDA2",
     "LaViDaO",
+    "LazyDiffusion",
     "LearnedPolicy",
     "LiTAttention",
     "LinFusionAttention",
@@ -119,6 +126,7 @@ __all__ = [
     "PatchMixer",
     "Prime",
     "RadialAttention",
+    "ReferenceKV",
     "Rettention",
     "SideInterpolater",
     "SkipBranches",
@@ -128,10 +136,12 @@ __all__ = [
     "SpargeAttn",
     "SparseVideoGen",
     "SpeCa",
+    "SpotEdit",
     "SprintFusion",
     "TaylorSeer",
     "TeaCache",
     "ToCa",
+    "ToMe",
     "UDiTAttention",
     "XAttention",
     "box_regions",

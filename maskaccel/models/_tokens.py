@@ -35,6 +35,7 @@ class Tokens:
         joint: Whether the self-attention of its blocks runs over text (or other tokens) too.
         text_rows: Number of text tokens of a call; without it, all tokens that are not in the grid are text.
         grid: Given the model, a function that gives the grid of a call.
+        axes: Axes of the grid in unpacked latents, batch included; None: those after the batch and the channels.
         positions: In place of `grid`: the argument with the positions of packed latents, and what cuts the positions
             `(latent tokens, axes of the grid)` out of it.
         own: Names of sites among latent tokens alone in a model with joint attention.
@@ -45,6 +46,7 @@ class Tokens:
     joint: bool = False
     text_rows: Callable[[Given], int | None] | None = None
     grid: Callable[[nn.Module], Callable[[Given], Grid | None]] | None = None
+    axes: tuple[int, ...] | None = None
     positions: tuple[str, Callable[[Tensor, Given], Tensor]] | None = None
     own: str | None = None
     apart: str | None = None
@@ -202,14 +204,20 @@ def _motif(model: nn.Module) -> Tokens:
     return Tokens("last", joint=True, grid=_IMAGE, apart=apart)
 
 
+def _on(*axes: int, **more: Any) -> Tokens:
+    """Unpacked latents with the grid on these axes."""
+    return Tokens(grid=_latents(_H, *axes), axes=axes, **more)
+
+
 # ------------------------------------------------------------------------------------------------------- the models
 
 _H = "hidden_states"
 _TEXT = _rows("encoder_hidden_states")
-_IMAGE, _FRAMES_FIRST = _latents(_H), _latents(_H, 1, 3, 4)
+_IMAGE = _latents(_H)
 _FLUX = Tokens("first", joint=True, text_rows=_TEXT, positions=("img_ids", _plane))
 _FIRST, _LAST = Tokens("first", joint=True, grid=_IMAGE), Tokens("last", joint=True, grid=_IMAGE)
-_COGVIDEO = Tokens("first", joint=True, grid=_FRAMES_FIRST)
+_FRAMES_FIRST = _on(1, 3, 4)
+_COGVIDEO = _on(1, 3, 4, text="first", joint=True)
 _VIDEO_EXTENTS = Tokens(grid=_extents("num_frames", "height", "width"))
 _UNKNOWN, _NONE = Tokens(joint=True), Tokens()
 
@@ -239,9 +247,9 @@ _TABLE: dict[str, Tokens | Callable[[nn.Module], Tokens]] = {
     "CogVideoXTransformer3DModel": _COGVIDEO,
     "ConsisIDTransformer3DModel": _COGVIDEO,
     "Lumina2Transformer2DModel": Tokens("first", joint=True, text_rows=_of_one, grid=_IMAGE, own=r"^noise_refiner\."),
-    "StableAudioDiTModel": Tokens("first", joint=True, grid=_latents(_H, 2)),
-    "StableAudio3DiTModel": Tokens("first", joint=True, grid=_latents(_H, 2)),
-    "MiniMaxMusic3Transformer1DModel": Tokens("first", joint=True, grid=_latents(_H, 2)),
+    "StableAudioDiTModel": _on(2, text="first", joint=True),
+    "StableAudio3DiTModel": _on(2, text="first", joint=True),
+    "MiniMaxMusic3Transformer1DModel": _on(2, text="first", joint=True),
     # Latents, then text.
     "ErnieImageTransformer2DModel": _LAST,
     "HiDreamImageTransformer2DModel": _LAST,
@@ -263,13 +271,13 @@ _TABLE: dict[str, Tokens | Callable[[nn.Module], Tokens]] = {
     "MiniMaxH3Transformer3DModel": _UNKNOWN,
     "PriorTransformer": _UNKNOWN,
     # No text in self-attention; latents in another layout than (B, C, H, W) or (B, C, F, H, W).
-    "AceStepTransformer1DModel": Tokens(grid=_latents(_H, 1)),
-    "AnyFlowTransformer3DModel": Tokens(grid=_FRAMES_FIRST),
-    "AnyFlowFARTransformer3DModel": Tokens(grid=_FRAMES_FIRST),
-    "Kandinsky5Transformer3DModel": Tokens(grid=_kandinsky),
-    "Kandinsky6Transformer3DModel": Tokens(grid=_kandinsky),
+    "AceStepTransformer1DModel": _on(1),
+    "AnyFlowTransformer3DModel": _FRAMES_FIRST,
+    "AnyFlowFARTransformer3DModel": _FRAMES_FIRST,
+    "Kandinsky5Transformer3DModel": Tokens(grid=_kandinsky, axes=(1, 2, 3)),
+    "Kandinsky6Transformer3DModel": Tokens(grid=_kandinsky, axes=(1, 2, 3)),
     "Kandinsky6SRTransformer3DModel": _NONE,
-    "LongCatAudioDiTTransformer": Tokens(grid=_latents(_H, 1)),
+    "LongCatAudioDiTTransformer": _on(1),
     "LTXVideoTransformer3DModel": _VIDEO_EXTENTS,
     "LTX2VideoTransformer3DModel": _VIDEO_EXTENTS,
     "TransformerTemporalModel": _NONE,

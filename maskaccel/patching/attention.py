@@ -91,7 +91,7 @@ class AttentionCall:
     """
 
     def __init__(self, bridged: Bridged, given: dict[str, Any], heads_first: bool,
-                 attention: Callable[[], Tensor]) -> None:  # fmt: skip
+                 attention: Callable[..., Tensor]) -> None:  # fmt: skip
         q, k, v = given["query"], given["key"], given["value"]
         device = q.device.type
         # What the attention itself would cast to.
@@ -154,9 +154,15 @@ class AttentionCall:
             order if (order.prefix, order.suffix) == (first, last) else TokenOrder(order.grid, order.patch, first, last)
         )
 
-    def dense(self) -> Tensor:
-        """What the model's own attention gives, `(B, Sq, H, Dv)`."""
-        out = self._attention()
+    def dense(self, **instead: Tensor | None) -> Tensor:
+        """What the model's own attention gives, `(B, Sq, H, Dv)`.
+
+        Args:
+            **instead: `q`, `k`, `v` or `mask` to take in place of those of the call, in the layouts of the attributes.
+        """
+        if self._heads_first:
+            instead = {n: t if n == "mask" or t is None else t.transpose(1, 2) for n, t in instead.items()}
+        out = self._attention(**{_NAMES[name]: value for name, value in instead.items()})
         return out.transpose(1, 2) if self._heads_first else out
 
     def bias(self) -> Tensor | None:
@@ -204,6 +210,7 @@ def _additive(mask: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 # The arguments that scaled_dot_product_attention and dispatch_attention_fn share, in their order, and defaults.
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_NAMES = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask"}
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
@@ -269,10 +276,10 @@ class Bridged:
                 f"{self.method}: {self.site.name} runs under context parallelism (parallel_config is given), where a "
                 "rank holds a part of the sequence only; disable one of them"
             )
-        given = {**_DEFAULTS, **dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-        out = None
+        named = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        given, out = _DEFAULTS | named, None
         if given["query"].ndim == 4:
-            out = self.policy(AttentionCall(self, given, heads_first, lambda: attention(*args, **kwargs)))
+            out = self.policy(AttentionCall(self, given, heads_first, lambda **new: attention(**(named | new))))
         self.part += 1
         if not torch.compiler.is_compiling():
             self.calls += 1

@@ -7,6 +7,7 @@ from .forecast_dmd import DynamicModes
 from .forecast_foca import PredictCorrect
 from .generation import Generation
 from .history import History, Storage
+from .kv import KVMemoryError, KVRows, KVStorage
 from .ladder import Ladder, Series
 from .site import Site, part_of, recall
 
@@ -20,6 +21,9 @@ __all__ = [
     "Generation",
     "History",
     "Hold",
+    "KVMemoryError",
+    "KVRows",
+    "KVStorage",
     "Ladder",
     "Newton",
     "PerChannel",

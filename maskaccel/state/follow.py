@@ -9,12 +9,14 @@ like the original.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .generation import Generation
+from .solver import Point
 
 if TYPE_CHECKING:
     from ..patching.transaction import Transaction
@@ -62,6 +64,16 @@ def advance(scheduler: Any) -> None:
         _step(scheduler)
 
 
+def _watched(scheduler: Any, call: inspect.BoundArguments) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call of the scheduler's step, with the output that the watchers make of it."""
+    given = call.arguments
+    for watcher in (watcher for one in scheduler.__dict__[FOLLOWERS] if one.active for watcher in one.watchers):
+        watcher.check(scheduler, given | given.get("kwargs", {}))
+        point = Point.of(scheduler, given["timestep"])
+        given["model_output"] = watcher.seen(given["model_output"], given["sample"], point)
+    return call.args[1:], call.kwargs
+
+
 def _skip(scheduler: Any) -> None:
     for generation in scheduler.__dict__[FOLLOWERS]:
         generation.shorten(getattr(scheduler, "begin_index", None) or 0)
@@ -73,8 +85,12 @@ def _hook(cls: type, name: str) -> Callable[..., Any]:
     method = getattr(cls, name)
     move = {"set_timesteps": _begin, "step": _step, "set_begin_index": _skip}[name]
 
+    signature = inspect.signature(method)
+
     @functools.wraps(method)  # pipelines read the signature to see which arguments it takes
     def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name == "step" and any(one.watchers for one in self.__dict__[FOLLOWERS]):
+            args, kwargs = _watched(self, signature.bind(self, *args, **kwargs))
         result = method(self, *args, **kwargs)
         move(self)
         return result

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..masks.schedule import At, StepRule, Window, reuses
+from .solver import Point
 
 if TYPE_CHECKING:
     from ..patching.transaction import Transaction
@@ -35,6 +36,22 @@ class Memory(Protocol):
         """Forget everything."""
 
 
+class Watcher(Protocol):
+    """Something that sees what a solver is about to be given."""
+
+    def seen(self, output: Tensor, sample: Tensor, point: Point) -> Tensor:
+        """What the solver is to be given in place of `output`.
+
+        Args:
+            output: The guided output of the model at this step.
+            sample: The latents of this step.
+            point: Their noise level.
+        """
+
+    def check(self, scheduler: Any, given: Mapping[str, Any]) -> None:
+        """ValueError if a scheduler's step with these arguments cannot go with what the method does."""
+
+
 class Generation:
     """Position in one denoising run of one model.
 
@@ -49,6 +66,7 @@ class Generation:
         rules: Step masks by the name of their method: a run in which one can never reuse anything is warned about.
         notes: What a person should know of the runs so far, for the report.
         peak_bytes: Most bytes that the memories held at the end of a step.
+        watchers: Told of every output before the solver is given it.
     """
 
     def __init__(self) -> None:
@@ -62,6 +80,7 @@ class Generation:
         self.rules: dict[str, list[StepRule]] = {}
         self.notes: list[str] = []
         self.peak_bytes = 0
+        self.watchers: list[Watcher] = []
         self._timesteps: Any = None
         self._adapter_scale: Any = None
 
@@ -209,6 +228,27 @@ class Run:
         """End a step; the last one ends the run."""
         for one in self._members:
             one.step()
+
+    def output(self, output: Tensor, sample: Tensor, sigma: float) -> Tensor:
+        """Tell the methods what the solver is about to be given; some choose tokens by it.
+
+        Args:
+            output: The model's guided output `eps - clean` (flow matching).
+            sample: The latents `(1 - sigma) * clean + sigma * eps` of this step.
+            sigma: Their noise level, above 0 to 1.
+
+        Returns:
+            What the solver is to be given in its place.
+
+        Raises:
+            ValueError: `sigma` is out of range.
+        """
+        if not 0 < sigma <= 1:
+            raise ValueError(f"sigma={sigma!r} must be above 0 and at most 1")
+        for one in self._members:
+            for watcher in one.watchers:
+                output = watcher.seen(output, sample, Point(1 - sigma, sigma))
+        return output
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:
