@@ -7,9 +7,11 @@ with parameters to train, their losses and schedules, what makes the masks of su
 from .by_layer import ByLayer
 from .clear import CLEAR, ClearPooling
 from .clusca import ClusCa
+from .d2it import Grains
 from .dbcache import DBCache, FBCache
 from .ddt import DDT
 from .diffit import DiffiTAttention
+from .diffmae import DiffMAE
 from .dit3d import DiT3DAttention
 from .dmd import DMD
 from .dpcache import DPCache
@@ -17,12 +19,16 @@ from .draft import DraftAttention
 from .duca import DuCa
 from .dus import DUS
 from .editmgt import EditMGT
+from .fastdit3d import FastDiT3DDecoder, VoxelAware
 from .fastercache import FasterCache
+from .fit import FiTBlocks, Packing
 from .foca import FoCa
 from .fora import FORA
 from .fused_adaln import FusedAdaLN
 from .hdit import HDiTAttention
+from .hi_mar import HiMAR
 from .hyca import HyCa
+from .ita_mdt import ITAFA, ITAMDTTransformer
 from .lavida_o import LaViDaO
 from .lazy_diffusion import LazyDiffusion
 from .learned_policy import LearnedPolicy
@@ -31,14 +37,17 @@ from .lit import LiTAttention
 from .liteattention import LiteAttention
 from .llada import LLaDA
 from .llada2 import LLaDA2
+from .lmd import LMDSchedule
 from .magcache import MagCache
+from .mar import MAR
+from .mar3d import MAR3D
 from .mask2dit import Mask2DiT
 from .mask2former import Mask2FormerAttention, predicted_mask
 from .maskbit import MaskBit
 from .maskdit import MaskDiTDecoder, MaskDiTTransformer, maskdit_loss
 from .masked_cross_attention import MaskedCrossAttention, box_regions, identity_mask, region_mask
 from .maskgit import MaskGIT
-from .maskgwm import MaskGWMAttention
+from .maskgwm import MaskGWMAttention, MaskGWMMasks, MaskGWMReconstruction
 from .md4 import MD4, GenMD4
 from .mdlm import MDLM
 from .mdt import MDTTransformer, SideInterpolater, power_cosine_scale
@@ -47,6 +56,7 @@ from .microdit import ExpertChoiceMLP, MicroDiTTransformer, PatchMixer, kept_edm
 from .pab import PAB
 from .prime import Prime
 from .pt_dit import PTDiTAttention
+from .qa_mdt import RowsAndColumns
 from .radial import RadialAttention
 from .ras import RAS
 from .reference_kv import ReferenceKV
@@ -66,9 +76,12 @@ from .teacache import TeaCache
 from .toca import ToCa
 from .tome import ToMe
 from .u_dit import UDiTAttention
+from .umd import UMD, UMDSchedule
 from .uncage import UNCAGE
 from .vsa import VSA
+from .x_mdpt import XMDPTTransformer
 from .xattention import XAttention
+from .yume import YumeTransformer
 
 __all__ = [
     "CLEAR",
@@ -76,11 +89,15 @@ __all__ = [
     "DMD",
     "DUS",
     "FORA",
+    "ITAFA",
+    "MAR",
+    "MAR3D",
     "MD4",
     "MDLM",
     "PAB",
     "RAS",
     "SCM",
+    "UMD",
     "UNCAGE",
     "VSA",
     "ByLayer",
@@ -89,20 +106,27 @@ __all__ = [
     "DBCache",
     "DPCache",
     "DiT3DAttention",
+    "DiffMAE",
     "DiffiTAttention",
     "DraftAttention",
     "DuCa",
     "EditMGT",
     "ExpertChoiceMLP",
     "FBCache",
+    "FastDiT3DDecoder",
     "FasterCache",
+    "FiTBlocks",
     "FoCa",
     "FusedAdaLN",
     "GenMD4",
+    "Grains",
     "HDiTAttention",
+    "HiMAR",
     "HyCa",
+    "ITAMDTTransformer",
     "LLaDA",
     "LLaDA2",
+    "LMDSchedule",
     "LaViDaO",
     "LazyDiffusion",
     "LearnedPolicy",
@@ -118,16 +142,20 @@ __all__ = [
     "MaskDiTTransformer",
     "MaskGIT",
     "MaskGWMAttention",
+    "MaskGWMMasks",
+    "MaskGWMReconstruction",
     "MaskedCrossAttention",
     "MediatorAttention",
     "MediatorSchedule",
     "MicroDiTTransformer",
     "PTDiTAttention",
+    "Packing",
     "PatchMixer",
     "Prime",
     "RadialAttention",
     "ReferenceKV",
     "Rettention",
+    "RowsAndColumns",
     "SideInterpolater",
     "SkipBranches",
     "SkipCache",
@@ -143,7 +171,11 @@ __all__ = [
     "ToCa",
     "ToMe",
     "UDiTAttention",
+    "UMDSchedule",
+    "VoxelAware",
     "XAttention",
+    "XMDPTTransformer",
+    "YumeTransformer",
     "box_regions",
     "identity_mask",
     "kept_edm_loss",
