@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks.tokens {training,unmask,ids} ...`."""
+"""Command line: `python -m benchmarks.tokens {training,partial,unmask,ids} ...`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokens", description=description)
     commands = parser.add_subparsers(dest="what", required=True)
-    training = commands.add_parser("training", help="steps of a DiT-S/2 on routes, partial inference, guided steps")
-    training.add_argument("--rounds", type=int, default=5)
-    training.add_argument("--batch", type=int, default=8)
-    training.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
+    for name, text in (
+        ("training", "training steps of a DiT-S/2 on routes"),
+        ("partial", "calls of a DiT-S/2 with a quarter of the tokens active"),
+    ):
+        sized = commands.add_parser(name, help=text)
+        sized.add_argument("--rounds", type=int, default=7)
+        sized.add_argument("--batch", type=int, default=8)
+        sized.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
     unmask = commands.add_parser("unmask", help="confidence_unmask beside the eager float64 path")
     unmask.add_argument("--rounds", type=int, default=7)
     ids = commands.add_parser("ids", help="random_keep beside noise, argsort and argsort")
@@ -32,6 +36,10 @@ def main(argv: list[str] | None = None) -> None:
         from . import training
 
         training.run(args.tokens, args.batch, args.rounds, RESULTS, DOCS)
+    elif args.what == "partial":
+        from . import partial
+
+        partial.run(args.tokens, args.batch, args.rounds, RESULTS, DOCS)
     elif args.what == "unmask":
         from . import unmask
 
