@@ -101,6 +101,7 @@ class AmusedStep(SamplingStep):
         inside = tokens if rows is None else rows.take(tokens, empty=mask_id + 1)
         options: dict[str, Any] = {"seed": self._seed, "step": index}
         ids, confidence = sample_logits(logits, inside, mask_id, confidence="log", noise=noise, **options)
+        confidence = confidence.float()
         if rows is not None:
             unknown = torch.full((batch, n), math.inf, device=tokens.device)
             ids, confidence = rows.put(ids, tokens), rows.put(confidence, unknown)

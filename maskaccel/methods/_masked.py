@@ -137,8 +137,8 @@ def reveal_step(
         outside = ~reveal.within
         hold = outside if hold is None else hold | outside
     return unmask_select(
-        confidence.float(), ids, tokens, mask_id, n=reveal.count, threshold=reveal.threshold, temperature=spread, hold=hold,
-        seed=seed, step=step, noise=select_noise,
+        confidence.float(), ids, tokens, mask_id, n=reveal.count, threshold=reveal.threshold, temperature=spread,
+        hold=hold, seed=seed, step=step, noise=select_noise,
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ class BlockStep(SamplingStep):
         # A sampled token may be the mask's own id; so who took a token is asked with one that no token has.
         flag = torch.full_like(tokens, -1)
         count = self._counts[min(index, len(self._counts) - 1)]
-        return unmask_select(confidence, flag, tokens, mask_id, n=count, threshold=above) == -1
+        return unmask_select(confidence.float(), flag, tokens, mask_id, n=count, threshold=above) == -1
 
     def head(self, inner: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """Logits of the block that is sampled, in place of those of the whole window."""

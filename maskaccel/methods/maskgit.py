@@ -52,7 +52,8 @@ class MaskGIT(_masked.MaskedSampling):
     As a sampler: `MaskGIT(steps=8).sample(model, tokens, mask_id)`. As a patch of diffusers' `AmusedPipeline` and its
     variants: their own schedule, steps and temperatures hold; sampling, confidence and selection become one op each,
     which reads the logits once, and the head is run on masked rows alone. The random numbers are other ones (with
-    `noise="pipeline"` the same), their law is the same.
+    `noise="pipeline"` the same), their law is the same. A sample without masked tokens stays as it is (the scheduler
+    would mask one of its tokens again).
 
     Attributes:
         steps: Calls of the model (not for the patch).

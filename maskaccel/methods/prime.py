@@ -107,7 +107,7 @@ class Prime:
             tokens = torch.where(hidden, self.vocabulary, from_subtokens(digits, self.base))
             ids, confidence = sample_logits(logits, tokens, self.vocabulary, seed=seed, step=step)
             # Which digits is chance alone; NaN stays where no token could be sampled.
-            chance = torch.where(confidence.isnan(), confidence, 0.0).repeat_interleave(self.parts, 1)
+            chance = torch.where(confidence.isnan(), confidence, 0.0).float().repeat_interleave(self.parts, 1)
             digits = unmask_select(
                 chance, subtokens(ids, self.base, self.parts).flatten(1), digits.flatten(1), self.base,
                 n=count, temperature=1.0, seed=seed, step=step,

@@ -103,7 +103,8 @@ def confidence_unmask(
         threshold = math.log(threshold) if threshold > 0 else -_INF
     revealed = unmask_select(
         compared.float(), sampled, tokens, mask_id, n, threshold=threshold, temperature=selection_temperature,
-        groups=groups, hold=hold, seed=seed, step=step, sample_offset=sample_offset, noise=selection_noise, backend=backend,
+        groups=groups, hold=hold, seed=seed, step=step, sample_offset=sample_offset, noise=selection_noise,
+        backend=backend,
     )  # fmt: skip
     return revealed, confidence.exp() if logs else confidence
 
