@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000)
     args = parser.parse_args()
     if args.backend == "triton":
+        import _triton_cases  # noqa: F401  (a quicker interpreter)
+
         from maskaccel.ops.tokens import triton_launch_select
         from maskaccel.ops.tokens.triton import KERNELS
 

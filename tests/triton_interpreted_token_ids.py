@@ -15,7 +15,7 @@ from maskaccel.ops.tokens import triton_launch_select as select
 from maskaccel.ops.tokens.triton_check import random_stream
 from maskaccel.ops.tokens.triton_lib import random_word
 
-INT = torch.int32
+INT, CPU = torch.int32, torch.device("cpu")
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def test_the_words_are_those_that_the_authors_publish(counter: tuple, key: int, 
     """The known answers of Random123."""
     out, item = torch.zeros(1, dtype=torch.int64), counter[0] - (1 << 32 if counter[0] >> 31 else 0)
     last = counter[3] - (1 << 32 if counter[3] >> 31 else 0)
-    _one_word[(1,)](out, item, *random_stream(torch.tensor([counter[2]]), key, counter[1], last))
+    _one_word[(1,)](out, item, *random_stream(torch.tensor([counter[2]]), CPU, key, counter[1], last))
     assert int(out) == first
 
 
@@ -69,7 +69,7 @@ def test_seeds_and_steps_are_no_reason_to_compile() -> None:
     """Words of every size are int32 arguments."""
     step = torch.zeros(1, dtype=torch.int64)
     for seed, offset in ((0, 0), (1, 1 << 31), (-1, (1 << 32) - 1), ((1 << 63) - 1, 16)):
-        words = random_stream(step, seed, offset, 0)[:3]
+        words = random_stream(step, CPU, seed, offset, 0)[:3]
         assert all(-(1 << 31) <= word < 1 << 31 for word in words)
         assert [word & 0xFFFFFFFF for word in words] == [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, offset]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -10,10 +11,13 @@ from _numerics import assert_all_close_to_truth, assert_close_to_truth
 from _raw_cases import describe, draw, run, run_plain, widened
 from _triton_cases import BF16, DTYPES, FP16, FP32, poisoned_memory  # noqa: F401
 
+from maskaccel import ops
+from maskaccel.ops import _registry
 from maskaccel.ops.tokens import reference
 from maskaccel.ops.tokens import triton as tokens
-from maskaccel.ops.tokens.schema import PRE_ROPE
+from maskaccel.ops.tokens.schema import PRE_ROPE, SCHEMAS
 
+tokens.register()
 KERNELS, INT = tokens.KERNELS, torch.int32
 OPS = (
     "gather_rows", "unmerge_rows", "segment_rows", "scatter_merge", "scatter_merge_backward", "gather_modulate",
@@ -173,6 +177,45 @@ def test_noise_is_that_of_the_words() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- contract
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_signature_is_the_schema(name: str) -> None:
+    text = SCHEMAS[name]
+    wanted = [part.split()[-1] for part in text[1 : text.index(") ->")].split(",")]
+    assert list(inspect.signature(KERNELS[name]).parameters) == wanted
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # opcheck compares runs bit by bit, and poisoned empty results never equal themselves
+    args = draw(name, 3, FP32, widths=(24,))
+    torch.library.opcheck(_registry.op("maskaccel_triton", name), args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("mode", ["replace", "add_gated", "mask_token", "blend", "zero"])
+def test_gradients_of_a_routed_span(mode: str) -> None:
+    """The derivative rules call the ops of the backend that ran forward."""
+    g = torch.Generator().manual_seed(2)
+    index = ops.random_keep(2, 9, 4, seed=1, backend="triton")
+    made = {"x": (2, 9, 8), "scale": (2, 9, 8), "gate": (1, 1, 8), "token": (8,), "pos": (1, 9, 8)}
+    operands = {name: torch.randn(shape, generator=g) for name, shape in made.items()}
+    weights = torch.randn(2, 9, 8, generator=g)
+    named = {"add_gated": ("gate",), "mask_token": ("token", "pos")}.get(mode, ())
+    options = {{"token": "mask_token"}.get(name, name): name for name in named}
+
+    def gradients(backend: str) -> list:
+        leaf = {name: t.clone().requires_grad_() for name, t in operands.items()}
+        rows, y = ops.gather_modulate(leaf["x"], index, leaf["scale"], backend=backend)
+        full = leaf["x"] if mode in ("replace", "add_gated", "blend") else None
+        given = {option: leaf[name] for option, name in options.items()}
+        lam = {"lam": 0.3} if mode == "blend" else {}
+        out = ops.scatter_merge(full, rows + y, index, mode=mode, **given, **lam, backend=backend)
+        (out * weights).sum().backward()
+        return [out.detach(), *(leaf[name].grad for name in ("x", "scale", *named))]
+
+    for got, wanted in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+
+
 def test_empty() -> None:
     x, none, ids = torch.zeros(2, 4, 8), torch.zeros(2, 0, 8), torch.zeros(2, 0, dtype=INT)
     inverse, offsets = torch.full((1, 4), -1, dtype=INT), torch.zeros(1, 1, dtype=INT)

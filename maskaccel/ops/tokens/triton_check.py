@@ -40,10 +40,11 @@ def check_stack(name: str, t: Tensor, like: Tensor, rows: int | None = None) -> 
         raise RuntimeError(f"{name} must be contiguous in its last dim, got {t.stride()}")
 
 
-def random_stream(step: Tensor, seed: int, offset: int, last: int) -> Stream:
+def random_stream(step: Tensor, device: torch.device, seed: int, offset: int, last: int) -> Stream:
     """What all random words of a call share, as `triton_lib.random_word` takes it."""
-    if step.dtype != torch.int64 or step.numel() != 1:
-        raise RuntimeError(f"step must be int64 of one element, got {step.dtype} {tuple(step.shape)}")
+    if step.dtype != torch.int64 or step.numel() != 1 or step.device != device:
+        raise RuntimeError(f"step must be int64 of one element on {device}, got {step.dtype} {tuple(step.shape)} on "
+                           f"{step.device}")  # fmt: skip
     return _word(seed), _word(seed >> 32), _word(offset), step, last
 
 

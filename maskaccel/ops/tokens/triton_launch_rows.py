@@ -134,11 +134,11 @@ def scatter_merge_backward(
     if rows is not None:
         check_stack("rows", rows, dout, k)
     blend = mode == MERGES["blend"]
-    none, fp32 = dout.new_empty(0), torch.float32
-    dfull = dout.new_empty(dout.shape) if needs & NEED_FULL else none
+    fp32 = torch.float32
+    dfull = dout.new_empty(dout.shape if needs & NEED_FULL else 0)
     dmask = _sum_dropped(dout, inverse, inverse_batch, k, dfull if needs & NEED_FULL else None,
                          bool(needs & NEED_MASK), lam if blend else 0.0)  # fmt: skip
-    drows = dout.new_empty(batch, k, width) if needs & NEED_ROWS else none
+    drows = dout.new_empty((batch, k, width) if needs & NEED_ROWS else 0)
     dgate = dout.new_empty(0, dtype=fp32)
     if gate is not None and needs & NEED_GATE:
         dgate = dout.new_zeros(batch, gate.shape[1], width, dtype=fp32) if not batch * k else dgate

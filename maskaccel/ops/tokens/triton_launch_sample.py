@@ -12,9 +12,7 @@ from .. import _triton as host
 from ..attention.triton_config import precision
 from .schema import PURPOSE_SAMPLE, PURPOSE_SELECT, SCALED
 from .triton_check import check_ids, check_rows, random_stream
-from .triton_launch_select import MAX_TOKENS, blocks_of
-
-_KEYS = 1024
+from .triton_launch_select import KEYS, MAX_TOKENS, blocks_of
 
 
 def match_tokens(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +71,7 @@ def sample_logits(
     kind = _noise_kind(noise, temperature, logits.shape, logits.device)
     if flags & SCALED and temperature == 0:
         raise RuntimeError("a temperature of 0 cannot scale the confidence")
-    stream = random_stream(step, seed, offset, PURPOSE_SAMPLE << 24)
+    stream = random_stream(step, logits.device, seed, offset, PURPOSE_SAMPLE << 24)
     ids, confidence = tokens.new_empty(batch, n), logits.new_empty(batch, n, dtype=torch.float32)
     if ids.numel():
         from .triton_sample import sample_rows
@@ -103,15 +101,15 @@ def unmask_select(
     groups_batch = 0 if groups is None else check_ids("groups", groups, batch, device, n)
     hold_batch = 0 if hold is None else check_rows("hold", hold, batch, (n,), torch.uint8, device)
     kind = _noise_kind(noise, temperature, confidence.shape, device)
-    stream = random_stream(step, seed, offset, PURPOSE_SELECT << 24)
+    stream = random_stream(step, device, seed, offset, PURPOSE_SELECT << 24)
     out = tokens.new_empty(batch, n)
     if out.numel():
         from .triton_sample import open_keys, take_best
 
         keys, bits = tokens.new_empty(batch, n), (n - 1).bit_length()
-        host.launch(open_keys, (math.ceil(n / _KEYS), batch), confidence, confidence, tokens, groups, hold,
+        host.launch(open_keys, (math.ceil(n / KEYS), batch), confidence, confidence, tokens, groups, hold,
                     noise if kind == 2 else None, keys, *stream, mask_id, groups_batch, hold_batch, n, count.shape[1],
-                    temperature, NOISE=kind, TOKEN_BITS=bits, BLOCK=_KEYS, num_warps=4,
+                    temperature, NOISE=kind, TOKEN_BITS=bits, BLOCK=KEYS, num_warps=4,
                     enable_fp_fusion=False)  # fmt: skip
         block, whole, warps = blocks_of(n)
         # without groups all candidates are of group 0: more programs would do its work again

@@ -14,7 +14,7 @@ from .triton_check import check_ids, check_rows, random_stream
 
 WHOLE = 8192  # keys that a program holds in registers; longer rows are walked in blocks
 _LONG_BLOCK = 4096
-_KEYS = 1024  # a program of the kernels that make them
+KEYS = 1024  # a program of the kernels that make them
 MAX_TOKENS = 1 << 24
 
 
@@ -25,19 +25,18 @@ def blocks_of(count: int) -> tuple[int, bool, int]:
     return block, whole, min(max(block // 512, 1), 16)
 
 
-def _slots(marks: Tensor, keep: int, counted: bool, age: Tensor | None = None) -> tuple[Tensor, ...]:
-    """(keep, inverse, counts, age) of marks, which become `inverse`."""
+def _slots(marks: Tensor, keep: int, counted: bool, age: Tensor | None = None,
+           new_age: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(keep, inverse, counts) of marks, which become `inverse`; `new_age` takes what follows `age`."""
     from .triton_select import slots_of_marks
 
     batch, n = marks.shape
-    ids, counts = marks.new_empty(batch, keep), marks.new_empty(batch) if counted else None
-    new_age = None if age is None else age.new_empty(age.shape)
+    ids, counts = marks.new_empty(batch, keep), marks.new_empty(batch if counted else 0)
     block, _, warps = blocks_of(n)
     if batch:
-        host.launch(slots_of_marks, (batch,), marks, marks, ids, counts, age, new_age, n, keep, BLOCK=block,
-                    num_warps=warps)  # fmt: skip
-    none = marks.new_empty(0)
-    return ids, marks, none if counts is None else counts, none if new_age is None else new_age
+        host.launch(slots_of_marks, (batch,), marks, marks, ids, counts if counted else None, age, new_age, n, keep,
+                    BLOCK=block, num_warps=warps)  # fmt: skip
+    return ids, marks, counts
 
 
 def _check_keep(batch: int, n: int, keep: int, route: int) -> None:
@@ -51,7 +50,7 @@ def random_keep(
     route: int, offset: int, batch: int, n: int, keep: int, groups: int, rows_kept: int, mode: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_keep(batch, n, keep, route)
-    stream = random_stream(step, seed, offset, route | PURPOSE_KEEP << 24)
+    stream = random_stream(step, step.device, seed, offset, route | PURPOSE_KEEP << 24)
     if mode not in (KEEP_GROUPS, KEEP_ROWS_COLS, KEEP_CLASSES):
         raise RuntimeError(f"mode={mode} must be 0 to 2")
     if mode != KEEP_CLASSES and (groups < 1 or n % groups):
@@ -65,7 +64,8 @@ def random_keep(
     if order is not None:
         check_rows("order", order[None], 1, (n,), torch.int32, step.device)
     force_batch = 0 if force is None else check_rows("force", force, batch, (n,), torch.uint8, step.device)
-    bits = (n - 1).bit_length()
+    # numbers below n; rows and columns are numbered through, up to n + 1 of them
+    bits = (n if mode == KEEP_ROWS_COLS else n - 1).bit_length()
     depth = 32 + bits + (force is not None)
     marks = step.new_empty(batch, n, dtype=torch.int32)
 
@@ -74,8 +74,8 @@ def random_keep(
 
         found = step.new_empty(batch, count, dtype=torch.int64)
         if batch:
-            host.launch(random_keys, (math.ceil(count / _KEYS), batch), step, found, order, force, *stream, force_batch,
-                        first, count, TOKEN_BITS=bits, BLOCK=_KEYS, num_warps=4)  # fmt: skip
+            host.launch(random_keys, (math.ceil(count / KEYS), batch), step, found, order, force, *stream, force_batch,
+                        first, count, TOKEN_BITS=bits, BLOCK=KEYS, num_warps=4)  # fmt: skip
         return found
 
     if mode == KEEP_ROWS_COLS:
@@ -92,8 +92,7 @@ def random_keep(
         host.launch(mark_runs, (math.ceil(groups / rows), batch), step, keys(0, n), order, marks, n, groups, size,
                     keep // groups, ROWS=rows, BLOCK=block, WHOLE=whole, BITS=depth,
                     num_warps=max(warps, min(rows * block // 256, 4)))  # fmt: skip
-    ids, inverse, counts, _ = _slots(marks, keep, mode == KEEP_CLASSES)
-    return ids, inverse, counts
+    return _slots(marks, keep, mode == KEEP_CLASSES)
 
 
 def _mark_grid(keys: Tensor, marks: Tensor, rows: int, kept_rows: int, keep: int, depth: int) -> None:
@@ -147,18 +146,18 @@ def select_active(
     if not 0 <= high <= n - keep or (at_least and high):
         raise RuntimeError(f"high={high} must be 0 to {n - keep}, and 0 with a threshold")
     bits = (n - 1).bit_length()
-    marks = age.new_empty(batch, n)
+    marks, new_age = age.new_empty(batch, n), age.new_empty(batch, n)
     if batch:
         from .triton_select import active_keys, mark_active
 
         keys = age.new_empty(batch, n, dtype=torch.int64)
-        host.launch(active_keys, (math.ceil(n / _KEYS), batch), score, score, age, decay, force, keys, force_batch, n,
-                    decay.numel(), threshold, AT_LEAST=at_least, TOKEN_BITS=bits, BLOCK=_KEYS,
+        host.launch(active_keys, (math.ceil(n / KEYS), batch), score, score, age, decay, force, keys, force_batch, n,
+                    decay.numel(), threshold, AT_LEAST=at_least, TOKEN_BITS=bits, BLOCK=KEYS,
                     num_warps=4)  # fmt: skip
         block, whole, warps = blocks_of(n)
         host.launch(mark_active, (batch,), score, keys, marks, n, keep, high, FORCED=force is not None, HIGH=high > 0,
                     BLOCK=block, WHOLE=whole, BITS=32 + bits, num_warps=warps)  # fmt: skip
-    return _slots(marks, keep, at_least, age)  # type: ignore[return-value]
+    return *_slots(marks, keep, at_least, age, new_age), new_age
 
 
 KERNELS: dict[str, Callable] = {"random_keep": random_keep, "select_active": select_active}
