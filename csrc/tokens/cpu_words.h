@@ -1,7 +1,7 @@
 // Vectors of 32-bit words, one for each lane of an fp32 vector, and Philox on them.
 #pragma once
 
-#include "../common/vec.h"
+#include "../common/vec_math.h"
 #include "philox.h"
 
 namespace maskaccel {
@@ -29,7 +29,9 @@ MASKACCEL_INLINE Words shift_left(Words a) {
 MASKACCEL_INLINE Words bit_and(Words a, Words b) { return _mm512_and_si512(a, b); }
 MASKACCEL_INLINE Words bit_or(Words a, Words b) { return _mm512_or_si512(a, b); }
 MASKACCEL_INLINE V to_floats(Words a) { return _mm512_cvtepi32_ps(a); }  // of words below 2^31
+MASKACCEL_INLINE Words exclusive(Words a, Words b) { return _mm512_xor_si512(a, b); }
 MASKACCEL_INLINE void store(uint32_t* p, Words a) { _mm512_storeu_si512(p, a); }
+MASKACCEL_INLINE bool any_less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
 
 #elif defined(__AVX2__)
 
@@ -52,7 +54,9 @@ MASKACCEL_INLINE Words shift_left(Words a) {
 MASKACCEL_INLINE Words bit_and(Words a, Words b) { return _mm256_and_si256(a, b); }
 MASKACCEL_INLINE Words bit_or(Words a, Words b) { return _mm256_or_si256(a, b); }
 MASKACCEL_INLINE V to_floats(Words a) { return _mm256_cvtepi32_ps(a); }
+MASKACCEL_INLINE Words exclusive(Words a, Words b) { return _mm256_xor_si256(a, b); }
 MASKACCEL_INLINE void store(uint32_t* p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+MASKACCEL_INLINE bool any_less(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0; }
 
 #else
 
@@ -73,7 +77,14 @@ MASKACCEL_INLINE Words shift_left(Words a) {
 MASKACCEL_INLINE Words bit_and(Words a, Words b) { return a & b; }
 MASKACCEL_INLINE Words bit_or(Words a, Words b) { return a | b; }
 MASKACCEL_INLINE V to_floats(Words a) { return __builtin_convertvector((VI)a, V); }
+MASKACCEL_INLINE Words exclusive(Words a, Words b) { return a ^ b; }
 MASKACCEL_INLINE void store(uint32_t* p, Words a) { std::memcpy(p, &a, sizeof a); }
+MASKACCEL_INLINE bool any_less(V a, V b) {
+  const VI yes = a < b;
+  int32_t any = 0;
+  for (int i = 0; i < W; ++i) any |= yes[i];
+  return any != 0;
+}
 
 #endif
 
@@ -113,11 +124,9 @@ class PhiloxWords {
 #if defined(__AVX512F__)
   MASKACCEL_INLINE Words product(Words a, Words b) { return _mm512_mul_epu32(a, b); }
   MASKACCEL_INLINE Words wide_right(Words a) { return _mm512_srli_epi64(a, 32); }
-  MASKACCEL_INLINE Words exclusive(Words a, Words b) { return _mm512_xor_si512(a, b); }
 #else
   MASKACCEL_INLINE Words product(Words a, Words b) { return _mm256_mul_epu32(a, b); }
   MASKACCEL_INLINE Words wide_right(Words a) { return _mm256_srli_epi64(a, 32); }
-  MASKACCEL_INLINE Words exclusive(Words a, Words b) { return _mm256_xor_si256(a, b); }
 #endif
   MASKACCEL_INLINE Words spread(uint32_t v) { return set1_words(v); }
 
@@ -172,10 +181,7 @@ MASKACCEL_INLINE V vlog(V x) {
   const V f = sub(m, set1(1.0f)), square = mul(f, f);
   constexpr float c[] = {0.333333313f, -0.250008196f, 0.200012267f, -0.166233569f,
                          0.142017573f, -0.13160184f,  0.127615824f, -0.0763449743f};
-  V p = set1(c[7]);
-#pragma GCC unroll 7
-  for (int i = 6; i >= 0; --i) p = fma(p, f, set1(c[i]));
-  const V tail = fma(n, set1(1.42860677e-6f), mul(mul(p, f), square));
+  const V tail = fma(n, set1(1.42860677e-6f), mul(mul(polynomial(f, c, 7), f), square));
   return fma(n, set1(0.693145752f), add(f, fma(set1(-0.5f), square, tail)));
 }
 
