@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskaccel.bench import registry
+from maskaccel.ops._registry import SPECS
 from maskaccel.ops.attention import reference as attention
+from maskaccel.ops.tokens import reference as tokens
 
 EPS = 1e-6
 NEED_X, NEED_A, NEED_GATE, NEED_SCALE, NEED_SHIFT = 1, 2, 4, 8, 16
@@ -179,6 +181,42 @@ def lists_case(model: str, shape: tuple[int, int, int, int]) -> Case:
     return Case("tile_lists", model, shape, 2 * math.prod(shape), operands, lambda a: (attention.tile_lists, a))
 
 
+def token_cases(shapes: list[tuple[str, tuple[int, int, int]]]) -> list[Case]:
+    """The token ops that choose: random ids, matching, which masked positions are revealed."""
+
+    def keep(model: str, shape: tuple[int, int, int]) -> Case:
+        batch, n, _ = shape
+
+        def operands(device: str, dtype: torch.dtype) -> tuple:
+            step = torch.zeros(1, dtype=torch.int64, device=device)
+            return (step, None, None, None, None, 0, 0, 0, batch, n, n // 2, 1, 0, 0)
+
+        # ids and their inverse, int32, counted in elements of two bytes
+        return Case("random_keep", model, shape, 3 * batch * n, operands, lambda a: (tokens.random_keep, a))
+
+    def match(model: str, shape: tuple[int, int, int]) -> Case:
+        def operands(device: str, dtype: torch.dtype) -> tuple:
+            ids = torch.arange(shape[1], dtype=torch.int32, device=device).view(1, -1)
+            metric = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            return metric, ids[:, shape[1] // 4 :].contiguous(), ids[:, : shape[1] // 4].contiguous()
+
+        return Case("match_tokens", model, shape, math.prod(shape), operands, lambda a: (tokens.match_tokens, a))
+
+    def unmask(model: str, shape: tuple[int, int, int]) -> Case:
+        batch, n, _ = shape
+
+        def operands(device: str, dtype: torch.dtype) -> tuple:
+            confidence = torch.rand(batch, n, generator=torch.Generator().manual_seed(0)).to(device)
+            given = torch.full((batch, n), 9, device=device)
+            step = torch.zeros(1, dtype=torch.int64, device=device)
+            count = torch.full((1, 1), n // 16, dtype=torch.int32, device=device)
+            return (confidence, given - 1, given, step, count, None, None, None, 9, 0, 0, math.inf, 0.0)
+
+        return Case("unmask_select", model, shape, 14 * batch * n, operands, lambda a: (tokens.unmask_select, a))
+
+    return [make(model, shape) for model, shape in shapes for make in (keep, match, unmask)]
+
+
 def registry_cases(tiny: bool, known: set[str]) -> list[Case]:
     """Forward and backward of what the registry of benchmarks has beyond the ops of `known`, by the public call."""
     cases = []
@@ -188,10 +226,10 @@ def registry_cases(tiny: bool, known: set[str]) -> list[Case]:
         )
         if tiny:
             model, shape = "tiny", (1, 8, 2, 16) if "heads" in op.dims else (*(2,) * (len(shape) - 3), 2, 8, 64)
-        name = model if op.name == op.function else f"{model}, {op.name.removeprefix(op.function + '.')}"
-        if op.function not in known:
+        name = model if op.name == op.raw else f"{model}, {op.name.removeprefix(op.function + '.')}"
+        if op.raw not in known:
             cases.append(_forward_case(op, name, shape))
-        if op.wants_grad and f"{op.function}_backward" not in known:
+        if op.wants_grad and f"{op.raw}_backward" not in known:
             cases.append(_backward_case(op, name, shape))
     return cases
 
@@ -202,7 +240,7 @@ def _operands(op: registry.Op, shape: tuple[int, ...]) -> Callable[[str, torch.d
 
 def _forward_case(op: registry.Op, name: str, shape: tuple[int, ...]) -> Case:
     return Case(
-        op.function, name, shape, op.elements(shape), _operands(op, shape), lambda args: (op.eager, args),
+        op.raw, name, shape, op.elements(shape), _operands(op, shape), lambda args: (op.eager, args),
         call=lambda backend, args: partial(op.run, args[0], backend),
     )  # fmt: skip
 
@@ -216,8 +254,10 @@ def _backward_case(op: registry.Op, name: str, shape: tuple[int, ...]) -> Case:
     def call(backend: str, args: tuple) -> Callable[[], Any]:
         return partial(torch.autograd.grad, *graph(args, lambda inputs: op.run(inputs, backend)), retain_graph=True)
 
+    # The derivative of some ops is another op, or themselves.
+    raw, label = (f"{op.raw}_backward", name) if f"{op.raw}_backward" in SPECS else (op.raw, f"{name}, backward")
     return Case(
-        f"{op.function}_backward", name, shape, op.elements_backward(shape), _operands(op, shape),
+        raw, label, shape, op.elements_backward(shape), _operands(op, shape),
         lambda args: (op.eager, args), graph, call,
     )  # fmt: skip
 
@@ -226,7 +266,7 @@ def all_cases(tiny: bool) -> list[Case]:
     """Every case; `tiny` shapes walk the same code without a GPU."""
     if tiny:
         cases = [*adaln_cases("tiny", (2, 8, 64)), *pair_cases("tiny", (2, 8, 64)), qk_case("tiny", (1, 8, 2, 16))]
-        cases.append(lists_case("tiny", (1, 2, 5, 37)))
+        cases += [lists_case("tiny", (1, 2, 5, 37)), *token_cases([("tiny", (2, 16, 64))])]
         return cases + registry_cases(True, {case.op for case in cases})
     shapes = {
         "target": (8, 4096, 3072),
@@ -240,4 +280,5 @@ def all_cases(tiny: bool) -> list[Case]:
     cases += pair_cases("SD3.5-M", (2, 4096, 1536))
     cases += [qk_case(model, shape) for model, shape in heads.items()]
     cases += [lists_case("Wan 14B 720p", (1, 40, 591, 591)), lists_case("FLUX", (1, 24, 36, 36))]
+    cases += token_cases([("FLUX", (1, 4096, 3072)), ("SiT-XL/2", (256, 256, 1152))])
     return cases + registry_cases(False, {case.op for case in cases})
