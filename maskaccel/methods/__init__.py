@@ -70,11 +70,13 @@ from .sparge import SpargeAttn
 from .sparse_videogen import SparseVideoGen
 from .speca import SpeCa
 from .spotedit import SpotEdit
-from .sprint import SprintFusion
+from .sprint import SPRINT, SprintFusion
+from .sr_dit import SRDiT, ValueResidual
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 from .toca import ToCa
 from .tome import ToMe
+from .tread import TREAD, route_guidance
 from .u_dit import UDiTAttention
 from .umd import UMD, UMDSchedule
 from .uncage import UNCAGE
@@ -97,6 +99,8 @@ __all__ = [
     "PAB",
     "RAS",
     "SCM",
+    "SPRINT",
+    "TREAD",
     "UMD",
     "UNCAGE",
     "VSA",
@@ -156,6 +160,7 @@ __all__ = [
     "ReferenceKV",
     "Rettention",
     "RowsAndColumns",
+    "SRDiT",
     "SideInterpolater",
     "SkipBranches",
     "SkipCache",
@@ -172,6 +177,7 @@ __all__ = [
     "ToMe",
     "UDiTAttention",
     "UMDSchedule",
+    "ValueResidual",
     "VoxelAware",
     "XAttention",
     "XMDPTTransformer",
@@ -183,6 +189,7 @@ __all__ = [
     "power_cosine_scale",
     "predicted_mask",
     "region_mask",
+    "route_guidance",
 ]
 
 PATCHES = tuple(name for name in __all__ if hasattr(globals()[name], "attach"))

@@ -20,6 +20,9 @@ of `g - mask token` for the kept ones. The authors' mask token is not trained (n
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +30,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..masks import TokenIndex
+from ..models import stack_of, streams_of
+from ..patching import Context, TokenRoute
+from ..patching.route import like_of, width_of
+from ..patching.span import SpanCall
 from ._ratios import uniform
 from ._transformer import learned_token, touched
 
@@ -83,7 +90,11 @@ class SprintFusion(nn.Module):
             offset: Number of this rank's first sample.
             device: Of the result.
         """
-        if not self.path_drop or not self.training:
+        return self.drawn(batch, step, offset=offset, device=device) if self.training else None
+
+    def drawn(self, batch: int, step: Tensor | int, *, offset: int = 0, device: Any = None) -> Tensor | None:
+        """As `draw`, whatever the mode."""
+        if not self.path_drop:
             return None
         return uniform(batch, seed=self.seed, step=step, offset=offset, device=device) >= self.path_drop
 
@@ -167,3 +178,149 @@ def cell_index(
         batch, n, n * kept // math.prod(cell), seed=seed, step=step, sample_offset=offset, scheme="cell", grid=grid,
         cell=cell, device=device,
     )  # fmt: skip
+
+
+class SPRINT(TokenRoute):
+    """Train the middle blocks of a model on some tokens, cell by cell, and join them with all tokens before the last.
+
+    A patch: f is the blocks before `start`, g those from `start` to `end`, h the others. The fusion is part of the
+    model from then on, in eval mode too; give `parameters()` of this method to the optimizer, and save its
+    `state_dict()`. A model that was trained without it changes, as in the paper, which trains from scratch.
+
+    Args:
+        start: First block of g.
+        end: Last block of g, inclusive; negative numbers count from the end.
+        ratio: Dropped part of the tokens; 0 for finetuning.
+        fusion: The fusion; None makes one of the model's width.
+        select: `"cell"`, or `"uniform"` (another selector of the paper).
+        path_drop: Probability of a path drop, of a fusion that is made here.
+        seed: Of tokens and path drops.
+        options: Of `TokenRoute`.
+
+    Raises:
+        ValueError: There are no cells for `ratio`, or an argument of `TokenRoute` is not allowed.
+    """
+
+    paper = "Sprint: Sparse-Dense Residual Fusion for Efficient Diffusion Transformers (arXiv 2510.21986)"
+    batch_wide = False  # whether a path drop is one for the whole batch
+
+    def __init__(
+        self,
+        start: int = 2,
+        end: int = -3,
+        ratio: float = RATIO,
+        *,
+        fusion: SprintFusion | None = None,
+        select: str = "cell",
+        path_drop: float = PATH_DROP,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio={ratio} must lie in [0, 1): the part of the tokens that is dropped")
+        if ratio == 0:
+            select = "uniform"
+        given: dict[str, Any] = dict(options.pop("options", None) or {})
+        if select == "cell" and "cell" not in given and ratio in CELLS:
+            given["cell"] = CELLS[ratio][0]
+        super().__init__(start, end, 1.0 - ratio, select, seed=seed, options=given, **options)
+        self.fusion = fusion
+        self._path_drop = fusion.path_drop if fusion is not None else path_drop
+        self._dropped = False
+        self._paths: Any = weakref.WeakKeyDictionary()  # which samples keep the path of g, of every call's index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_paths": None}  # of calls that are running; weak references cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._paths = weakref.WeakKeyDictionary()
+
+    @property
+    def name(self) -> str:
+        """How reports and errors call it."""
+        return type(self).__name__
+
+    def make_fusion(self, width: int) -> SprintFusion:
+        """The fusion of a model that brings none."""
+        return SprintFusion(width, path_drop=self._path_drop, seed=self.seed)
+
+    def attach(self, context: Context) -> None:
+        """Plan the route, and what lets calls leave its blocks out."""
+        if self.fusion is None:
+            like = like_of(context.model)
+            self.fusion = self.make_fusion(width_of(context.model, self.name)).to(like)
+        super().attach(context)
+        blocks = [block for segment in stack_of(context.model).segments for block in segment]
+        for block in blocks[self.start % len(blocks) : self.end % len(blocks) + 1]:
+            context.transaction.wrap_forward(block, self._run_or_skip)
+
+    def _run_or_skip(self, block: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if not self._dropped:
+            return inner(*args, **kwargs)
+        streams = streams_of(block)
+        return streams.give(streams.take(args, kwargs))
+
+    def choose(self, call: SpanCall) -> TokenIndex | None:
+        """The tokens of a pass: all of them in eval mode, since the fusion takes place then too."""
+        assert call.hidden is not None
+        device = call.hidden.device
+        if self._dropped:  # the blocks run on nothing: one token stands for it
+            keep, inverse = torch.zeros(1, 1, dtype=torch.int32), torch.full((1, call.tokens), -1, dtype=torch.int32)
+            inverse[0, 0] = 0
+            return TokenIndex(keep, inverse).to(device)
+        index = super().choose(call)
+        index = TokenIndex.all(call.tokens, device) if index is None else index
+        if call.model.training:
+            self._paths[index] = self._path_keep(call, self.step - 1)
+        return index
+
+    def _path_keep(self, call: SpanCall, step: Tensor) -> Tensor | None:
+        assert self.fusion is not None
+        if self.batch_wide:
+            drawn = self.fusion.drawn(1, step)
+            return None if drawn is None else drawn.expand(call.batch)
+        return self.fusion.drawn(call.batch, step, offset=self.first_sample(call))
+
+    def reenter(self, call: SpanCall, rows: Tensor) -> Tensor:
+        """The fusion of what ran with all tokens before the middle."""
+        assert call.hidden is not None
+        assert self.fusion is not None
+        if self._dropped:
+            return self.fusion.without_middle(call.hidden)
+        return self.fusion(call.hidden, rows.to(call.hidden.dtype), call.index, self._paths.get(call.index))
+
+    @contextmanager
+    def path_dropped(self) -> Iterator[None]:
+        """Calls of the model within it run f and h alone: the unconditional half of path-drop guidance."""
+        before, self._dropped = self._dropped, True
+        try:
+            yield
+        finally:
+            self._dropped = before
+
+    def guided(
+        self, model: Callable[..., Any], scale: float, *args: Any, null: Mapping[str, Any], **kwargs: Any
+    ) -> Tensor:
+        """Path-drop guidance, `v_u + w (v_c - v_u)`: one whole call of the model, and one without its middle.
+
+        Args:
+            model: The patched model, or a function that calls it and returns a tensor.
+            scale: w (about 3 in the authors' configuration).
+            *args: Of the conditional call.
+            null: What is different in the unconditional call, by name: such as `{"class_labels": null_labels}`.
+            **kwargs: Of both calls.
+
+        Returns:
+            The guided prediction; of what the model returns, the first tensor.
+        """
+        conditional = _tensor(model(*args, **kwargs))
+        with self.path_dropped():
+            unconditional = _tensor(model(*args, **{**kwargs, **null}))
+        return guide(conditional, unconditional, scale)
+
+
+def _tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple | list) else output.sample

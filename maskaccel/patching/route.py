@@ -206,7 +206,7 @@ class TokenRoute(nn.Module):
         """Plan the route on a model."""
         attach_span(context, self.name, self.start, self.end, self)
         if self.reenter_with == "mask_token":
-            self.reenter_with = MaskToken(_width(context.model, self.name)).to(_like(context.model))
+            self.reenter_with = MaskToken(width_of(context.model, self.name)).to(like_of(context.model))
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """For the report: calls that were routed and not, why not, and the last number of tokens."""
@@ -350,12 +350,15 @@ class TokenRoute(nn.Module):
             given["force"] = force.to(device)
         if self.select not in ("uniform", "classes"):
             given["grid"] = grid
-        offset = _rank() * call.batch if self.sample_offset is None else self.sample_offset
         index = token_ops.random_keep(
-            call.batch, call.tokens, keep, seed=self.seed, step=step, route=route, sample_offset=offset,
-            scheme=str(self.select), shared=self.shared, device=device, **given,
+            call.batch, call.tokens, keep, seed=self.seed, step=step, route=route, shared=self.shared,
+            sample_offset=self.first_sample(call), scheme=str(self.select), device=device, **given,
         )  # fmt: skip
         return index if index.counts is None else replace(index, counts=None)  # equal, since the labels are
+
+    def first_sample(self, call: SpanCall) -> int:
+        """Number of the first sample of a call among those of all ranks."""
+        return _rank() * call.batch if self.sample_offset is None else self.sample_offset
 
     def _keep_of(self, n: int, route: int, step: Tensor | int) -> Any:
         """How many of n tokens, as `random_keep` takes it; a number wherever it is one."""
@@ -438,7 +441,7 @@ def _cut(value: Any, index: TokenIndex, shape: Sequence[int]) -> Any:
     )
 
 
-def _width(model: nn.Module, method: str) -> int:
+def width_of(model: nn.Module, method: str) -> int:
     """The width of a model's stream, as its config tells."""
     inner = getattr(model, "inner_dim", None)
     if isinstance(inner, int):
@@ -453,6 +456,6 @@ def _width(model: nn.Module, method: str) -> int:
     raise PatchError(f"{method}: the width of {type(model).__name__} is not known; give reenter=MaskToken(width)")
 
 
-def _like(model: nn.Module) -> Tensor:
+def like_of(model: nn.Module) -> Tensor:
     """A tensor of the device and dtype of a model's parameters."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))

@@ -1,0 +1,253 @@
+"""Training methods as patches of diffusers' DiT: against the same blocks called by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from _plain_dit import blocks, head
+from torch.utils.checkpoint import checkpoint
+from zoo.common import made
+
+import maskaccel
+from maskaccel import methods as m
+from maskaccel.methods.tread import route_guidance
+
+DEPTH, N, DIM = 7, 16, 32
+
+
+@pytest.fixture
+def dit(monkeypatch):
+    """Seven blocks of DiT on 4 x 4 tokens, in training mode, and the arguments of a call."""
+    from diffusers import DiTTransformer2DModel
+    from diffusers.models.embeddings import LabelEmbedding
+
+    # DiT drops labels at random in training mode, which no two calls would do alike.
+    monkeypatch.setattr(LabelEmbedding, "token_drop", lambda self, labels, force_drop_ids=None: labels)
+    model = made(DiTTransformer2DModel, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+                 num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=10, dropout=0.0)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    given = {"timestep": torch.tensor([10, 500, 900]), "class_labels": torch.tensor([1, 2, 3])}
+    return model.train(), {"hidden_states": torch.randn(3, 4, 8, 8, generator=generator)} | given
+
+
+def call(model, given):
+    return model(**given).sample
+
+
+def parts(model, given):
+    """Embedded tokens, and functions that run some blocks and the head."""
+    t, y = given["timestep"], given["class_labels"]
+    hidden = model.pos_embed(given["hidden_states"])
+    return hidden, lambda h, which: blocks(model, h, t, y, which), lambda h: head(model, h, t, y)
+
+
+def counted(model):
+    """Samples and tokens that every block sees, in order."""
+    seen = []
+    for block in model.transformer_blocks:
+        # the MLP runs once in a block, whatever stands around the block
+        block.ff.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+    return seen
+
+
+def weighted(out):
+    return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum()
+
+
+def gradients(out, *modules):
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return torch.autograd.grad(weighted(out), parameters, allow_unused=True)
+
+
+def close(mine, theirs):
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None or a.abs().max() == 0) if b is None else True
+        if b is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ TREAD
+def test_tread_is_the_paper(dit):
+    model, given = dit
+    route = m.TREAD(end=-3, ratio=0.7)
+    with maskaccel.patch(model, [route]):
+        seen = counted(model)
+        out = call(model, given)
+        index, mine = route.index, gradients(out, model)
+    assert index.kept == N - int(N * 0.7) == 5 and seen == [(3, N)] * 2 + [(3, 5)] * 3 + [(3, N)] * 2
+    hidden, run, end = parts(model, given)
+    x = run(hidden, slice(0, 2))
+    keep = index.keep.long()[..., None].expand(-1, -1, DIM)
+    x = x.scatter(1, keep, run(x.gather(1, keep), slice(2, 5)))
+    want = end(run(x, slice(5, None)))
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    close(mine, gradients(want, model))
+    assert (m.TREAD().start, m.TREAD().end, m.TREAD().keep) == (2, -4, 0.5)
+
+
+def test_tread_is_of_training_alone(dit):
+    model, given = dit
+    want = call(model.eval(), given)
+    with maskaccel.patch(model, [m.TREAD()]) as patch:
+        assert torch.equal(call(model, given), want)
+        assert "eval mode" in str(patch.report())
+    with maskaccel.patch(model.train(), [m.TREAD(ratio=0.0)]):
+        torch.testing.assert_close(call(model, given), want)
+    assert torch.equal(call(model, given), want)
+    with pytest.raises(ValueError, match="ratio=1"):
+        m.TREAD(ratio=1.0)
+
+
+def test_route_guidance(dit):
+    model, given = dit
+    route = m.TREAD(seed=4)
+    with maskaccel.patch(model.eval(), [route]):
+        seen = counted(model)
+        guided = route_guidance(route, lambda: call(model, given), 1.8, (0.25, 0.75), step=7)
+        assert seen[2] == (3, 12) and seen[DEPTH + 2] == (3, 4)
+        assert int(route.step) == 0  # the training goes on as if nothing had been
+        with route.routed(0.25, step=7):
+            good, index = call(model, given), route.index
+        with route.routed(0.75, step=7):
+            bad = call(model, given)
+        want = maskaccel.ops.random_keep(3, N, 12, seed=4, step=7)
+        assert torch.equal(index.keep, want.keep)
+        found = []
+        for _ in range(2):  # others at every step of a sampling run
+            with route.routed(0.5):
+                call(model, given)
+            found.append(route.index.keep)
+        assert not torch.equal(*found)
+        torch.testing.assert_close(guided, bad + 1.8 * (good - bad))
+        seen.clear()
+        call(model, given)
+        assert set(seen) == {(3, N)}
+    with pytest.raises(ValueError, match="routes is empty"):
+        route_guidance([], lambda: guided)
+    with pytest.raises(ValueError, match=r"ratio=1\.5"):
+        route_guidance(route, lambda: guided, gammas=(1.5, 0.5))
+
+
+# ------------------------------------------------------------------------------------------------------ SPRINT
+def by_hand(model, given, fusion, index, path_keep):
+    """SPRINT with the model's own blocks; index None keeps all tokens, path_keep all False runs no middle."""
+    hidden, run, end = parts(model, given)
+    f = run(hidden, slice(0, 2))
+    if path_keep is not None and not path_keep.any():
+        padded = fusion.mask_token.expand_as(f)
+    else:
+        keep = torch.arange(N).expand(len(f), N) if index is None else index.keep.long()
+        at = keep[..., None].expand(-1, -1, DIM)
+        padded = fusion.mask_token.expand_as(f).scatter(1, at, run(f.gather(1, at), slice(2, -2)))
+        if path_keep is not None:
+            padded = torch.where(path_keep[:, None, None], padded, fusion.mask_token)
+    joined = torch.nn.functional.linear(torch.cat([padded, f], -1), fusion.weight, fusion.bias)
+    return end(run(joined, slice(-2, None)))
+
+
+@pytest.mark.parametrize("kind", [m.SPRINT, m.SRDiT])
+def test_sprint_is_the_paper(dit, kind):
+    model, given = dit
+    route = kind(path_drop=0.5, seed=3)
+    with maskaccel.patch(model, [route]):
+        fusion, seen, drops = route.fusion, counted(model), []
+        for step in range(4):
+            seen.clear()
+            out = call(model, given)
+            index, mine = route.index, gradients(out, model, fusion)
+            path_keep = fusion.drawn(3, step) if kind is m.SPRINT else fusion.drawn(1, step).expand(3)
+            drops.append(path_keep.tolist())
+            assert seen == [(3, N)] * 2 + [(3, 4)] * 3 + [(3, N)] * 2
+            if kind is m.SPRINT:
+                assert (index.mask.view(3, 2, 2, 2, 2).sum((2, 4)) == 1).all()
+            with maskaccel_off(model):
+                want = by_hand(model, given, fusion, index, path_keep)
+                theirs = gradients(want, model, fusion)
+            torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+            close(mine, theirs)
+            assert all(g is not None for g in gradients(call_again(model, given, route), fusion))
+    assert any(not all(d) for d in drops) and any(any(d) for d in drops)
+    assert all(len(set(d)) == 1 for d in drops) == (kind is m.SRDiT)
+
+
+def call_again(model, given, route):
+    """The same step again."""
+    route.step = int(route.step) - 1
+    return call(model, given)
+
+
+class maskaccel_off:
+    """The model's blocks as they are without the patch."""
+
+    def __init__(self, model):
+        self.saved = [(b, b.__dict__.pop("forward", None)) for b in model.transformer_blocks]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for block, forward in self.saved:
+            if forward is not None:
+                block.__dict__["forward"] = forward
+
+
+def test_sprint_fuses_in_eval_mode_and_when_all_are_kept(dit):
+    model, given = dit
+    for route, mode in ((m.SPRINT(), False), (m.SPRINT(ratio=0.0, path_drop=0.0), True)):
+        model.train(mode)
+        with maskaccel.patch(model, [route]):
+            out = call(model, given)
+        torch.testing.assert_close(out, by_hand(model, given, route.fusion, None, None), atol=1e-5, rtol=1e-5)
+
+
+def test_path_drop_guidance_leaves_the_middle_out(dit):
+    model, given = dit
+    null = {"class_labels": torch.full((3,), 10)}
+    route = m.SPRINT(fusion=m.SprintFusion(DIM))
+    with maskaccel.patch(model.eval(), [route]), torch.no_grad():
+        seen = counted(model)
+        guided = route.guided(model, 3.0, **given, null=null)
+        assert seen == [(3, N)] * DEPTH + [(3, N)] * 4  # the unconditional half: f and h alone
+        cond, uncond = call(model, given), None
+        with maskaccel_off(model):
+            uncond = by_hand(model, given | null, route.fusion, None, torch.zeros(3, dtype=torch.bool))
+        torch.testing.assert_close(guided, uncond + 3.0 * (cond - uncond), atol=1e-4, rtol=1e-4)
+        seen.clear()
+        call(model, given)
+        assert len(seen) == DEPTH  # guidance is over
+
+
+def test_sprint_under_checkpointing_and_in_a_copy(dit):
+    model, given = dit
+    route = m.SPRINT(path_drop=0.5, seed=3, fusion=m.SprintFusion(DIM, path_drop=0.5, learn_mask=True, seed=3))
+    with maskaccel.patch(model, [route]):
+        want = gradients(call(model, given), model, route.fusion)
+        route.step = 0
+        latents = given["hidden_states"].clone().requires_grad_()
+        rest = {name: value for name, value in given.items() if name != "hidden_states"}
+        out = checkpoint(lambda x: call(model, {"hidden_states": x} | rest), latents, use_reentrant=False)
+        close(gradients(out, model, route.fusion), want)
+
+        route.step = 0
+        twin = copy.deepcopy(model)
+        torch.testing.assert_close(call(twin.train(), given), call(model, given))
+    state = route.state_dict()
+    assert {"steps", "fusion.weight", "fusion.bias", "fusion.mask_token"} <= set(state)
+    fresh = m.SPRINT(fusion=m.SprintFusion(DIM))
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.fusion.weight, route.fusion.weight)
+
+
+def test_sr_dit_settings():
+    route = m.SRDiT()
+    fusion = route.make_fusion(8)
+    assert route.select == "uniform" and route.keep == 0.25 and fusion.path_drop == 0.05
+    assert fusion.mask_token.requires_grad and fusion.mask_token.abs().max() == 0
+    residual = m.ValueResidual()
+    v, first = torch.randn(2, 4, 2, 8), torch.randn(2, N, 2, 8)
+    index = maskaccel.ops.random_keep(2, N, 4, seed=0)
+    kept = first.gather(1, index.keep.long()[..., None, None].expand(-1, -1, 2, 8))
+    torch.testing.assert_close(residual(v, first, index), 0.5 * kept + 0.5 * v)
+    torch.testing.assert_close(residual(v, kept), 0.5 * kept + 0.5 * v)
