@@ -70,6 +70,8 @@ def test_ancestral_counts_are_binomial():
     counts = torch.tensor(unmasking.ancestral_counts([6] * 4000, [0.3, 0.5], seed=1, finish=False))
     law = torch.tensor([math.comb(6, k) * 0.3**k * 0.7 ** (6 - k) for k in range(7)])
     assert chi_square(counts[0].bincount(minlength=7), law) < 3.5
+    law = torch.tensor([math.comb(6, k) * 0.35**k * 0.65 ** (6 - k) for k in range(7)])
+    assert chi_square(counts[1].bincount(minlength=7), law) < 3.5  # 0.7 * 0.5
     left = 6 - counts[0]
     assert float(counts[1].sum() / left.sum()) == pytest.approx(0.5, abs=0.02)
     assert torch.tensor(unmasking.ancestral_counts([6, 9], [0.3, 0.5, 0.1], seed=1)).sum(0).tolist() == [6, 9]
@@ -316,6 +318,22 @@ def test_a_learned_policy():
     slow = Toy()
     methods.LearnedPolicy(lambda _, c: torch.zeros_like(c) - 1, block=8).sample(slow, masked(), V)
     assert slow.calls == N  # one token a call
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        methods.MaskGIT(steps=4),
+        methods.MDLM(steps=9),
+        methods.GenMD4(torch.linspace(0.5, 2, V), steps=5),
+    ],
+    ids=lambda one: one.name,
+)
+def test_a_sample_does_not_depend_on_its_batch(sampler):
+    model = Toy()
+    whole = sampler.sample(model, masked(4), V, seed=3)
+    parts = [sampler.sample(model, masked(2), V, seed=3, sample_offset=at) for at in (0, 2)]
+    assert torch.cat(parts).equal(whole) and not whole[0].equal(whole[1])
 
 
 # ----------------------------------------------------------------------------------------------- discrete diffusion

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ..ops._checks import choice
 from ..ops._checks import count as check_count
+from ..ops.tokens import philox
+
+_PURPOSE = 4  # of the counters, beside those of the kernels
 
 RATIOS: dict[str, Callable[[float], float]] = {
     "cosine": lambda r: math.cos(r * math.pi / 2),
@@ -160,8 +163,25 @@ def time_grid(steps: int, kind: Literal["uniform", "cosine"] = "uniform") -> tup
     return tuple(0.0 if t == 0 else math.cos(math.pi / 2 * (1 - t)) for t in uniform)
 
 
+def uniform(seed: int, sample: Tensor, step: int, n: int) -> Tensor:
+    """Uniform numbers of (0, 1) by counters (`maskaccel.ops.tokens.schema`): the same on every device.
+
+    Args:
+        seed: Of 64 bits.
+        sample: int64 `(B,)`, numbers of the samples among all ranks.
+        step: Number of the step.
+        n: How many for each sample.
+
+    Returns:
+        fp32 `(B, n)` on the device of `sample`.
+    """
+    items = torch.arange(n, device=sample.device)[None]
+    at = torch.full((1,), step, device=sample.device)
+    return ((philox.words(seed, items, sample[:, None], at, _PURPOSE << 24) >> 9).float() + 0.5) * 2.0**-23
+
+
 def ancestral_counts(
-    masked: Sequence[int], probabilities: Sequence[float], seed: int, *, finish: bool = True
+    masked: Sequence[int], probabilities: Sequence[float], seed: int, *, finish: bool = True, sample_offset: int = 0
 ) -> list[list[int]]:
     """How many tokens of each sample ancestral sampling reveals at each step, drawn before the run.
 
@@ -173,8 +193,9 @@ def ancestral_counts(
     Args:
         masked: Masked tokens of each sample at the start.
         probabilities: Of each step, as of `NoiseSchedule.reveal_probability`.
-        seed: Of the draws, which are torch's on the CPU.
+        seed: Of the draws, made by counters on the host: those of a sample do not depend on its batch.
         finish: Reveal all that is left at the last step.
+        sample_offset: Number of the first sample among all ranks.
 
     Returns:
         For each step the count of each sample.
@@ -182,19 +203,21 @@ def ancestral_counts(
     Raises:
         ValueError: A probability is outside of 0 to 1.
     """
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.tensor([check_count("masked", m) for m in masked], dtype=torch.float64)
-    counts = []
+    steps, left, law = len(probabilities), 1.0, []
     for step, p in enumerate(probabilities):
         if not 0 <= p <= 1:
             raise ValueError(f"probabilities[{step}]={p!r} must be from 0 to 1")
-        if finish and step == len(probabilities) - 1:
-            drawn = left
-        else:
-            drawn = torch.binomial(left, torch.full_like(left, p), generator=generator)
-        left = left - drawn
-        counts.append([int(n) for n in drawn])
-    return counts
+        law.append(left * p)
+        left *= 1 - p
+    # The step at which a token is revealed, by the inverse of its distribution; past the last one for never.
+    reached = torch.tensor(law, dtype=torch.float64).cumsum(0)
+    most = max((check_count("masked", m) for m in masked), default=0)
+    sample = torch.arange(sample_offset, sample_offset + len(masked))
+    when = torch.searchsorted(reached, uniform(seed, sample, 0, most).double(), right=True)
+    if finish:
+        when = when.clamp(max=steps - 1)
+    drawn = [one[:m].bincount(minlength=steps + 1)[:steps] for one, m in zip(when, masked, strict=True)]
+    return torch.stack(drawn, 1).tolist() if drawn else [[] for _ in probabilities]
 
 
 # ---------------------------------------------------------------------------------------------- fixed groups, orders

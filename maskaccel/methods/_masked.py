@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..masks import TokenIndex
+from ..masks.unmasking import uniform
 from ..ops._checks import choice
 from ..ops.tokens import sample_logits, unmask_select
 
@@ -98,6 +99,7 @@ def reveal_step(
     *,
     seed: int,
     step: int,
+    sample_offset: int = 0,
     hold: Tensor | None = None,
     noise: Tensor | None = None,
     select_noise: Tensor | None = None,
@@ -111,6 +113,7 @@ def reveal_step(
         mask_id: Value of masked ones.
         seed: Of the counter-based noise.
         step: Number of the step, for the noise.
+        sample_offset: Number of the first sample, for the noise.
         hold: bool `(B|1, N)`: positions that stay as they are.
         noise: Gumbel noise `(B, N, V)` in place of the counter-based one.
         select_noise: Gumbel noise `(B, N)` likewise.
@@ -121,7 +124,7 @@ def reveal_step(
     kind = {"random": "confidence", "scores": "log"}.get(reveal.order, reveal.order)
     ids, confidence = sample_logits(
         logits, tokens, mask_id, temperature=reveal.temperature, confidence=kind, scaled=reveal.scaled,
-        seed=seed, step=step, noise=noise,
+        seed=seed, step=step, sample_offset=sample_offset, noise=noise,
     )  # fmt: skip
     spread = reveal.noise
     if reveal.order == "random":
@@ -138,8 +141,30 @@ def reveal_step(
         hold = outside if hold is None else hold | outside
     return unmask_select(
         confidence.float(), ids, tokens, mask_id, n=reveal.count, threshold=reveal.threshold, temperature=spread,
-        hold=hold, seed=seed, step=step, noise=select_noise,
+        hold=hold, seed=seed, step=step, sample_offset=sample_offset, noise=select_noise,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of a run: by counters of sample, position and step.
+
+    So they do not depend on the device, nor on the batch of a sample (but where steps depend on what the model says of
+    all of its samples: thresholds, policies).
+
+    Attributes:
+        seed: Of the run.
+        sample_offset: Number of the first sample among all ranks.
+    """
+
+    seed: int
+    sample_offset: int = 0
+
+    def uniform(self, step: int, like: Tensor) -> Tensor:
+        """Uniform numbers of (0, 1), one for each of `like (B, N)`."""
+        first = self.sample_offset
+        sample = torch.arange(first, first + like.shape[0], device=like.device)
+        return uniform(self.seed, sample, step, like.shape[1])
 
 
 class MaskedSampling:
@@ -153,12 +178,12 @@ class MaskedSampling:
     name = ""
     paper = ""
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """The steps of a run; steps that can reveal nothing are not run.
 
         Args:
             free: bool `(B, N)` on the host: masked tokens that may be revealed.
-            seed: Of the run.
+            draw: The random numbers of the run.
 
         Yields:
             What each step reveals. To a step that wants to `watch`, whether anything is left is sent back.
@@ -173,6 +198,7 @@ class MaskedSampling:
         mask_id: int,
         *,
         seed: int = 0,
+        sample_offset: int = 0,
         hold: Tensor | None = None,
         head: Head | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
@@ -186,6 +212,7 @@ class MaskedSampling:
                 those to interpolate, the rest of an image).
             mask_id: Value of masked tokens.
             seed: Of all random numbers.
+            sample_offset: Number of the first sample among all ranks; each sample has random numbers of its own.
             hold: bool `(B|1, N)`: masked tokens that stay masked.
             head: Maps rows `(B, K, D)` to logits `(B, K, V)`. It is then run on the rows alone that are masked and may
                 be revealed at the step, which gives the same logits for less. Not with methods that rank by scores.
@@ -205,7 +232,8 @@ class MaskedSampling:
         known = free.cpu()
         if hold is not None and not bool(known.any()) and bool((tokens == mask_id).any()):
             raise ValueError("hold leaves no masked token that may be revealed")
-        plan = self.plan(known, seed)
+        draw = Draw(seed, sample_offset)
+        plan = self.plan(known, draw)
         step, reveal = 0, next(plan, None)
         while reveal is not None:
             left = True
@@ -215,9 +243,9 @@ class MaskedSampling:
                     reveal = replace(reveal, within=inside.to(tokens.device))
                 output = logits_of(model(tokens))
                 if head is None:
-                    tokens = reveal_step(reveal, output, tokens, mask_id, seed=seed, step=step, hold=hold)
+                    tokens = reveal_step(reveal, output, tokens, mask_id, hold=hold, step=step, **vars(draw))
                 else:
-                    tokens = _on_rows(reveal, output, head, tokens, mask_id, hold, seed, step)
+                    tokens = _on_rows(reveal, output, head, tokens, mask_id, hold, draw, step)
                 if on_step is not None:
                     on_step(step, tokens)
                 if reveal.watch:
@@ -235,8 +263,8 @@ def _needed(reveal: Reveal, tokens: Tensor, mask_id: int, hold: Tensor | None) -
     return needed if reveal.within is None else needed & reveal.within
 
 
-def _on_rows(reveal: Reveal, hidden: Tensor, head: Head, tokens: Tensor, mask_id: int, hold: Tensor | None, seed: int,
-             step: int) -> Tensor:  # fmt: skip
+def _on_rows(reveal: Reveal, hidden: Tensor, head: Head, tokens: Tensor, mask_id: int, hold: Tensor | None,
+             draw: Draw, step: int) -> Tensor:  # fmt: skip
     """A step whose head is run on the rows alone that need it."""
     if reveal.scores is not None:
         raise ValueError("head is given, but the method ranks by scores of all tokens: no row can be left out")
@@ -244,7 +272,7 @@ def _on_rows(reveal: Reveal, hidden: Tensor, head: Head, tokens: Tensor, mask_id
     # Slots without a token hold another value than mask_id, so that nothing is sampled for them.
     inside = rows.take(tokens, empty=mask_id + 1)
     inner = replace(reveal, within=None)
-    return rows.put(reveal_step(inner, head(rows.rows(hidden)), inside, mask_id, seed=seed, step=step), tokens)
+    return rows.put(reveal_step(inner, head(rows.rows(hidden)), inside, mask_id, step=step, **vars(draw)), tokens)
 
 
 def logits_of(output: Any) -> Tensor:

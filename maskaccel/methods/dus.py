@@ -16,7 +16,7 @@ from torch import Tensor
 from ..masks.unmasking import dilated_levels
 from ..ops._checks import count as check_count
 from . import _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 from .llada import blocks_of
 
 
@@ -45,7 +45,7 @@ class DUS(_masked.MaskedSampling):
     def __post_init__(self) -> None:
         dilated_levels(check_count("block", self.block, 1), self.base, self.skip)
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """The levels of each block."""
         for block in blocks_of(free, self.block):
             places = block[0].nonzero().flatten()

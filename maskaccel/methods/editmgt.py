@@ -20,7 +20,7 @@ from torch import Tensor
 from ..masks.unmasking import reveal_counts
 from ..ops._checks import count as check_count
 from . import _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 from .maskgit import anneal
 
 
@@ -88,7 +88,7 @@ class EditMGT(_masked.MaskedSampling):
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold!r} must be from 0 to 1")
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """MaskGIT's steps."""
         yield from anneal(free, self.steps, self.schedule, 1.0, self.choice_temperature, 0.0)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..masks.unmasking import reveal_counts, stratified_order
 from ..ops._checks import count as check_count
 from . import _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LaViDaO(_masked.MaskedSampling):
         reveal_counts(0, self.steps, self.schedule)
         stratified_order(self.grid)
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """The steps: a run of places in the order each. Samples with fewer masked tokens have fewer to reveal."""
         image = self.grid[0] * self.grid[1]
         if free.shape[1] < image:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..ops._checks import count as check_count
 from . import _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 from .llada import blocks_of
 
 
@@ -40,16 +39,15 @@ class LearnedPolicy(_masked.MaskedSampling):
         if self.block is not None:
             check_count("block", self.block, 1)
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """Steps until each block is finished."""
         for within in blocks_of(free, self.block):
             for inside in range(int((free & within).sum(1).max())):
 
                 def scores(step: int, ids: Tensor, log_confidence: Tensor, inside: int = inside) -> Tensor:
                     chances = self.policy(inside, log_confidence.exp())
-                    generator = torch.Generator(ids.device).manual_seed((seed << 20) + step)
                     # Revealed where the probability is above a uniform number: the score is 0 or more.
-                    return chances - torch.rand(ids.shape, generator=generator, device=ids.device)
+                    return chances - draw.uniform(step, ids)
 
                 reveal = Reveal(
                     1, "scores", threshold=0.0, temperature=self.temperature, within=within, scores=scores, watch=True

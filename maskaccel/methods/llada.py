@@ -19,7 +19,7 @@ from ..masks.unmasking import even_counts
 from ..ops._checks import choice
 from ..ops._checks import count as check_count
 from . import _masked
-from ._masked import Model, Order, Reveal, Scores
+from ._masked import Draw, Model, Order, Reveal, Scores
 
 _ORDERS = ("confidence", "margin", "entropy", "random", "scores")
 
@@ -81,7 +81,7 @@ class LLaDA(_masked.MaskedSampling):
     def _reveal(self, count: int | tuple[int, ...], **options: Any) -> Reveal:
         return Reveal(count, self.order, temperature=self.temperature, scores=self.scores, **options)
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """The steps, block by block."""
         blocks = list(blocks_of(free, self.block))
         if not blocks:

@@ -116,8 +116,10 @@ def _called_by_pipeline() -> bool:
     """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "__call__" and type(frame.f_locals.get("self")).__name__ == _PIPELINE:
-            return True
+        if frame.f_code.co_name == "__call__":
+            kinds = type(frame.f_locals.get("self")).__mro__
+            if any(kind.__name__ == _PIPELINE for kind in kinds):
+                return True
         frame = frame.f_back
     return False
 

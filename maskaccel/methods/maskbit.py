@@ -17,7 +17,7 @@ from torch import Tensor
 from ..masks.unmasking import from_subtokens, reveal_counts, subtokens
 from ..ops._checks import count as check_count
 from . import _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 from .maskgit import anneal
 
 
@@ -56,7 +56,7 @@ class MaskBit(_masked.MaskedSampling):
         """Values of a group, which is also the id of a masked one."""
         return int(2 ** (self.bits // self.groups))
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """MaskGIT's steps, over groups instead of tokens."""
         yield from anneal(free, self.steps, self.schedule, self.temperature, self.choice_temperature)
 

@@ -17,7 +17,7 @@ from ..masks.unmasking import reveal_counts
 from ..ops._checks import count as check_count
 from ..patching.patch import Context
 from . import _amused, _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 
 
 def anneal(
@@ -88,7 +88,7 @@ class MaskGIT(_masked.MaskedSampling):
                 raise ValueError(f"{field}={getattr(self, field)!r} must be a number, 0 or more")
         _amused.check_noise(self.noise)
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """MaskGIT's steps."""
         yield from anneal(
             free, self.steps, self.schedule, self.temperature, self.choice_temperature, self.choice_end

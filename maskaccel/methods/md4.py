@@ -7,12 +7,11 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..masks.unmasking import NoiseSchedule, time_grid
 from . import _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 from .mdlm import MDLM
 
 COSINE = NoiseSchedule("cosine", eps=1e-4)
@@ -61,17 +60,15 @@ class GenMD4(_masked.MaskedSampling):
         """Probability that a masked token which is predicted as v is revealed from time t to s: `(V,)`."""
         return 1 - (s / t) ** self.powers.float()
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """The steps, until nothing is masked."""
         times = time_grid(self.steps, self.grid)
         for step, (t, s) in enumerate(itertools.pairwise(times)):
 
             def scores(_: int, ids: Tensor, confidence: Tensor, step: int = step, t: float = t, s: float = s) -> Tensor:
                 rates = self.rates(t, s).to(ids.device)
-                generator = torch.Generator(ids.device).manual_seed(seed * self.steps + step)
-                u = torch.rand(ids.shape, generator=generator, device=ids.device)  # in [0, 1): a rate of 1 reveals all
                 # mask_id stands where nothing could be sampled; the step leaves it masked whatever the score.
-                return rates[ids.clamp(max=len(rates) - 1)] - u
+                return rates[ids.clamp(max=len(rates) - 1)] - draw.uniform(step, ids)
 
             if not (yield Reveal(0, "scores", threshold=0.0, scores=scores, watch=True)):
                 return

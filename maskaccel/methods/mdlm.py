@@ -19,7 +19,7 @@ from torch import Tensor
 from ..masks.unmasking import LINEAR, NoiseSchedule, ancestral_counts, time_grid
 from ..ops._checks import choice
 from . import _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class MDLM(_masked.MaskedSampling):
         times = time_grid(self.steps, self.grid)
         return [self.schedule.reveal_probability(t, s) for t, s in itertools.pairwise(times)]
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """The steps; those that reveal nothing are idle."""
         masked = free.sum(1).tolist()
-        counts = ancestral_counts(masked, self.probabilities(), seed)
+        counts = ancestral_counts(masked, self.probabilities(), draw.seed, sample_offset=draw.sample_offset)
         for step, (count, rows) in enumerate(zip(counts, _masked.remaining(masked, counts), strict=True)):
             last = step == self.steps - 1 and self.finish == "argmax"
             yield Reveal(tuple(count), "random", temperature=0.0 if last else self.temperature, rows=rows)

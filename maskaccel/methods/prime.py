@@ -9,7 +9,7 @@ fewer, since there are more digits than tokens; those that are left are not run,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +65,11 @@ class Prime:
             wrong |= (seen != self.base) & (seen != table[:, part])
         return logits.masked_fill(wrong, -torch.inf)
 
-    def counts(self, masked: list[int], seed: int) -> list[list[int]]:
+    def counts(self, masked: list[int], seed: int, sample_offset: int = 0) -> list[list[int]]:
         """How many digits of each sample each step reveals."""
         times = time_grid(self.steps)
         chances = [self.schedule.reveal_probability(t, s) for t, s in itertools.pairwise(times)]
-        return ancestral_counts(masked, chances, seed)
+        return ancestral_counts(masked, chances, seed, sample_offset=sample_offset)
 
     @torch.no_grad()
     def sample(
@@ -78,6 +78,7 @@ class Prime:
         digits: Tensor,
         *,
         seed: int = 0,
+        sample_offset: int = 0,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Reveal the masked digits.
@@ -86,6 +87,7 @@ class Prime:
             model: Given digits `(B, N, parts)`, the logits of tokens `(B, N, vocabulary)`, or an object that has them.
             digits: int64 `(B, N, parts)`; `base` where masked.
             seed: Of all random numbers.
+            sample_offset: Number of the first sample among all ranks.
             on_step: Called with the number of the step and the digits after it.
 
         Returns:
@@ -99,22 +101,22 @@ class Prime:
             raise TypeError(f"digits must be a tensor of int64, got {getattr(digits, 'dtype', type(digits).__name__)}")
         if digits.dim() != 3 or digits.shape[2] != self.parts:
             raise ValueError(f"digits has shape {tuple(digits.shape)}; it must be (B, N, {self.parts})")
-        for step, count in self._steps((digits == self.base).flatten(1).sum(1).tolist(), seed):
+        draw: dict[str, Any] = {"seed": seed, "sample_offset": sample_offset}
+        for step, count in enumerate(self.counts((digits == self.base).flatten(1).sum(1).tolist(), **draw)):
+            if not any(count):
+                continue
             logits = _masked.logits_of(model(digits))
             if self.carry_over:
                 logits = self.consistent(logits, digits)
             hidden = (digits == self.base).any(-1)
             tokens = torch.where(hidden, self.vocabulary, from_subtokens(digits, self.base))
-            ids, confidence = sample_logits(logits, tokens, self.vocabulary, seed=seed, step=step)
+            ids, confidence = sample_logits(logits, tokens, self.vocabulary, step=step, **draw)
             # Which digits is chance alone; NaN stays where no token could be sampled.
             chance = torch.where(confidence.isnan(), confidence, 0.0).float().repeat_interleave(self.parts, 1)
             digits = unmask_select(
                 chance, subtokens(ids, self.base, self.parts).flatten(1), digits.flatten(1), self.base,
-                n=count, temperature=1.0, seed=seed, step=step,
+                n=count, temperature=1.0, step=step, **draw,
             ).view_as(digits)  # fmt: skip
             if on_step is not None:
                 on_step(step, digits)
         return from_subtokens(digits, self.base)
-
-    def _steps(self, masked: list[int], seed: int) -> Iterator[tuple[int, list[int]]]:
-        return ((step, count) for step, count in enumerate(self.counts(masked, seed)) if any(count))

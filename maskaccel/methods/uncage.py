@@ -21,7 +21,7 @@ from ..masks.unmasking import reveal_counts
 from ..ops import attention_column_sums
 from ..ops._checks import count as check_count
 from . import _masked
-from ._masked import Reveal
+from ._masked import Draw, Reveal
 from .maskgit import anneal
 
 
@@ -108,7 +108,7 @@ class UNCAGE(_masked.MaskedSampling):
         check_count("steps", self.steps, 1)
         reveal_counts(0, self.steps, self.schedule)
 
-    def plan(self, free: Tensor, seed: int) -> Generator[Reveal, bool, None]:
+    def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """MaskGIT's steps, ranked by scores."""
         for one in anneal(free, self.steps, self.schedule, 1.0, self.choice_temperature, 0.0):
             yield Reveal(one.count, "scores", noise=one.noise, rows=one.rows, scores=self.scores)
