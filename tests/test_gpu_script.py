@@ -34,5 +34,7 @@ def test_dry_run(tmp_path):
     assert {r["op"] for r in record["results"]} == SPECS.keys(), "an op is not timed (maskaccel/bench/registry.py)"
     for case in record["attention"]:
         assert {"sdpa", "reference dense", "reference 0.1"} <= case["median_ms"].keys(), case["refused"]
+    assert not [row for row in record["tokens"] if row["what"] == "failed"]
+    assert set(record["tokens"][0]["calls"].values()) == {"ok"}
     for result in record["results"]:
         assert {"reference", "copy", "eager", "compile"} <= result["providers"].keys(), result

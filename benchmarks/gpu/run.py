@@ -279,6 +279,13 @@ def bench_attention(device: str, correct: dict[str, dict[str, str]], rounds: int
     return sweep(device, Timer(device), usable, min(rounds, 7), tiny)
 
 
+def bench_tokens(device: str, rounds: int, tiny: bool) -> list[dict[str, Any]]:
+    """Routed training steps, partial calls, CUDA graphs, and what must not wait for the device."""
+    from tokens import sweep
+
+    return sweep(device, Timer(device), min(rounds, 7), tiny)
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -308,6 +315,7 @@ def main() -> int:
     good &= same
     results = [] if args.correctness else bench_all(device, report, args.rounds, args.dry_run)
     attention = [] if args.correctness else bench_attention(device, report, args.rounds, args.dry_run)
+    tokens = [] if args.correctness else bench_tokens(device, args.rounds, args.dry_run)
     target = args.out
     if target is None and not args.dry_run:
         name = "".join(c if c.isalnum() else "-" for c in str(found["device"]).lower())
@@ -315,6 +323,7 @@ def main() -> int:
     if target is not None:
         os.makedirs(target.parent, exist_ok=True)
         record = {"fingerprint": found, "correctness": report, "results": results, "attention": attention}
+        record["tokens"] = tokens
         target.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written: {target.relative_to(ROOT) if target.is_relative_to(ROOT) else target}")
     absent = [b for b, ops in report.items() if all(state == "absent" for state in ops.values())]
