@@ -118,7 +118,7 @@ class _Stale:
         k, v, active = call.k, call.v, self.oracle.active
         if active is None:
             self.held[call.part] = k.clone(), v.clone()
-            return call.dense()
+            return call.dense(mask=self.oracle.keys) if self.oracle.keys is not None else call.dense()
         rows = active.mask
         beside = k.shape[1] - active.n
         text = torch.ones(rows.shape[0], beside, dtype=torch.bool)
@@ -130,12 +130,13 @@ class _Stale:
 
 
 class StaleAttention:
-    """The oracle as a method. `active` is the tokens of the next call; None is a dense one."""
+    """The oracle as a method. `active` is the tokens of the next call; None is a dense one, over `keys` if given."""
 
     kind, models, name = "lossy", "any", "StaleAttention"
 
     def __init__(self) -> None:
         self.active: TokenIndex | None = None
+        self.keys: Tensor | None = None
         self.text_first = False
 
     def attach(self, context: Any) -> None:

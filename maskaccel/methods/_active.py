@@ -73,6 +73,14 @@ def check_common(method: Any) -> None:
         raise ValueError(f"grid={grid!r} must be (height, width) or (frames, height, width), or None")
 
 
+def check_steps(method: Any) -> None:
+    """ValueError unless `first` and `dense` are steps."""
+    check_count("first", method.first, 1)
+    dense = method.dense
+    if not isinstance(dense, tuple) or any(type(step) is not int or step < 0 for step in dense):
+        raise ValueError(f"dense={dense!r} must be a tuple of step numbers, 0 or more")
+
+
 def check_number(method: Any, name: str, low: float, high: float = math.inf) -> None:
     """ValueError unless a setting is a number in a range."""
     value = getattr(method, name)

@@ -14,7 +14,7 @@ level of each step there, and at the end they are the reference.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ class LazyDiffusion(PartialSteps):
         storage: How keys and values are kept.
     """
 
-    mask: Given
-    reference: Given
+    mask: Given = field(repr=False)
+    reference: Given = field(repr=False)
     context: str = "clean"
     refresh: int | None = None
     multiple: int = 32

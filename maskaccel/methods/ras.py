@@ -29,9 +29,10 @@ from torch import Tensor
 from ..masks import DenseAt, TokenIndex
 from ..ops import select_active
 from ..ops._checks import choice
+from ..ops._checks import count as check_count
 from ..patching.selector import Seen, Selector
 from ..state.kv import KVStorage
-from ._active import PartialSteps, check_common, check_number, rounded
+from ._active import PartialSteps, check_common, check_number, check_steps, rounded
 
 METRICS = ("std", "l2")
 
@@ -73,8 +74,10 @@ class RAS(PartialSteps):
     paper = "Region-Adaptive Sampling for Diffusion Transformers (arXiv 2502.10389)"
 
     def __post_init__(self) -> None:
-        self.rule  # noqa: B018  (validates first, dense and end when the method is made)
         check_common(self)
+        check_steps(self)
+        if self.end is not None:
+            check_count("end", self.end)
         choice("metric", self.metric, METRICS)
         check_number(self, "ratio", 0, 1)
         if self.ratio == 0:

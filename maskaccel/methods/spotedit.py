@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from ..ops._checks import count as check_count
 from ..patching.selector import Seen, Selector
 from ..state.kv import KVStorage
 from ..state.solver import Point
-from ._active import Given, PartialSteps, check_common, check_number, grown, rounded, value_of
+from ._active import Given, PartialSteps, check_common, check_number, check_steps, grown, rounded, value_of
 from ._reference import reference_like, towards
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +62,7 @@ class SpotEdit(PartialSteps):
         storage: How keys and values are kept.
     """
 
-    reference: Given
+    reference: Given = field(repr=False)
     threshold: float = 0.2
     first: int = 4
     dense: tuple[int, ...] = (13, 22, 31)
@@ -78,8 +78,8 @@ class SpotEdit(PartialSteps):
     paper = "SpotEdit: Selective Region Editing in Diffusion Transformers (arXiv 2512.22323)"
 
     def __post_init__(self) -> None:
-        self.rule  # noqa: B018  (validates first and dense when the method is made)
         check_common(self)
+        check_steps(self)
         check_number(self, "threshold", 0)
         check_count("dilation", self.dilation)
         check_number(self, "border", 0, 1)

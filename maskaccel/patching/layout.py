@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,4 +54,6 @@ class TokenLayout:
         if self._seen is None or self._seen[0] is not ids or self._seen[1] != version:
             self._seen = ids, version
             positions = cut(ids, given)
-            self.grid = tuple(map(int, (positions.amax(0) - positions.amin(0) + 1).tolist()))
+            grid = tuple(map(int, (positions.amax(0) - positions.amin(0) + 1).tolist()))
+            # Tokens of reference images are at the same places again, or at others: then all together are no grid.
+            self.grid = grid if math.prod(grid) == positions.shape[0] else None
