@@ -12,6 +12,7 @@ from zoo.common import made
 
 import maskaccel
 from maskaccel import methods as m
+from maskaccel.methods._transformer import sincos
 from maskaccel.methods.tread import route_guidance
 
 DEPTH, N, DIM = 7, 16, 32
@@ -251,3 +252,83 @@ def test_sr_dit_settings():
     kept = first.gather(1, index.keep.long()[..., None, None].expand(-1, -1, 2, 8))
     torch.testing.assert_close(residual(v, first, index), 0.5 * kept + 0.5 * v)
     torch.testing.assert_close(residual(v, kept), 0.5 * kept + 0.5 * v)
+
+
+# ------------------------------------------------------------------------------------------------------ MDT
+def masked(h, index, token):
+    """Kept rows, and the mask token with its position elsewhere."""
+    keep = index.keep.long()[..., None].expand(-1, -1, DIM)
+    return (token + sincos((4, 4), DIM)).expand(3, -1, -1).scatter(1, keep, h)
+
+
+def kept_rows(x, index):
+    return x.gather(1, index.keep.long()[..., None].expand(-1, -1, DIM))
+
+
+def test_mdt_is_span_and_side_block(dit):
+    model, given = dit
+    method = m.MDT(decode_layer=2, bucket=2)
+    dense = call(model, given)
+    with maskaccel.patch(model, [method]):
+        assert torch.equal(method.side.ff.net[0].proj.weight, model.transformer_blocks[5].ff.net[0].proj.weight)
+        seen = counted(model)
+        with method.dense():
+            torch.testing.assert_close(call(model, given), dense)
+        seen.clear()
+        out = call(model, given)
+        index = method.index
+        mine = gradients(out, model, method)
+        assert index.kept in (8, 10) and seen == [(3, index.kept)] * 5 + [(3, N)] * 2
+        found = {call(model, given) is not None and method.index.kept for _ in range(12)}
+        assert found == {8, 10}
+    hidden, run, end = parts(model, given)
+    x = masked(run(kept_rows(hidden, index), slice(0, 5)), index, method.mask_token)
+    side = method.side(x, timestep=given["timestep"], class_labels=given["class_labels"])
+    want = end(run(torch.where(index.mask[..., None], x, side), slice(5, None)))
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    close(mine, gradients(want, model, method))
+    of = {id(p): g for p, g in zip((*model.parameters(), *method.parameters()), mine, strict=True)}
+    assert all(of[id(p)].abs().max() > 0 for p in (method.mask_token, *method.side.ff.parameters()))
+
+
+def test_mdt_refuses_blocks_that_cannot_run_in_part(dit):
+    model, _ = dit
+    with pytest.raises(maskaccel.PatchError, match="side block cannot run"):
+        maskaccel.patch(model, [m.MDT(side=torch.nn.Linear(2, 2))])
+    with pytest.raises(ValueError, match="decode_layer=0"):
+        m.MDT(0)
+
+
+def test_maskdit_patch(dit):
+    model, given = dit
+    method = m.MaskDiT(decoder=2)
+    want = call(model.eval(), given)
+    with maskaccel.patch(model, [method]):
+        assert torch.equal(call(model, given), want)
+        seen = counted(model.train())
+        out, index = call(model, given), method.index
+        assert seen == [(3, 8)] * 5 + [(3, N)] * 2
+        mine = gradients(out, model, method)
+    hidden, run, end = parts(model, given)
+    want = end(run(masked(run(kept_rows(hidden, index), slice(0, 5)), index, method.mask_token), slice(5, None)))
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    close(mine, gradients(want, model, method))
+    assert mine[-1].abs().max() > 0
+    with pytest.raises(ValueError, match="ratio=1"):
+        m.MaskDiT(ratio=1)
+
+
+def test_microdit_patch(dit):
+    model, given = dit
+    method = m.MicroDiT(mixer=2)
+    with maskaccel.patch(model, [method]):
+        seen = counted(model)
+        out, index = call(model, given), method.index
+        assert seen == [(3, N)] * 2 + [(3, 4)] * 5
+        loss = m.token_mean(m.per_token(out.square(), 2), index)
+    hidden, run, end = parts(model, given)
+    rows = run(kept_rows(run(hidden, slice(0, 2)), index), slice(2, None))
+    want = end(torch.zeros(3, N, DIM).scatter(1, index.keep.long()[..., None].expand(-1, -1, DIM), rows))
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    kept = want.square().mean(1).unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4)).flatten(1)
+    torch.testing.assert_close(loss, torch.stack([v[i] for v, i in zip(kept, index.mask)]).mean(1))

@@ -4,6 +4,7 @@ Methods with an `attach` are for `maskaccel.patch` (`PATCHES`); the others are l
 with parameters to train, their losses and schedules, what makes the masks of such layers, or samplers of masked models.
 """
 
+from ._masked_rows import partial_block, per_token, token_mean
 from .by_layer import ByLayer
 from .clear import CLEAR, ClearPooling
 from .clusca import ClusCa
@@ -44,15 +45,15 @@ from .mar3d import MAR3D
 from .mask2dit import Mask2DiT
 from .mask2former import Mask2FormerAttention, predicted_mask
 from .maskbit import MaskBit
-from .maskdit import MaskDiTDecoder, MaskDiTTransformer, maskdit_loss
+from .maskdit import MaskDiT, MaskDiTDecoder, MaskDiTTransformer, maskdit_loss
 from .masked_cross_attention import MaskedCrossAttention, box_regions, identity_mask, region_mask
 from .maskgit import MaskGIT
 from .maskgwm import MaskGWMAttention, MaskGWMMasks, MaskGWMReconstruction
 from .md4 import MD4, GenMD4
 from .mdlm import MDLM
-from .mdt import MDTTransformer, SideInterpolater, power_cosine_scale
+from .mdt import MDT, MDTTransformer, SideInterpolater, power_cosine_scale
 from .mediators import MediatorAttention, MediatorSchedule
-from .microdit import ExpertChoiceMLP, MicroDiTTransformer, PatchMixer, kept_edm_loss
+from .microdit import ExpertChoiceMLP, MicroDiT, MicroDiTTransformer, PatchMixer, kept_edm_loss
 from .pab import PAB
 from .prime import Prime
 from .pt_dit import PTDiTAttention
@@ -96,6 +97,7 @@ __all__ = [
     "MAR3D",
     "MD4",
     "MDLM",
+    "MDT",
     "PAB",
     "RAS",
     "SCM",
@@ -142,6 +144,7 @@ __all__ = [
     "Mask2DiT",
     "Mask2FormerAttention",
     "MaskBit",
+    "MaskDiT",
     "MaskDiTDecoder",
     "MaskDiTTransformer",
     "MaskGIT",
@@ -151,6 +154,7 @@ __all__ = [
     "MaskedCrossAttention",
     "MediatorAttention",
     "MediatorSchedule",
+    "MicroDiT",
     "MicroDiTTransformer",
     "PTDiTAttention",
     "Packing",
@@ -186,10 +190,13 @@ __all__ = [
     "identity_mask",
     "kept_edm_loss",
     "maskdit_loss",
+    "partial_block",
+    "per_token",
     "power_cosine_scale",
     "predicted_mask",
     "region_mask",
     "route_guidance",
+    "token_mean",
 ]
 
 PATCHES = tuple(name for name in __all__ if hasattr(globals()[name], "attach"))

@@ -37,15 +37,27 @@ def partial_block(block: nn.Module, x: Tensor, rows: TokenIndex, *args: Any, **k
     Raises:
         TypeError: The block is of another kind, or has parts that mix tokens in another way.
     """
-    if getattr(block, "takes_rows", False):
+    kind = kind_of(block)
+    if kind == "own":
         return block(x, *args, rows=rows, **kwargs)
+    return (_basic if kind == "diffusers" else _original)(block, x, rows, *args, **kwargs)
+
+
+def kind_of(block: nn.Module) -> str:
+    """How a block runs in part: `"own"`, `"original"` or `"diffusers"`.
+
+    Raises:
+        TypeError: It is not known how.
+    """
+    if getattr(block, "takes_rows", False):
+        return "own"
     name = type(block).__name__
     if name == "BasicTransformerBlock":
-        return _basic(block, x, rows, *args, **kwargs)
+        return "diffusers"
     children = block._modules
     attn = getattr(children.get("attn"), "_modules", {})
     if {"norm1", "norm2", "mlp", "adaLN_modulation"} <= children.keys() and {"qkv", "proj"} <= attn.keys():
-        return _original(block, x, rows, *args, **kwargs)
+        return "original"
     raise TypeError(
         f"block is a {name}; known are AdaLNBlock, PreNormBlock, blocks of the original DiT code and diffusers' "
         "BasicTransformerBlock"

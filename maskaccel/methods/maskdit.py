@@ -11,13 +11,14 @@ ones, whose target is the *noised* image, each patch normalised:
     L = mean_kept(w (D - y)^2) + 0.1 mean_dropped((D - norm(y + n))^2)
 
 Then the model is trained on with a ratio of 0, or one that falls to it (`RatioSchedule`, cosine^4 from 0.5). Sampling
-is dense.
+is dense. `MaskDiT` is a patch of another DiT, whose last blocks are the decoder.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from ._layers import sizes
 from ._masked_rows import patches, per_token, token_mean
 from ._ratios import RatioSchedule
 from ._transformer import AdaLNBlock, AdaLNLinear, learned_token, sincos, touched
+from .mdt import MaskTokenRoute
 
 RATIO = RatioSchedule(0.5, kind="constant")
 """The ratio of pretraining."""
@@ -148,6 +150,29 @@ class MaskDiTTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, c)
         return self.decoder(x, c, index)
+
+
+class MaskDiT(MaskTokenRoute):
+    """Train a model's blocks but the last ones on half of the tokens; the last ones, the decoder, see mask tokens too.
+
+    The decoder is as wide as the model here, where the paper's is a small one of its own. The loss is `maskdit_loss`
+    with `index` of this method; `keep` may be set from step to step (`1 - RatioSchedule.ratio(step)`).
+
+    Args:
+        decoder: Blocks of the decoder.
+        ratio: Dropped part of the tokens.
+        options: Of `TokenRoute`.
+
+    Raises:
+        ValueError: `decoder` is below 1, `ratio` is not in [0, 1), or an argument of `TokenRoute` is not allowed.
+    """
+
+    paper = MaskDiTDecoder.paper
+
+    def __init__(self, decoder: int = 8, ratio: float = 0.5, **options: Any) -> None:
+        if decoder < 1 or not 0 <= ratio < 1:
+            raise ValueError(f"decoder={decoder} must be 1 or more, ratio={ratio} in [0, 1)")
+        super().__init__(0, -decoder - 1, 1.0 - ratio, **options)
 
 
 def edm_preconditioned(

@@ -17,13 +17,17 @@ their places (`RelativePosition`), not gathered.
 
 Guidance (`power_cosine_scale`): w(t) = 1 + (w - 1) (1 - cos(pi (1 - t / T)^s)) / 2.
 
+`MDT` is the span as a patch of another DiT: its own blocks, the mask token, and a copy of a block as the side block.
+
 Left out: three entries of the authors' tables that no offset reads.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -31,9 +35,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..masks import TokenIndex
+from ..models import stack_of
 from ..ops.attention import RelativePosition
-from ._layers import check_tokens, sizes
-from ._masked_rows import partial_block
+from ..patching import Context, PatchError, TokenRoute
+from ..patching.route import like_of, width_of
+from ..patching.span import SpanCall
+from ._layers import check_tokens, remembered, sizes
+from ._masked_rows import kind_of, partial_block
 from ._ratios import RatioRange
 from ._transformer import AdaLNBlock, learned_token, sincos, touched
 
@@ -236,3 +244,116 @@ class MDTTransformer(nn.Module):
         index = None if index is None or index.kept == index.n else index
         x, whole = self.encode(x, c, index)
         return self.decode(self.side(x, c, index), whole, c)
+
+
+class MaskTokenRoute(TokenRoute):
+    """A route whose dropped tokens come back as a learned mask token with fixed positions (a base of patches).
+
+    Kept tokens know their places from the model's embedding, so positions are added to mask tokens alone, and calls
+    that drop nothing are the model's own. `parameters()` belong to the method: give them to the optimizer too.
+
+    Args:
+        start: First block of the route.
+        end: Last block, inclusive; negative numbers count from the end.
+        keep: As in `TokenRoute`.
+        options: Of `TokenRoute`.
+    """
+
+    def __init__(self, start: int, end: int, keep: Any, **options: Any) -> None:
+        super().__init__(start, end, keep, **options)
+        self.mask_token: nn.Parameter | None = None
+        self._off = False
+
+    @property
+    def name(self) -> str:
+        """How reports and errors call it."""
+        return type(self).__name__
+
+    def attach(self, context: Context) -> None:
+        """Plan the route."""
+        if self.mask_token is None:
+            token, like = learned_token(width_of(context.model, self.name)), like_of(context.model)
+            self.mask_token = nn.Parameter(token.detach().to(like))
+        super().attach(context)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Calls of the model within it drop nothing, in training mode too (the dense pass of a step of MDT)."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before
+
+    def choose(self, call: SpanCall) -> TokenIndex | None:
+        """The tokens of one pass; None leaves it dense."""
+        return None if self._off else super().choose(call)
+
+    def reenter(self, call: SpanCall, rows: Tensor) -> Tensor:
+        """All tokens after the route."""
+        assert self.mask_token is not None
+        if call.grid is None:
+            raise ValueError(f"{self.name}: the grid of the tokens is not known, and mask tokens need positions")
+        tokens = self.mask_token + _positions(tuple(call.grid), rows.shape[2], rows.device)
+        assert call.index is not None
+        return call.index.merge(tokens.to(rows.dtype).expand(rows.shape[0], -1, -1), rows)
+
+
+@remembered
+def _positions(grid: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    return sincos(grid, width, device=device)
+
+
+class MDT(MaskTokenRoute):
+    """Train a model with MDT's masked pass: a span on kept tokens, then the side block at the dropped ones.
+
+    A training step adds two losses, `with method.dense(): model(...)` and `model(...)`. The side block is a copy of the
+    first block behind the span, with its weights (the paper's starts anew; give `side` for that), and is used in
+    masked passes alone.
+
+    Args:
+        decode_layer: Blocks behind the span (4 in v2-XL, 2 in v1).
+        keep: Range of the part of kept tokens, or one part (0.7 in v1).
+        side: The side block, of a kind that `partial_block` knows and with the arguments of the model's blocks.
+        bucket: The number of kept tokens is a multiple of it.
+        options: Of `TokenRoute`.
+
+    Raises:
+        ValueError: `decode_layer` is below 1, or an argument of `TokenRoute` is not allowed.
+    """
+
+    paper = MDTTransformer.paper
+    models = "DiT and PixArt of diffusers, the original DiT and SiT code, blocks of this library"
+
+    def __init__(
+        self,
+        decode_layer: int = 4,
+        keep: float | tuple[float, float] = (0.5, 0.7),
+        *,
+        side: nn.Module | None = None,
+        bucket: int = 16,
+        **options: Any,
+    ) -> None:
+        if decode_layer < 1:
+            raise ValueError(f"decode_layer={decode_layer}; the decoder needs a block")
+        super().__init__(0, -decode_layer - 1, keep, bucket=bucket, **options)
+        self.side = side
+
+    def attach(self, context: Context) -> None:
+        """Plan the route, and make the side block."""
+        blocks = [block for segment in stack_of(context.model).segments for block in segment]
+        try:
+            kind_of(self.side or blocks[-1])
+        except TypeError as error:
+            raise PatchError(f"{self.name}: the side block cannot run at some rows: {error}") from None
+        super().attach(context)
+        if self.side is None:
+            self.side = copy.deepcopy(blocks[self.end + 1])
+
+    def reenter(self, call: SpanCall, rows: Tensor) -> Tensor:
+        """All tokens after the side block."""
+        assert self.side is not None
+        assert call.index is not None
+        full, dropped = super().reenter(call, rows), call.index.complement()
+        given = {name: value for name, value in call.given.items() if value is not None}
+        return dropped.merge(full, partial_block(self.side, full, dropped, **given).to(full.dtype))

@@ -11,6 +11,8 @@ choose their tokens (`ExpertChoiceMLP`): of K tokens each of E experts takes `fl
 follows the tokens that are kept. The last weights of attention and MLP start with a deviation of
 `0.02 / sqrt(2 layers)`.
 
+`MicroDiT` is a patch of another DiT, whose first blocks are the mixer.
+
 Left out: the layer-wise widths of the authors' configurations (`hidden` is an argument of each block).
 """
 
@@ -26,6 +28,7 @@ from .. import ops
 from ..masks import TokenIndex
 from ..models._parts import add_gated
 from ..ops.attention import tile_attention
+from ..patching import TokenRoute
 from ._layers import head_dim, linear, split
 from ._masked_rows import patches
 from ._transformer import AdaLNLinear, zeroed
@@ -309,3 +312,30 @@ def kept_edm_loss(
     total = s.square() + sigma_data**2
     denoised = given * sigma_data**2 / total + predicted * s * sigma_data / total.sqrt()
     return (denoised - target).square().mean((1, 2)) * edm_weight(sigma, sigma_data)
+
+
+class MicroDiT(TokenRoute):
+    """Train a model with deferred masking: its first blocks mix all tokens, the others run on a quarter of them.
+
+    Dropped tokens leave the model as zeros, so the loss is over kept ones alone: `token_mean(errors, method.index)`.
+
+    Args:
+        mixer: Blocks of the mixer.
+        ratio: Dropped part of the tokens behind it; 0 for the later stages of training.
+        options: Of `TokenRoute`.
+
+    Raises:
+        ValueError: `mixer` is below 1, `ratio` is not in [0, 1), or an argument of `TokenRoute` is not allowed.
+    """
+
+    paper = MicroDiTTransformer.paper
+
+    def __init__(self, mixer: int = 6, ratio: float = RATIO, **options: Any) -> None:
+        if mixer < 1 or not 0 <= ratio < 1:
+            raise ValueError(f"mixer={mixer} must be 1 or more, ratio={ratio} in [0, 1)")
+        super().__init__(mixer, -1, 1.0 - ratio, reenter="zero", **options)
+
+    @property
+    def name(self) -> str:
+        """How reports and errors call it."""
+        return "MicroDiT"
