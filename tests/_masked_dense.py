@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskaccel.masks import TokenIndex
 from maskaccel.models import stack_of, streams_of
 from maskaccel.patching.attention import AttentionCall, attention_sites, bridge, layout_of
-from maskaccel.patching.span import SpanCall, attach_span
+from maskaccel.patching.span import SpanCall, attach_span, span_activity
 
 Choose = Callable[[int, int, Any], TokenIndex]
 
@@ -45,7 +45,7 @@ class SpanOf:
         return call.restored(rows)
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
-        return {}
+        return span_activity(model)
 
 
 class MaskedDense:

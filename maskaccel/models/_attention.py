@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import qk_norm_rope
+from ._per_sample import tables_of
 
 
 class FusedProcessor:
@@ -77,6 +78,7 @@ def norm_and_rotate(
         Normed and rotated q and k.
     """
     norm_q, norm_k = (getattr(attn, name) for name in norms)
+    cos, sin = tables_of(cos), tables_of(sin)
     law = _fusable(norm_q, norm_k, q, k, across_heads)
     if law is not None:
         return qk_norm_rope(

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import TokenIndex
+from ..models._per_sample import NeedsSamples, PerSample
 from ..models._tokens import tokens_of
 from .layout import TokenLayout
+from .transaction import is_compiled
 
 _TEXT = re.compile(r"^(encoder|context|txt|text)")
 _MASK = re.compile(r"mask")
@@ -25,6 +27,7 @@ _TABLE = re.compile(r"rot|rope|freq|pos|ids|indices|coords")
 _CONTROL = re.compile(r"control")
 _COUNTS = ("first_frame_num_tokens", "num_tokens")  # how many of the first tokens are of the first frame
 _AND_ONE = ("modulation",)  # a row for each sample, and one more that is of all
+_TWICE = ("temb",)  # a row for each sample, or two: the second ones of all samples after the first ones
 
 # Between their blocks these models add to all latent tokens, count them, or keep a block's result for a later one.
 _BETWEEN = {
@@ -45,10 +48,6 @@ _REFUSED_BLOCKS = {
     "Kandinsky6SRTransformerBlock": "its attention is over tiles of the grid",
     "MiniMaxMusic3DepthDecoderBlock": "its tokens are levels of one code, not places",
 }
-
-
-class NeedsSamples(Exception):
-    """A value is one for all samples in a form that cannot be one for each: samples have to run one by one."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,13 @@ class Follower:
         rows: What the streams are.
         index: The tokens.
         held: What has been cut already in this call, for values without gradients; None keeps nothing.
-        batched: Whether the block takes tables with a batch in place of tables for all samples.
+        tables: Whether the block takes a table for each sample in place of one for all.
     """
 
     def __init__(
-        self, method: str, rows: Rows, index: TokenIndex, held: dict | None = None, batched: bool = False
+        self, method: str, rows: Rows, index: TokenIndex, held: dict | None = None, tables: bool = False
     ) -> None:
-        self.method, self.rows, self.index, self.held, self.batched = method, rows, index, held, batched
+        self.method, self.rows, self.index, self.held, self.tables = method, rows, index, held, tables
         self._joint: TokenIndex | None = None
 
     def cut(self, name: str, value: Any) -> Any:
@@ -177,18 +176,18 @@ class Follower:
         dims = self.dims(name, value)
         if not dims:
             return value
-        shared = self.index.batch > 1 and (0 in dims or value.shape[0] != self.rows.batch)
-        if shared and not (self.batched or (_MASK.search(name) and value.dim() == 4)):
-            raise NeedsSamples
+        mask = _MASK.search(name) and value.dim() == 4  # (batch or 1, heads or 1, queries, keys)
+        shared = self.index.batch > 1 and not mask and (0 in dims or value.shape[0] != self.rows.batch)
+        if shared and not self.tables:
+            raise NeedsSamples(name)
         keep = self.held is not None and not value.requires_grad
         key = (id(value), *dims, self.index.batch)
         if keep and key in self.held:  # type: ignore[operator]
             return self.held[key][1]  # type: ignore[index]
-        result, offset = value, 0
+        result = value[None] if shared else value
         for dim in dims:
-            index = self._of(value.shape[dim])
-            offset += bool(dim == 0 and index.batch > 1)
-            result = _picked(index, result, dim)
+            result = _picked(self._of(value.shape[dim]), result, dim + shared)
+        result = PerSample(result) if shared else result
         if keep:
             self.held[key] = (value, result)  # type: ignore[index]
         return result
@@ -231,7 +230,7 @@ class Follower:
 
 
 def _picked(index: TokenIndex, value: Tensor, dim: int) -> Tensor:
-    """Rows of a value along a dim; with `dim=0` the value has no batch."""
+    """Rows of a value along a dim; where the index tells samples apart, its first dim is the batch."""
     if index.batch == 1:
         return value.index_select(dim, index.keep[0])
     if value.is_complex():  # gathered as pairs
@@ -250,12 +249,19 @@ def sample_of(name: str, value: Any, sample: int, rows: Rows) -> Any:
         return value
     if name in _AND_ONE and value.shape[0] == rows.batch + 1:
         return value[[sample, -1]]
+    if name in _TWICE and value.shape[0] == 2 * rows.batch:
+        return value[sample :: rows.batch]
     if value.shape[0] != rows.batch:
         return value
     sizes = (rows.tokens, rows.tokens + (rows.text or 0))
     if _TABLE.search(name) and (value.dim() == 2 or rows.batch in sizes) and not set(value.shape[1:]) & set(sizes):
         return value  # a table of places that happen to be as many as samples
     return value[sample : sample + 1]
+
+
+def takes_tables(block: nn.Module) -> bool:
+    """Whether a block can be given a table for each sample: in compiled code it would be one more kind of input."""
+    return not any(is_compiled(module) for module in block.modules())
 
 
 def kept_between(model: nn.Module, given: Mapping[str, Any]) -> bool:

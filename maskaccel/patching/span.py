@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..masks import TokenIndex
 from ..models import Streams, stack_of, streams_of
+from ..models._per_sample import NeedsSamples
 from ..models._streams import parameters_of
-from ._follow import Follower, NeedsSamples, Rows, sample_of, span_refusal
+from ._follow import Follower, Rows, sample_of, span_refusal, takes_tables
 from ._spans import SPANS, ModelSpans, Span, SpanCall, SpanController, current_span, span_activity, spans_of
 from .attention import layout_of
 from .order import OrderedBlock
@@ -196,12 +197,13 @@ class SpanBlock:
         """The block on the kept rows, with what else it is given cut to them."""
         state, rows, index = self.state, call.rows, call.index
         assert index is not None
+        follow = Follower(span.method, rows, index, call.held, takes_tables(block))
         try:
-            cut = _replaced(block, streams, args, kwargs, values, Follower(span.method, rows, index, call.held).cut)
+            cut = _replaced(block, streams, args, kwargs, values, follow.cut)
+            with state.running(call, index):
+                return inner(*cut[0], **cut[1])
         except NeedsSamples:
             return self.by_sample(span, call, block, streams, inner, values, args, kwargs)
-        with state.running(call, index):
-            return inner(*cut[0], **cut[1])
 
     def by_sample(
         self, span: Span, call: SpanCall, block: nn.Module, streams: Streams, inner: Callable[..., Any],

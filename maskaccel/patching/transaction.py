@@ -237,6 +237,12 @@ def compile_inside(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         module.compile(*args, **kwargs)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether somebody compiled a module, or what wrappers stand before."""
+    held = module.__dict__.get(COMPILED)
+    return module._compiled_call_impl is not None or (held is not None and held.forward is not None)
+
+
 def base_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward that the wrappers of a module stand before."""
     compiled = module.__dict__[COMPILED].forward
