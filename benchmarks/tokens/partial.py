@@ -22,6 +22,8 @@ from ..interleaved import timed
 from .training import DEPTH, build
 
 ACTIVE = 0.25
+# blocks, and how many of them are before and after SPRINT's middle; the first is the proportion of SiT-XL
+STACKS = ((28, 2), (12, 2), (12, 1))
 
 
 def measure(tokens: int, batch: int, rounds: int) -> dict[str, Any]:
@@ -45,32 +47,36 @@ def measure(tokens: int, batch: int, rounds: int) -> dict[str, Any]:
     return {"tokens": tokens, "batch": batch, "seconds": seconds, "report": report}
 
 
-def guided(tokens: int, batch: int, rounds: int) -> dict[str, Any]:
-    """A guided step of SPRINT beside one dense forward of the conditional half."""
+def guided(tokens: int, batch: int, rounds: int, depth: int, outer: int) -> dict[str, Any]:
+    """A guided step of SPRINT, whose unconditional half runs the outer blocks alone, beside one forward."""
     side = 2 * round(tokens**0.5)
     x = torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(1))
     t, labels = torch.full((batch,), 500), torch.zeros(batch, dtype=torch.int64)
-    model = build(tokens).eval()
-    sprint = methods.SPRINT()
-    both = torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, labels + 1000])
+    model, null = build(tokens, depth).eval(), {"class_labels": torch.full((batch,), 1000)}
+    given = {"timestep": t, "class_labels": labels}
+    sprint = methods.SPRINT(outer, -1 - outer)
     with torch.no_grad(), maskaccel.patch(model, [sprint]):
-
-        def step() -> None:
-            with sprint.guided():
-                model(*both)
-
-        seconds = timed({"forward": lambda: model(x, t, labels), "guided": step, "both": lambda: model(*both)}, rounds)
-    return {"tokens": tokens, "batch": batch, "depth": DEPTH, "seconds": seconds}
+        calls = {
+            "forward": lambda: model(x, **given),
+            "guided": lambda: sprint.guided(model, 3.0, x, **given, null=null),
+        }
+        seconds = timed(calls, rounds)
+    return {"tokens": tokens, "batch": batch, "depth": depth, "outer": outer, "seconds": seconds}
 
 
 def run(lengths: list[int], batch: int, rounds: int, results: Path, docs: Path) -> None:
     """Measure, store and write the table of docs/partial-tokens.md."""
     cases = [measure(tokens, batch, rounds) for tokens in tqdm(lengths, unit="length")]
+    steps = [guided(lengths[0], batch, rounds, *one) for one in tqdm(STACKS, unit="stack")]
     data = {"fingerprint": fingerprint(), "rounds": rounds, "active": ACTIVE, "depth": DEPTH, "cases": cases}
+    data["guided"] = steps
     (results / "tokens_partial.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     text = table(data)
     print(text)
     page.update(docs / "partial-tokens.md", "partial", text)
+    text = guided_table(data)
+    print(text)
+    page.update(docs / "tokens.md", "guided", text)
 
 
 def table(data: dict[str, Any]) -> str:
@@ -82,5 +88,20 @@ def table(data: dict[str, Any]) -> str:
         best = s["dense"] - (1 - data["active"]) * data["depth"] * block
         lines.append(
             f"| {case['tokens']} | {s['dense']:.3f} | {s['partial']:.3f} | {best:.3f} | {s['partial'] / best:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def guided_table(data: dict[str, Any]) -> str:
+    """The figures of guided steps as Markdown."""
+    lines = [
+        "| blocks | before and after the middle | forward, s | guided step, s | forwards |",
+        "|---|---|---|---|---|",
+    ]
+    for case in data["guided"]:
+        s, outer = case["seconds"], case["outer"]
+        lines.append(
+            f"| {case['depth']} | {outer} + {outer} | {s['forward']:.3f} | {s['guided']:.3f} | "
+            f"{s['guided'] / s['forward']:.2f} |"
         )
     return "\n".join(lines) + "\n"
