@@ -76,7 +76,7 @@ class Step:
             storage = t.untyped_storage()
             if storage.data_ptr() not in owned:
                 found[storage.data_ptr()] = storage.nbytes()
-            return t
+            return t.detach()  # itself would hold its own graph
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = self.loss()  # the graph holds what is counted
