@@ -247,22 +247,28 @@ def test_head_samples_what_it_was_told():
 
 
 # ------------------------------------------------------------------------------------------------------ LMD
+def squared(q):
+    return math.cos((q + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
 @pytest.mark.parametrize(
     ("kind", "want"),
     [
-        ("uniform", [0.2, 0.2 + 0.6 * 0.3, 0.8]),
-        ("piecewise", [0.2, 0.2 + 0.6 / 3, 0.8]),
-        ("cosine", [0.2, 0.2 + 0.3 * (1 - math.cos(0.3 * math.pi)), 0.8]),
+        ("linear", [0.2, 0.275, 0.35, 0.5, 0.8, 0.8]),
+        ("piecewise", [0.2, 0.3, 0.4, 0.4, 0.8, 0.8]),
+        ("cosine", [0.2, *(0.2 + 0.6 * (1 - squared(q) / squared(0)) for q in (1 / 8, 1 / 4, 1 / 2)), 0.8, 0.8]),
     ],
 )
 def test_lmd_schedules(kind, want):
-    schedule = lmd.LMDSchedule(0.2, 0.8, 100, kind)
-    assert [schedule.ratio(step) for step in (0, 30, 100)] == pytest.approx(want)
-    ratios = [schedule.ratio(step) for step in range(101)]
+    schedule = lmd.LMDSchedule(0.2, 0.8, 120, kind)
+    assert [schedule.ratio(step) for step in (0, 10, 20, 40, 80, 120)] == pytest.approx(want)
+    ratios = [schedule.ratio(step) for step in range(121)]
     assert ratios == sorted(ratios)
     assert {schedule.kept(256, step) % 16 for step in range(101)} == {0}
-    with pytest.raises(ValueError, match="kind='linear'"):
-        lmd.LMDSchedule(kind="linear")
+    with pytest.raises(ValueError, match="kind='uniform'"):
+        lmd.LMDSchedule(kind="uniform")
+    with pytest.raises(ValueError, match=r"passes 0\.4"):
+        lmd.LMDSchedule(0.5, 0.6, kind="piecewise")
 
 
 def test_index_of_the_buffer_alone():

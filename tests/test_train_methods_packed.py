@@ -189,3 +189,22 @@ def test_decoder_with_windows_over_restored_tokens():
     bias = torch.zeros(64, 64).masked_fill(~window, -math.inf).double()
     h = adaln_linear(of(p, "final_layer"), adaln_block(of(p, "decoder_blocks.1"), h, c, 2, bias), c)
     assert_same(decoder(x, c, index), h, [x, *p.values()])
+
+
+def test_ragged_encoder_is_each_sample_by_itself():
+    grid = (4, 4, 4)
+    decoder = fastdit3d.FastDiT3DDecoder(24, grid, 8, width=12, depth=1, heads=2, windowed=())
+    model = double(fastdit3d.FastDiT3DTransformer(24, 2, HEADS, grid, 8, mlp_ratio=2.0, decoder=decoder))
+    p = dict(model.named_parameters())
+    mask = torch.rand(2, 64, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.1], [0.3]])
+    index = TokenIndex.from_mask(mask, capacity=int(mask.sum(1).max()))
+    x, c = normal(2, 64, 24).requires_grad_(), normal(2, 24, seed=2)
+    rows = []
+    for b in range(2):
+        h = (x[b : b + 1] + sincos(grid, 24).double())[:, mask[b]]
+        for i in range(2):
+            h = adaln_block(of(p, f"blocks.{i}"), h, c[b : b + 1], HEADS)
+        rows.append(F.pad(h, (0, 0, 0, index.kept - h.shape[1])))
+    assert index.counts[0] < index.counts[1]
+    assert_same(model(x, c, index), model.decoder(torch.cat(rows), c, index), [x, *p.values()])
+    assert_same(model(x, c), model(x, c, TokenIndex.all(64)))

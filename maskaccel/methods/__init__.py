@@ -20,7 +20,7 @@ from .draft import DraftAttention
 from .duca import DuCa
 from .dus import DUS
 from .editmgt import EditMGT
-from .fastdit3d import FastDiT3DDecoder, VoxelAware
+from .fastdit3d import FastDiT3DDecoder, FastDiT3DTransformer, VoxelAware
 from .fastercache import FasterCache
 from .fit import FiTBlocks, Packing
 from .foca import FoCa
@@ -120,6 +120,7 @@ __all__ = [
     "ExpertChoiceMLP",
     "FBCache",
     "FastDiT3DDecoder",
+    "FastDiT3DTransformer",
     "FasterCache",
     "FiTBlocks",
     "FoCa",

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import ops
-from ..masks import TokenIndex
+from ..masks import Lengths, TileMask, TokenIndex
 from ._layers import sizes
 from ._transformer import AdaLNBlock, AdaLNLinear, learned_token, sincos
 from .dit3d import DiT3DAttention
@@ -133,3 +133,60 @@ class FastDiT3DDecoder(nn.Module):
         for block in self.decoder_blocks:
             x = block(x, c)
         return self.final_layer(x, c)
+
+
+class FastDiT3DTransformer(nn.Module):
+    """Encoder with global attention among the kept tokens, and the decoder over all.
+
+    Args:
+        dim: Channels of the encoder (1152 in XL).
+        depth: Blocks of the encoder (28).
+        heads: Attention heads of the encoder (16).
+        grid: Tokens along x, y and z.
+        out: Values of a patch.
+        mlp_ratio: Hidden channels of the encoder's MLPs by channels.
+        decoder: The decoder; None: that of the paper.
+    """
+
+    paper = FastDiT3DDecoder.paper
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        grid: Sequence[int],
+        out: int,
+        *,
+        mlp_ratio: float = 4.0,
+        decoder: FastDiT3DDecoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid = sizes("grid", tuple(grid), 3)
+        self.register_buffer("pos_embed", sincos(self.grid, dim), persistent=False)
+        self.blocks = nn.ModuleList(AdaLNBlock(dim, heads, mlp_ratio) for _ in range(depth))
+        self.decoder = decoder or FastDiT3DDecoder(dim, self.grid, out)
+
+    def forward(self, x: Tensor, c: Tensor, index: TokenIndex | None = None) -> Tensor:
+        """Patches of all tokens.
+
+        Slots of a ragged index that hold no token are attended to by none; the mask that says so is made once a call
+        and waits for a GPU.
+
+        Args:
+            x: Embedded tokens without positions `(B, N, dim)`.
+            c: Condition `(B, dim)`.
+            index: Of `VoxelAware.choose`; None: all tokens (sampling).
+
+        Returns:
+            `(B, N, out)`.
+        """
+        index = TokenIndex.all(x.shape[1], x.device) if index is None else index
+        x = index.gather(x + self.get_buffer("pos_embed").to(x.dtype))
+        mask = None
+        if index.counts is not None:
+            lengths = index.counts.expand(x.shape[0])
+            mask = TileMask.from_rule(Lengths(kv=lengths), (index.kept, index.kept), device=x.device)
+        for block in self.blocks:
+            x = block(x, c, mask=mask)
+        return self.decoder(x, c, index)
