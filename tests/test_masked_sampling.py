@@ -259,7 +259,7 @@ def test_rows_put_back_where_they_were():
 
 # ------------------------------------------------------------------------------------------------------------- LLaDA
 def plain_llada(model, prompt, length, block, steps, guidance=0.0):
-    """Algorithm of appendix A.3 at temperature 0."""
+    """Low-confidence remasking, block by block, at temperature 0."""
     tokens = torch.cat([prompt, prompt.new_full((len(prompt), length), V)], 1)
     blocks = length // block
     for i in range(blocks):

@@ -30,7 +30,7 @@ RATIOS: dict[str, Callable[[float], float]] = {
     "root": lambda r: 1 - math.sqrt(r),
     "arccos": lambda r: math.acos(r) / (math.pi / 2),
 }
-"""Masked share of the tokens after a share r of the steps (MaskGIT, section 3.3; MaskBit for arccos)."""
+"""Masked share of the tokens after a share r of the steps (MaskGIT, section 3.3; MaskBit's code for arccos)."""
 
 
 def mask_ratio(progress: float, schedule: str = "cosine") -> float:
@@ -111,7 +111,7 @@ class NoiseSchedule:
 
     Attributes:
         kind: `"linear"`: `1 - t` (MDLM's log-linear noise, LLaDA); `"cosine"`: `1 - cos(pi/2 (1 - t))`; `"poly"`:
-            `1 - t^exponent` (MD4, table 1).
+            `1 - t^exponent` (MD4).
         exponent: Of `"poly"`.
         eps: `alpha` is squeezed into [eps, 1 - eps] (MD4 has 1e-4), so that the weights of its loss stay finite.
     """
@@ -138,7 +138,7 @@ class NoiseSchedule:
     def reveal_probability(self, t: float, s: float) -> float:
         """Probability that a token masked at time t is revealed by time s < t.
 
-        The posterior of the absorbing process, `(alpha_s - alpha_t) / (1 - alpha_t)` (MDLM eq. 6; MD4 eq. 4).
+        The posterior of the absorbing process, `(alpha_s - alpha_t) / (1 - alpha_t)` (MDLM, section 3.2).
 
         Raises:
             ValueError: Not 0 <= s <= t <= 1.
@@ -224,7 +224,7 @@ def ancestral_counts(
 def block_ids(tokens: int, block: int, prefix: int = 0) -> Tensor:
     """Number of each token's block, from left to right: int32 `(1, tokens)`, -1 for the first `prefix` (a prompt).
 
-    Semi-autoregressive sampling (LLaDA, section 2.4) reveals one block after the other.
+    Semi-autoregressive sampling (LLaDA) reveals one block after the other.
     """
     check_count("tokens", tokens)
     check_count("block", block, 1)
@@ -265,7 +265,7 @@ def stratified_order(grid: tuple[int, int], seed: int = 0) -> Tensor:
 
     The grid is cut into 2 x 2 cells, those into 2 x 2 again, and so on. At each depth every cell that holds no token of
     the order yet gets one, drawn at random, the cells in random order: after 4^k tokens each cell of depth k has one
-    (LaViDa-O, section 3.4: tokens revealed together are far apart).
+    (LaViDa-O: tokens revealed together are far apart).
 
     Args:
         grid: Height and width. Where they are no powers of two, cells differ by a row or column.

@@ -1,7 +1,7 @@
 """DUS: the dilated unmasking scheduler (Luxembourg et al. 2025, arXiv 2506.19037).
 
 Tokens that are revealed in one call are predicted as if they were independent; neighbours are not. DUS reveals a block
-in dilated levels (section 3), tokens far apart first, so that a block of B tokens takes log2(B) calls of the model
+in dilated levels, tokens far apart first, so that a block of B tokens takes log2(B) calls of the model
 whatever it says, and no neighbours are revealed together.
 """
 

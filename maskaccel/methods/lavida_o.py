@@ -1,4 +1,4 @@
-"""LaViDa-O's stratified sampling (Li et al. 2025, arXiv 2509.19244, section 3.4).
+"""LaViDa-O's stratified sampling (Li et al. 2025, arXiv 2509.19244).
 
 By confidence, tokens near those that are revealed come next, and clusters of them are predicted as if independent. The
 stratified order reveals tokens that are far apart: each quarter of the image gets one token before any gets a second

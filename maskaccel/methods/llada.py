@@ -1,9 +1,9 @@
 """LLaDA: large language diffusion models (Nie et al. 2025, arXiv 2502.09992), and parallel decoding of Fast-dLLM.
 
 The answer starts masked. Each step samples a token for every masked position and reveals those of highest confidence
-("low-confidence remasking", appendix A.3), equally many at each step since the noise schedule is linear (eq. 8). Blocks
+("low-confidence remasking"), equally many at each step since the noise schedule is linear (eq. 8). Blocks
 are finished from left to right (semi-autoregressive). With a threshold, every token at least that certain is revealed
-(Fast-dLLM, Wu et al. 2025, arXiv 2505.22618, section 3.3), and always the best one.
+(Fast-dLLM, Wu et al. 2025, arXiv 2505.22618), and always the best one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LLaDA(_masked.MaskedSampling):
             `"scores"`.
         threshold: Fast-dLLM: all tokens of this confidence or more, and always the best one. A read of the device after
             each step says whether the block is finished. None: as many a step as the schedule says.
-        guidance: Scale of the unsupervised guidance, whose other branch has the prompt masked (appendix A.2); 0: none.
+        guidance: Scale of the unsupervised guidance, whose other branch has the prompt masked; 0: none.
         scores: With order `"scores"`: what tokens are ranked by, such as a planner's.
     """
 

@@ -1,4 +1,4 @@
-"""LLaDA2's block refinement in diffusers (Bie et al. 2025, arXiv 2512.15745): its sampling step, its head on one block.
+"""LLaDA2's block refinement in diffusers (LLaDA2.1, Bie et al. 2026, arXiv 2602.08676): its sampling step and head.
 
 The scheduler samples every token of a block, commits those above a threshold of confidence (or, of fewer, the best ones
 that the schedule asks for), and may replace committed ones where the model is confident of another ("editing").
@@ -143,7 +143,7 @@ class LLaDA2:
 
     name = "LLaDA2"
     kind = "exact"
-    paper = "LLaDA2.0: Scaling Up Diffusion Language Models to 100B (arXiv 2512.15745)"
+    paper = "LLaDA2.1: Speeding Up Text Diffusion via Token Editing (arXiv 2602.08676)"
     models = "LLaDA2Pipeline (BlockRefinementScheduler)"
 
     def __post_init__(self) -> None:

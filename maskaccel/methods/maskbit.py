@@ -2,7 +2,7 @@
 
 A token is K bits, cut into groups of K / groups bits; each group is masked, predicted (by a head of its own, over
 `2^(K / groups)` values) and revealed by itself. The transformer has no embedding table: it reads the bits, -1 or 1, and
-0 where a group is masked (section 3.3). So the vocabulary of a head is small: 2^7 = 128 for K = 14 in two groups.
+0 where a group is masked. So the vocabulary of a head is small: 2^7 = 128 for K = 14 in two groups.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class MaskGIT(_masked.MaskedSampling):
 
 
 MUSE = MaskGIT(steps=24)
-"""Muse's base model (Chang et al. 2023, arXiv 2301.00704, section 3: 24 steps)."""
+"""Muse's base model (Chang et al. 2023, arXiv 2301.00704): 24 steps."""
 MUSE_SUPER = MaskGIT(steps=8)
 """Muse's super-resolution model: 8 steps."""
 MAGVIT = MaskGIT(steps=12)

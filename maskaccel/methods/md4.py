@@ -20,7 +20,7 @@ COSINE = NoiseSchedule("cosine", eps=1e-4)
 
 @dataclass(frozen=True)
 class MD4(MDLM):
-    """Ancestral sampling with MD4's schedules and time grid (section 3, appendix G); otherwise as `MDLM`."""
+    """Ancestral sampling with MD4's schedules and time grid; otherwise as `MDLM`."""
 
     steps: int = 256
     schedule: NoiseSchedule = COSINE
@@ -32,10 +32,10 @@ class MD4(MDLM):
 
 @dataclass(frozen=True, eq=False)
 class GenMD4(_masked.MaskedSampling):
-    """State-dependent unmasking: the probability of being revealed depends on the predicted token (section 6).
+    """State-dependent unmasking: the probability of being revealed depends on the predicted token.
 
     `alpha_v(t) = 1 - t^(w_v)`, so a masked token takes value v with probability `mu_v r_v`, where
-    `r_v = 1 - (s / t)^(w_v)` and mu is the model's prediction, and stays masked otherwise (appendix G): a token is
+    `r_v = 1 - (s / t)^(w_v)` and mu is the model's prediction, and stays masked otherwise: a token is
     sampled from mu, and revealed with the probability r of what it is.
 
     Attributes:

@@ -1,7 +1,7 @@
 """MDM-Prime: discrete diffusion via partial masking (Chao et al. 2025, arXiv 2505.18495).
 
 A token is written as digits (sub-tokens) in base b; each is masked and revealed by itself, so that a token passes
-through states that are known in part (section 3). The model reads the digits and predicts whole tokens: one is sampled,
+through states that are known in part. The model reads the digits and predicts whole tokens: one is sampled,
 and each of its masked digits is revealed with the probability of the posterior. Steps at which nothing changes are
 fewer, since there are more digits than tokens; those that are left are not run, as in `MDLM`.
 """
@@ -31,7 +31,7 @@ class Prime:
         parts: Digits of a token. The base is the least b with `b^parts >= C`.
         steps: Steps of the time grid.
         schedule: `alpha(t)` of the digits.
-        carry_over: Whether tokens that contradict a revealed digit are left out of the prediction (section 3.3).
+        carry_over: Whether tokens that contradict a revealed digit are left out of the prediction.
     """
 
     vocabulary: int
