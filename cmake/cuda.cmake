@@ -47,7 +47,9 @@ target_sources(maskaccel PRIVATE
   csrc/steps/cuda_steps.cu csrc/steps/cuda_gram.cu csrc/steps/cuda_sites.cu
   csrc/steps/cuda_normed.cu csrc/steps/cuda_scatter.cu csrc/steps/cuda_kmeans.cu
   csrc/attention/cuda.cu csrc/attention/cuda_sm80.cu csrc/attention/cuda_sm80_backward.cu csrc/attention/cuda_sm80_sums.cu
-  csrc/attention/cuda_lists.cu csrc/attention/cuda_merge.cu)
+  csrc/attention/cuda_lists.cu csrc/attention/cuda_merge.cu
+  csrc/tokens/cuda_choose.cu csrc/tokens/cuda_gather.cu csrc/tokens/cuda_scatter_merge.cu
+  csrc/tokens/cuda_gather_modulate.cu csrc/tokens/cuda_kv.cu csrc/tokens/cuda_match.cu csrc/tokens/cuda_sample.cu)
 target_include_directories(maskaccel SYSTEM PRIVATE "${cutlass_include}")
 
 # wgmma exists on sm_90a alone, so these sources are compiled for nothing else.

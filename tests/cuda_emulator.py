@@ -21,6 +21,7 @@ from maskaccel.ops.adaln.schema import BARE
 from maskaccel.ops.adaln.schema import SCHEMAS as ADALN
 from maskaccel.ops.attention.schema import SCHEMAS as ATTENTION
 from maskaccel.ops.steps.schema import SCHEMAS as STEPS
+from maskaccel.ops.tokens.schema import SCHEMAS as TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").rglob("cuda*.cu"))
@@ -87,6 +88,6 @@ def build(folder: Path) -> Path:
 def load(folder: Path) -> None:
     """Build, define the ops and load the library, once a process."""
     library = build(folder)
-    for name, schema in {**ADALN, **ATTENTION, **BARE, **STEPS}.items():
+    for name, schema in {**ADALN, **ATTENTION, **BARE, **STEPS, **TOKENS}.items():
         _LIBRARY.define(name + schema)
     torch.ops.load_library(str(library))

@@ -101,10 +101,11 @@ struct Rotation {
   Floats cos, sin;
 };
 
+/// From row `at` of the tables.
 template <typename T>
-__device__ __forceinline__ Rotation load_rotation(const QkParams& p, int b, int s, int h, const LaneMap& m, bool active) {
+__device__ __forceinline__ Rotation load_rotation_at(const QkParams& p, int b, int64_t at, int h, const LaneMap& m,
+                                                     bool active) {
   Rotation r{zeros(), zeros()};
-  const int64_t at = p.positions != nullptr ? p.positions[b * p.positions_b + s] : s;
   const int64_t cos_at = b * p.cos_b + at * p.cos_s + h * p.cos_h, sin_at = b * p.sin_b + at * p.sin_s + h * p.sin_h;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
@@ -115,6 +116,12 @@ __device__ __forceinline__ Rotation load_rotation(const QkParams& p, int b, int 
     r.sin[i] = load_scalar<T>(p.sin, sin_at + t * p.sin_t, p.table_wide);
   }
   return r;
+}
+
+template <typename T>
+__device__ __forceinline__ Rotation load_rotation(const QkParams& p, int b, int s, int h, const LaneMap& m, bool active) {
+  const int64_t at = p.positions != nullptr ? p.positions[b * p.positions_b + s] : s;
+  return load_rotation_at<T>(p, b, at, h, m, active);
 }
 
 /// Rotates the pairs, or applies the transpose, which is what gradients need.

@@ -4,10 +4,6 @@
 namespace maskaccel::cuda {
 namespace {
 
-Result integers(const Call& call, std::initializer_list<int64_t> sizes) {
-  return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i32, int64_t{sizeof(int)});
-}
-
 void launch_forward(const Call& call, AttentionArgs& a) {
 #ifdef MASKACCEL_SM90A
   if (call.info().capability == 90 && sm90_serves(a)) {

@@ -145,6 +145,11 @@ class Result {
   int64_t bytes_ = 0;
 };
 
+/// An int32 result.
+inline Result integers(const Call& call, std::initializer_list<int64_t> sizes) {
+  return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i32, int64_t{sizeof(int)});
+}
+
 /// Workspace of one call. Memory goes back to torch's caching allocator on the stream that used it.
 class Workspace {
  public:

@@ -7,10 +7,6 @@
 namespace maskaccel::cuda {
 namespace {
 
-Result integers(const Call& call, std::initializer_list<int64_t> sizes) {
-  return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i32, int64_t{sizeof(int)});
-}
-
 template <typename T>
 void assign(const Call& call, const ClusterParams& p, int64_t metric, unsigned batch) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.tokens, kTileTokens)), batch);

@@ -7,10 +7,6 @@
 namespace maskaccel::cuda {
 namespace {
 
-Result integers(const Call& call, std::initializer_list<int64_t> sizes) {
-  return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i32, int64_t{sizeof(int)});
-}
-
 void scatter_combine(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const ScatterArgs a = read_scatter(in);
