@@ -3,8 +3,8 @@
 Ancestral sampling of the absorbing process (section 3.2): from time t to s each masked token is revealed with
 probability `(alpha_s - alpha_t) / (1 - alpha_t)`, and takes a token that the model predicts. Where no token of the
 batch changes, the model would be asked again about the same tokens; MDLM keeps the last prediction there. Here the
-number of tokens of each step is drawn before the run, from the same law, so steps that change nothing are known and not run at
-all: without the comparison of tokens on the device.
+number of tokens of each step is drawn before the run, from the same law, so steps that change nothing are known and
+not run at all: without the comparison of tokens on the device.
 """
 
 from __future__ import annotations
