@@ -39,9 +39,11 @@ from .tokens import (
     merge_tokens,
     random_keep,
     read_kv_rows,
+    sample_logits,
     scatter_merge,
     select_active,
     sparse_dense_fuse,
+    unmask_select,
     unmerge_tokens,
     write_kv_rows,
 )
@@ -73,6 +75,7 @@ __all__ = [
     "random_keep",
     "read_kv_rows",
     "relative_difference",
+    "sample_logits",
     "scatter_combine",
     "scatter_merge",
     "segment_attention",
@@ -82,6 +85,7 @@ __all__ = [
     "tile_pool",
     "tile_scores",
     "tile_select",
+    "unmask_select",
     "unmerge_tokens",
     "write_kv_rows",
 ]
