@@ -26,6 +26,17 @@ class RelativePosition:
     """
 
     def __init__(self, table: Tensor, q_at: Tensor, k_at: Tensor) -> None:
+        self._set(table, q_at, k_at)
+        if self.q_at.numel() and self.k_at.numel():
+            low = int(self.q_at.min()) - int(self.k_at.max())
+            high = int(self.q_at.max()) - int(self.k_at.min())
+            if low < 0 or high >= table.shape[1]:
+                raise ValueError(
+                    f"q_at - k_at reaches from {low} to {high}; the table has entries 0 to {table.shape[1] - 1}"
+                )
+
+    def _set(self, table: Tensor, q_at: Tensor, k_at: Tensor) -> None:
+        """The operands, without a look at their values, which would wait for a GPU."""
         table = _checks.floating("table", table)
         if table.dim() != 2:
             raise ValueError(f"table has shape {tuple(table.shape)}; it must be (H, R) or (1, R)")
@@ -37,24 +48,18 @@ class RelativePosition:
                 raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be (S,) or (B, S)")
             at.append(t.reshape(-1, t.shape[-1]).contiguous())
         self.table, (self.q_at, self.k_at) = table, at
-        if at[0].numel() and at[1].numel():
-            low, high = int(at[0].min()) - int(at[1].max()), int(at[0].max()) - int(at[1].min())
-            if low < 0 or high >= table.shape[1]:
-                raise ValueError(
-                    f"q_at - k_at reaches from {low} to {high}; the table has entries 0 to {table.shape[1] - 1}"
-                )
 
     @classmethod
     def of_grid(
         cls, table: Tensor, grid: Sequence[int], q_rows: Tensor | None = None, k_rows: Tensor | None = None
     ) -> RelativePosition:
-        """For the tokens of a grid, or some of them (MDT's kept tokens).
+        """For the tokens of a grid, or some of them (MDT's kept tokens). Reads no values: it does not wait for a GPU.
 
         Args:
             table: `(H, R)` with `R = prod(2 n - 1)` over the grid's sizes: offsets query - key in raster order, from
                 `-(n - 1)` on.
             grid: Sizes of the grid.
-            q_rows: int `(K,)` or `(B, K)`: which tokens the queries are; None: all.
+            q_rows: int `(K,)` or `(B, K)`: which tokens the queries are, each on the grid; None: all.
             k_rows: The same of the keys.
 
         Raises:
@@ -71,7 +76,9 @@ class RelativePosition:
             at, centre = at * (2 * n - 1) + raster[:, axis], centre * (2 * n - 1) + n - 1
         q = at if q_rows is None else at[q_rows.long()]
         k = at if k_rows is None else at[k_rows.long()]
-        return cls(table, (q + centre).int(), k.int())
+        made = cls.__new__(cls)  # places on the grid have no offset outside of its table
+        made._set(table, (q + centre).int(), k.int())
+        return made
 
     def with_table(self, table: Tensor) -> RelativePosition:
         """The same places with another table of as many entries, such as one that is trained; checks no values again.
