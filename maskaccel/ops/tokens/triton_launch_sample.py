@@ -38,7 +38,7 @@ def match_tokens(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tens
     exact = metric.dtype == torch.float32
     host.launch(match_rows, (math.ceil(sources / 64), batch), metric, metric, lengths, src, dst, best, similarity,
                 *strides, src_batch, dst_batch, n, sources, targets, width, PRECISION=precision(), ROWS=64,
-                COLS=64 if exact else 128, DEPTH=32 if exact else 64, num_warps=4)  # fmt: skip
+                COLS=64, DEPTH=32 if exact else 64, num_warps=8 if exact else 4)  # fmt: skip
     return best, similarity
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .triton_lib import NO_KEY, falling_key, gumbel, load_keys, mth_smallest, random_word
 
+MOST_GUMBEL = tl.constexpr(17.0)  # -log(-log(u)) is at most 16.64
 _SEED = ["key0", "key1", "sample", "mask_id"]  # a value of its own in many calls: no kernel is compiled for it
 
 
@@ -24,6 +25,13 @@ def log1p(v):
     """log(1 + v) for v >= 0: what 1 + v rounds off is given back in proportion."""
     u = 1.0 + v
     return tl.where(u == 1.0, v, tl.log(u) * (v / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def better_of(score, value, v, best, pick):
+    """The best score of each lane and its id; logits of -inf are never taken."""
+    better = (score > best) & (value > float("-inf"))
+    return tl.where(better, score, best), tl.where(better, v, pick)
 
 
 @triton.jit(do_not_specialize=_SEED)
@@ -51,21 +59,25 @@ def sample_rows(logits, tokens, noise, ids, confidence, key0, key1, sample, step
         weighted = tl.zeros([BLOCK], tl.float32)
         best = tl.full([BLOCK], float("-inf"), tl.float32)
         pick = tl.zeros([BLOCK], tl.int32) + V
+        bound = tl.max(best, 0)
         spoiled = tl.zeros([BLOCK], tl.int32)
         for start in range(0, V, BLOCK):
             v = start + lanes
             mask = v < V
             value = tl.load(here + v, mask=mask, other=float("-inf")).to(tl.float32)
             spoiled |= (~(value < float("inf"))).to(tl.int32)
-            score = value
             if NOISE == 1:
-                item = (n.to(tl.int64) * V + v).to(tl.uint32)
-                score += temperature * gumbel(random_word(item, (key0, key1, sample, step, last), b))
-            if NOISE == 2:
-                score += temperature * tl.load(noise + row.to(tl.int64) * V + v, mask=mask, other=0.0)
-            better = (score > best) & (value > float("-inf"))
-            best = tl.where(better, score, best)
-            pick = tl.where(better, v, pick)
+                # a block whose largest logit could not win with the largest noise there is draws none
+                if tl.max(value, 0) + temperature * MOST_GUMBEL >= bound:
+                    item = (n.to(tl.int64) * V + v).to(tl.uint32)
+                    noisy = value + temperature * gumbel(random_word(item, (key0, key1, sample, step, last), b))
+                    best, pick = better_of(noisy, value, v, best, pick)
+                    bound = tl.max(best, 0)
+            else:
+                score = value
+                if NOISE == 2:
+                    score += temperature * tl.load(noise + row.to(tl.int64) * V + v, mask=mask, other=0.0)
+                best, pick = better_of(score, value, v, best, pick)
             apart = exponent(value, top, sharpness)
             shrink = tl.exp(-tl.abs(apart))
             rises = apart > 0
