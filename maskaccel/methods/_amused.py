@@ -10,22 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..models._adapter import children_of, fingerprint
-from ..ops._checks import choice
 from ..ops.tokens import sample_logits, unmask_select
 from ..patching.patch import Context
 from ..patching.sampling import SamplingStep, multinomial_noise, output_class, sample_with
 from ..state.generation import Generation
 from ._masked import MaskedRows
 
-NOISES = ("counter", "pipeline")
 _MODEL, _HEAD = "UVit2DModel", "mlm_layer"
 _HEADS = frozenset({"e53c8ca148ed"})
 _STATE = "_maskaccel_amused"
-
-
-def check_noise(noise: str) -> None:
-    """A known source of random numbers, or ValueError."""
-    choice("noise", noise, NOISES)
 
 
 class AmusedStep(SamplingStep):

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ..ops.tokens import sample_logits, unmask_select
 from ..patching.patch import Context
-from ..patching.sampling import SamplingStep, multinomial_noise, output_class, sample_with
+from ..patching.sampling import SamplingStep, check_noise, multinomial_noise, output_class, sample_with
 from ..state.generation import Generation
-from ._amused import check_noise
 
 _STATE = "_maskaccel_llada2"
 _PIPELINE = "LLaDA2Pipeline"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..masks.unmasking import reveal_counts
 from ..ops._checks import count as check_count
 from ..patching.patch import Context
+from ..patching.sampling import check_noise
 from . import _amused, _masked
 from ._masked import Draw, Reveal
 
@@ -86,7 +87,7 @@ class MaskGIT(_masked.MaskedSampling):
         for field in ("temperature", "choice_temperature"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field}={getattr(self, field)!r} must be a number, 0 or more")
-        _amused.check_noise(self.noise)
+        check_noise(self.noise)
 
     def plan(self, free: Tensor, draw: Draw) -> Generator[Reveal, bool, None]:
         """MaskGIT's steps."""

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from ..models._adapter import fingerprint
+from ..ops._checks import choice
 from ..state.follow import advance
 from ..state.generation import Generation
 from .patch import Context
 from .transaction import PatchError
 
 SAMPLER = "_maskaccel_sampler"
+NOISES = ("counter", "pipeline")
 
 
 class SamplingStep:
@@ -122,11 +124,6 @@ def _taken_over(method: types.MethodType) -> types.MethodType:
     return types.MethodType(step, method.__self__)
 
 
-def sampler_of(scheduler: Any) -> SamplingStep | None:
-    """What samples for a patched scheduler."""
-    return getattr(scheduler, "__dict__", {}).get(SAMPLER)
-
-
 def output_class(scheduler: Any, name: str) -> Any:
     """The class of a scheduler's output, from the module that its class is in."""
     for kind in type(scheduler).__mro__:
@@ -137,6 +134,11 @@ def output_class(scheduler: Any, name: str) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------- noise
+def check_noise(noise: str) -> None:
+    """A known source of random numbers, or ValueError."""
+    choice("noise", noise, NOISES)
+
+
 def drawn_seed(generator: torch.Generator | None) -> int:
     """A seed for the counter-based noise of a run, drawn from the pipeline's generator (torch's own for None)."""
     device = "cpu" if generator is None else generator.device
