@@ -220,6 +220,43 @@ def test_path_drop_guidance_leaves_the_middle_out(dit):
         assert len(seen) == DEPTH  # guidance is over
 
 
+@pytest.mark.parametrize("null", ["first", "second"])
+def test_a_guided_batch_is_split(dit, null):
+    model, given = dit
+    route = m.SPRINT(fusion=m.SprintFusion(DIM))
+    halves = [given, given | {"class_labels": torch.full((3,), 10)}][:: 1 if null == "second" else -1]
+    both = {name: torch.cat([half[name] for half in halves]) for name in given}
+    with maskaccel.patch(model.eval(), [route]), torch.no_grad():
+        whole = [call(model, half) for half in halves]
+        with route.path_dropped():
+            part = [call(model, half) for half in halves]
+        seen = counted(model)
+        with route.halves(null):
+            out = call(model, both)
+        assert len(seen) == DEPTH + 4 and set(seen) == {(3, N)}
+        want = [whole[0], part[1]] if null == "second" else [part[0], whole[1]]
+        torch.testing.assert_close(out, torch.cat(want))
+        torch.testing.assert_close(call(model, both), torch.cat(whole), atol=1e-5, rtol=1e-5)
+        with route.halves(null), pytest.raises(ValueError, match="a batch of 3 has no halves"):
+            call(model, given)
+        assert len(call(model, given)) == 3
+    with pytest.raises(ValueError, match="null='third'"), route.halves("third"):
+        pass
+
+
+def test_sprint_in_a_model_of_ones_own():
+    x = torch.randn(3, N, DIM)
+    route = m.SPRINT(ratio=0.75, fusion=m.SprintFusion(DIM, path_drop=0.5, seed=1), seed=1)
+    rows, frame = route.enter(x, grid=(4, 4))
+    assert rows.shape == (3, 4, DIM)
+    want = route.fusion(x, rows * 2, frame.index, route.fusion.drawn(3, 0))
+    torch.testing.assert_close(route.exit(rows * 2, frame), want)
+    rows, frame = route.eval().enter(x, enabled=False)
+    torch.testing.assert_close(route.exit(rows, frame), route.fusion(x, x))
+    with pytest.raises(ValueError, match="fusion is None"):
+        m.SPRINT().exit(rows, frame)
+
+
 def test_sprint_under_checkpointing_and_in_a_copy(dit):
     model, given = dit
     route = m.SPRINT(path_drop=0.5, seed=3, fusion=m.SprintFusion(DIM, path_drop=0.5, learn_mask=True, seed=3))

@@ -22,17 +22,18 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .. import ops
 from ..masks import TokenIndex
 from ..models import stack_of, streams_of
 from ..patching import Context, TokenRoute
-from ..patching.route import like_of, width_of
+from ..patching.route import RouteFrame, like_of, width_of
 from ..patching.span import SpanCall
 from ._ratios import uniform
 from ._transformer import learned_token, touched
@@ -227,6 +228,7 @@ class SPRINT(TokenRoute):
         self.fusion = fusion
         self._path_drop = fusion.path_drop if fusion is not None else path_drop
         self._dropped = False
+        self._null: str | None = None  # which half of a batch is the unconditional one, if calls are split
         self._paths: Any = weakref.WeakKeyDictionary()  # which samples keep the path of g, of every call's index
 
     def __getstate__(self) -> dict[str, Any]:
@@ -254,6 +256,7 @@ class SPRINT(TokenRoute):
         blocks = [block for segment in stack_of(context.model).segments for block in segment]
         for block in blocks[self.start % len(blocks) : self.end % len(blocks) + 1]:
             context.transaction.wrap_forward(block, self._run_or_skip)
+        context.transaction.wrap_forward(context.model, self._in_halves)
 
     def _run_or_skip(self, block: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not self._dropped:
@@ -298,6 +301,55 @@ class SPRINT(TokenRoute):
             yield
         finally:
             self._dropped = before
+
+    @contextmanager
+    def halves(self, null: str) -> Iterator[None]:
+        """Calls within it hold a conditional and an unconditional half, as pipelines make them for guidance.
+
+        The batch is split: its conditional half is a call of the model, the unconditional one a call of f and h alone.
+
+        Args:
+            null: The unconditional half: `"first"` (most pipelines of diffusers) or `"second"` (its DiT).
+
+        Raises:
+            ValueError: `null` is neither.
+        """
+        if null not in ("first", "second"):
+            raise ValueError(f"null={null!r}; allowed are 'first' and 'second'")
+        before, self._null = self._null, null
+        try:
+            yield
+        finally:
+            self._null = before
+
+    def _in_halves(self, model: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        null, self._null = self._null, None
+        if null is None:
+            return inner(*args, **kwargs)
+        try:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            batch = next(t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim())
+            if batch % 2:
+                raise ValueError(f"{self.name}: a batch of {batch} has no halves; it holds an unconditional one")
+            found = []
+            for name, rows in (("first", slice(0, batch // 2)), ("second", slice(batch // 2, batch))):
+                of_half = [t[rows] if isinstance(t, Tensor) and t.dim() and t.shape[0] == batch else t for t in leaves]
+                given, named = pytree.tree_unflatten(of_half, spec)
+                with self.path_dropped() if name == null else nullcontext():
+                    found.append(model(*given, **named))  # with its hooks: it is a call of its own
+        finally:
+            self._null = null
+        first, second = (pytree.tree_flatten(one)[0] for one in found)
+        both = [torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in zip(first, second, strict=True)]
+        return pytree.tree_unflatten(both, pytree.tree_flatten(found[0])[1])
+
+    def exit(self, rows: Tensor, frame: RouteFrame) -> Tensor:
+        """All tokens `(B, N, D)` in a model that calls `enter` and `exit` itself; with the fusion, if all ran too."""
+        if self.fusion is None:
+            raise ValueError(f"{self.name}: fusion is None; a model of your own needs fusion=SprintFusion(width)")
+        assert frame.hidden is not None
+        path_keep = self._path_keep(frame, self.step - 1) if self.training else None
+        return self.fusion(frame.hidden, rows.to(frame.hidden.dtype), frame.index, path_keep)
 
     def guided(
         self, model: Callable[..., Any], scale: float, *args: Any, null: Mapping[str, Any], **kwargs: Any
