@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import sources  # noqa: F401  it makes the example model's folder importable
 from sit import SiT
 from torch import Tensor, nn
@@ -44,11 +42,6 @@ def build(
             num_embeds_ada_norm=classes,
         )
     )
-
-
-def blocks(network: nn.Module) -> Sequence[nn.Module]:
-    """The network's transformer blocks, in order."""
-    return network.blocks if isinstance(network, SiT) else network.transformer_blocks
 
 
 def velocity(network: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

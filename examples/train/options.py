@@ -11,7 +11,7 @@ import networks
 import parallel
 import torch
 
-METHODS = ("none",)
+METHODS = ("none", "tread", "sprint", "mdt", "maskdit", "microdit")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -40,6 +40,7 @@ class Options:
     cooldown: float = 0.35
     ema: float = 0.998
     label_drop: float = 0.1
+    dense_share: float = 0.0
     flip: bool = False
     seed: int = 0
     dtype: str = "fp32"
@@ -76,10 +77,17 @@ class Options:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if not 0 <= self.dense_share <= 1:
+            raise ValueError(f"dense_share={self.dense_share} must lie in [0, 1]")
         if not 0 <= self.label_drop < 1 or not 0 <= self.ema < 1 or not 0 <= self.cooldown <= 1:
             raise ValueError(
                 f"label_drop={self.label_drop}, ema={self.ema} must lie in [0, 1), cooldown={self.cooldown} in [0, 1]"
             )
+
+    @property
+    def dense_from(self) -> int:
+        """The step from which nothing is dropped any more."""
+        return round(self.steps * (1 - self.dense_share))
 
 
 # What a run may change when it goes on; all else decides what it computes.
@@ -118,6 +126,7 @@ HELP = {
     "run": "folder of the run",
     "data": "folder with a sub-folder of images for each class, or of the Fashion-MNIST files",
     "eval_data": "folder like that of --data, for --eval-every",
+    "method": "how tokens are dropped",
     "network": "sit is the module beside this script, dit is that of diffusers",
     "size": "pixels of a side",
     "channels": "of images from a folder, 3 or 1",
@@ -132,6 +141,7 @@ HELP = {
     "cooldown": "share of the steps over which the learning rate decays",
     "ema": "weight of the past in the averaged weights",
     "label_drop": "share of labels that are dropped",
+    "dense_share": "share of the steps at the end in which nothing is dropped",
     "flip": "mirror half of the images",
     "dtype": "bf16 computes in bfloat16 where autocast does; weights stay fp32",
     "compile": "torch.compile the blocks",

@@ -145,7 +145,7 @@ class SiT(nn.Module):
             raise ValueError(f"patch={patch} does not divide size={size}")
         if width % heads or width // heads not in range(16, 257, 8):
             raise ValueError(f"width={width} and heads={heads} must give heads of 16, 24, ... 256 channels")
-        self.patch, self.side = patch, size // patch
+        self.patch_size, self.side, self.inner_dim = patch, size // patch, width
         self.embed = nn.Conv2d(channels, width, patch, patch)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width)
@@ -158,12 +158,27 @@ class SiT(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
         nn.init.normal_(self.label.weight, std=0.02)
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """Embedded patches `(B, N, width)` of images `(B, C, H, W)`, without positions."""
+        return self.embed(x).flatten(2).transpose(1, 2)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """What the blocks know of times `(B,)` in 0..1 (1 is noise) and labels int64 `(B,)`: `(B, width)`."""
+        return self.time(waves(1000 * t, 256)) + self.label(y)
+
+    def rope(self) -> Rope | None:
+        """Rotary tables of all tokens, if there are any."""
+        return None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
+
+    def image(self, patches: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` of patches `(B, N, patch * patch * C)`, channels innermost."""
+        x = patches.unflatten(-1, (self.patch_size, self.patch_size, -1)).unflatten(1, (self.side, self.side))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocity of images `(B, C, H, W)` at times `(B,)` in 0..1 (1 is noise) with labels int64 `(B,)`."""
-        x = self.embed(x).flatten(2).transpose(1, 2) + self.positions
-        c = self.time(waves(1000 * t, 256)) + self.label(y)
-        rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
+        """The velocity, shaped as the images `(B, C, H, W)`; times and labels as in `condition`."""
+        x, c = self.tokens(x) + self.positions, self.condition(t, y)
+        rope = self.rope()
         for block in self.blocks:
             x = block(x, c, rope)
-        x = self.final_layer(x, c).unflatten(-1, (self.patch, self.patch, -1)).unflatten(1, (self.side, self.side))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        return self.image(self.final_layer(x, c))

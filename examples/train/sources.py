@@ -27,6 +27,26 @@ from data import CLASSES, load_split, to_float  # noqa: E402  of the example mod
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
+@dataclass(frozen=True)
+class Images:
+    """What a network has to know of its images.
+
+    Attributes:
+        size: Pixels of a side.
+        channels: 1 or 3.
+        classes: Names of the classes.
+    """
+
+    size: int
+    channels: int
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: Source) -> Images:
+        """Of a source."""
+        return cls(source.size, source.channels, tuple(source.classes))
+
+
 class FashionImages:
     """Fashion-MNIST as 32x32 grey images, all in memory.
 

@@ -16,17 +16,18 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import networks
 import parallel
+import recipes
 import torch
 from clock import Clock, peak_memory_mib
 from ema import Ema
-from objective import Objective, loss
+from objective import loss
 from options import DTYPES, Options, kept, parse
-from sources import Batch, Draws, FashionImages, FolderImages, Source, held_out, prefetched
+from sources import Batch, Draws, FashionImages, FolderImages, Images, Source, held_out, prefetched
 from torch import nn
 from tqdm import tqdm
 
@@ -75,8 +76,8 @@ class Run:
         self.source, self.held_out = open_source(options), open_held_out(options)
         self.draws = Draws(self.source, options.batch, options.seed, options.label_drop, options.flip)
         torch.manual_seed(options.seed)  # the same weights on every rank
-        self.objective = build_objective(options, self.source).to(where.device)
-        blocks = networks.blocks(self.objective.network)
+        self.objective = recipes.build(options, Images.of(self.source)).to(where.device)
+        blocks = self.objective.blocks()
         if options.compile:
             for block in blocks:
                 block.compile()
@@ -141,7 +142,7 @@ class Run:
             "step": step,
             "seconds": self.clock.seconds,
             "cpu_seconds": self.clock.cpu_seconds,
-            "options": kept(self.options),
+            **self.facts(),
         }
         if self.where.first:
             save_atomically(state, self.options.run / "checkpoint.pt")
@@ -171,29 +172,15 @@ class Run:
         """Write the averaged weights alone."""
         state = parallel.whole(self.ema.state_dict())
         if self.where.first:
-            save_atomically(
-                {"ema": state, "step": step, "options": kept(self.options)}, snapshot_path(self.options, step)
-            )
+            save_atomically({"ema": state, "step": step, **self.facts()}, snapshot_path(self.options, step))
+
+    def facts(self) -> dict[str, Any]:
+        """What it takes to build the network again."""
+        return {"options": kept(self.options), "images": asdict(self.objective.images)}
 
 
 def snapshot_path(options: Options, step: int) -> Path:
     return options.run / f"ema-{step:06d}.pt"
-
-
-def build_objective(options: Options, source: Source) -> Objective:
-    """The network with what its method adds."""
-    network = networks.build(
-        options.network,
-        size=source.size,
-        channels=source.channels,
-        patch=options.patch,
-        width=options.width,
-        depth=options.depth,
-        heads=options.heads,
-        classes=len(source.classes),
-        rope=options.rope,
-    )
-    return Objective(network)
 
 
 def due(every: int, step: int, last: int) -> bool:
