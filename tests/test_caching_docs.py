@@ -10,7 +10,7 @@ import torch
 from test_skipcache import DEPTH, WIDTH, deep_dit
 
 import maskaccel
-from maskaccel import methods
+from maskaccel import TokenRoute, methods
 from maskaccel.calibration import KINDS, Calibration
 from maskaccel.methods._active import PartialSteps
 from maskaccel.methods._attention import SparseAttention
@@ -91,7 +91,7 @@ def test_a_bound_that_is_too_small_is_an_error():
 
 def test_methods_and_kinds_are_on_the_page():
     kinds = {name: getattr(methods, name) for name in methods.PATCHES}
-    elsewhere = (SparseAttention, PartialSteps, methods.ToMe)
+    elsewhere = (SparseAttention, PartialSteps, TokenRoute, methods.ToMe)
     lossy = {name for name, kind in kinds.items() if kind.kind == "lossy" and not issubclass(kind, elsewhere)}
     assert lossy - set(ROWS) == {"SkipBranches"}
     for name in (*lossy, *KINDS):
