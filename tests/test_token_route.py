@@ -601,6 +601,34 @@ def test_names_of_what_cannot_be_followed() -> None:
             run(model, inputs)
 
 
+def test_tokens_in_the_order_of_patches_are_refused() -> None:
+    from maskaccel import methods as m
+
+    model, inputs = MODELS["FluxTransformer2DModel"]()
+    windows = m.CLEAR(radius=1.5, patch=(2, 2), block=(16, 32))
+    for methods in ([windows, SpanOf(0, -1)], [SpanOf(0, -1), windows]):
+        with maskaccel.patch(model, methods), pytest.raises(ValueError, match="in the order of patches"):
+            run(model, inputs)
+
+
+def test_the_report_counts_each_model_by_itself(dit) -> None:
+    model, inputs = dit
+    other = copy.deepcopy(model)
+
+    class Pair:
+        def __init__(self):
+            self.components = {"transformer": model, "transformer_2": other}
+
+    route = TokenRoute(1, -2)
+    with maskaccel.patch(Pair(), [route]) as patch, torch.no_grad():
+        model(**inputs)
+        model(**inputs)
+        other.eval()(**inputs)
+        activity = patch.report().activity[route.name]
+    assert (activity["routed calls"], activity["dense calls"]) == (2, 1)
+    assert activity["tokens"] == "8 of 16"
+
+
 def test_with_other_methods() -> None:
     """FusedAdaLN and a cache beside a route."""
     from maskaccel import methods as m

@@ -163,6 +163,9 @@ class ModelSpans:
             local.gradients = torch.is_grad_enabled()
         self.mark(tensors)
 
+    # Outside of the graph where somebody compiles the whole model, as the wrappers of the blocks are.
+    begin._torchdynamo_disable = True  # type: ignore[attr-defined]
+
     def mark(self, tensors: Sequence[Tensor]) -> None:
         """Note on tensors that a checkpoint may save where in the forward they are."""
         local = self.local

@@ -161,8 +161,7 @@ class TokenRoute(nn.Module):
         )  # a step, and the version of `steps` it is of
         self._index: TokenIndex | None = None
         self._seen: set[int] = set()
-        self._counts = {"routed calls": 0, "dense calls": 0}
-        self._notes: dict[str, str] = {}
+        self._activity: dict[int, dict[str, Any]] = {}  # of each model
 
     # ------------------------------------------------------------------------------------------------- the step
 
@@ -210,12 +209,15 @@ class TokenRoute(nn.Module):
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """For the report: calls that were routed and not, why not, and the last number of tokens."""
-        return {**self._counts, **self._notes, **span_activity(model)}
+        return {**self._of(model), **span_activity(model)}
+
+    def _of(self, model: nn.Module) -> dict[str, Any]:
+        return self._activity.setdefault(id(model), {"routed calls": 0, "dense calls": 0})
 
     def choose(self, call: SpanCall) -> TokenIndex | None:
         """The tokens of one pass; None leaves it dense."""
         if self.when == "training" and not call.model.training:
-            self._dense("the model is in eval mode")
+            self._dense(call.model, "the model is in eval mode")
             return None
         return self._chosen(call, call.number if self.route is None else self.route, None)
 
@@ -257,7 +259,7 @@ class TokenRoute(nn.Module):
         if enabled:
             frame.index = self._chosen(frame, self.route or 0, step)
         else:
-            self._dense("enabled is False")
+            self._dense(self, "enabled is False")
         if frame.index is None:
             return x, frame
         frame.per_token = [_cut(value, frame.index, x.shape) for value in per_token]
@@ -301,9 +303,10 @@ class TokenRoute(nn.Module):
 
     # ------------------------------------------------------------------------------------------ choosing the tokens
 
-    def _dense(self, why: str) -> None:
-        self._counts["dense calls"] += 1
-        self._notes["dense because"] = why
+    def _dense(self, model: nn.Module, why: str) -> None:
+        found = self._of(model)
+        found["dense calls"] += 1
+        found["dense because"] = why
         self._index = None
 
     def _chosen(self, call: SpanCall, route: int, step: Tensor | int | None) -> TokenIndex | None:
@@ -320,11 +323,12 @@ class TokenRoute(nn.Module):
         if step is None:
             self._count()
         if index.kept == index.n == call.tokens:
-            self._dense("all tokens are kept")
+            self._dense(call.model, "all tokens are kept")
             return None
         self._index = index
-        self._counts["routed calls"] += 1
-        self._notes["tokens"] = f"{index.kept} of {index.n}"
+        found = self._of(call.model)
+        found["routed calls"] += 1
+        found["tokens"] = f"{index.kept} of {index.n}"
         if index.kept not in self._seen:
             self._seen.add(index.kept)
             if len(self._seen) == COUNTS + 1:

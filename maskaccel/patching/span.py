@@ -173,6 +173,11 @@ class SpanBlock:
         local, layout = self.state.local, self.state.layout
         first, *rest = streams.take(args, kwargs)
         assert first is not None
+        if layout.order is not None:
+            raise ValueError(
+                f"{span.method}: another method runs the blocks with their tokens in the order of patches, so it "
+                "cannot be told which tokens are kept; use one of them"
+            )
         others = {n: v for n, v in zip(streams.inputs[1:], rest, strict=True) if v is not None}
         outer = (local.running[-1][1], local.running[-1][0].rows) if local.running else None
         rows = Rows.of(span.method, layout, first, others, outer)
