@@ -166,6 +166,17 @@ def test_sampling_of_spoilt_rows(flags: int) -> None:
     torch.testing.assert_close(got[1], wanted[1], equal_nan=True)
 
 
+@pytest.mark.parametrize("behind", [-50.0, -5.0, 50.0])
+def test_a_block_of_logits_that_cannot_win_changes_nothing(behind: float) -> None:
+    """The second block of a row draws its noise, or none where the first one is out of reach."""
+    logits = torch.zeros(1, 3, 2060)
+    logits[..., 2048:] = behind
+    args = (logits, torch.full((1, 3), 9), torch.tensor([0]), None, 9, 5, 0, 1.0, 2)
+    (ids, entropy), (wanted, plain) = KERNELS["sample_logits"](*args), reference.sample_logits(*args)
+    assert torch.equal(ids, wanted) and bool((ids >= 2048).all()) == (behind > 0)
+    torch.testing.assert_close(entropy, plain)
+
+
 def test_noise_is_that_of_the_words() -> None:
     """Flat logits: the largest noise decides, so a shifted item, sample or step would show."""
     args = (torch.zeros(2, 3, 50), torch.full((2, 3), 9), torch.tensor([1 << 33]), None, 9, -7, (1 << 32) - 1, 1.0, 0)
