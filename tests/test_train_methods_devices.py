@@ -124,6 +124,14 @@ def test_no_value_is_read(name):
     out.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["MDT", "SPRINT"])
+def test_one_graph(name):
+    step, given = _made(name)
+    out = torch.compile(step, backend="eager", fullgraph=True)(_index("cpu"), *given)
+    assert torch.equal(out, step(_index("cpu"), *given))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_is_near_fp32(name, autocast):

@@ -166,6 +166,21 @@ def test_partial_block_of_diffusers():
         partial_block(torch.nn.Linear(2, 2), x, index)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_partial_block_of_sd3(last):
+    attention = pytest.importorskip("diffusers.models.attention")
+    block = attention.JointTransformerBlock(DIM, HEADS, DIM // HEADS, context_pre_only=last, qk_norm="rms_norm")
+    block = double(block).eval()
+    x, index = normal(2, N, DIM).requires_grad_(), index_of(2, 9)
+    given = {"encoder_hidden_states": normal(2, 5, DIM, seed=2).requires_grad_(), "temb": normal(2, DIM, seed=3)}
+    leaves = [x, given["encoder_hidden_states"], *block.parameters()]
+    want = index.gather(block(x, **given)[1])
+    assert_same(partial_block(block, x, index, **given), want, leaves)
+    block.use_dual_attention = True
+    with pytest.raises(TypeError, match="dual attention"):
+        partial_block(block, x, index, **given)
+
+
 def test_partial_block_of_the_original_code():
     block = double(_OriginalBlock())
     x, c, index = normal(2, N, DIM).requires_grad_(), normal(2, DIM), index_of(2, 9)

@@ -17,7 +17,7 @@ from ..masks import TokenIndex
 from ..models._parts import add_gated, add_gated_then_norm, norm_options
 from ..ops.attention import tile_attention
 from ._layers import split
-from ._transformer import linear_part
+from ._transformer import backend_of, linear_part
 
 
 def partial_block(block: nn.Module, x: Tensor, rows: TokenIndex, *args: Any, **kwargs: Any) -> Tensor:
@@ -25,7 +25,8 @@ def partial_block(block: nn.Module, x: Tensor, rows: TokenIndex, *args: Any, **k
 
     Args:
         block: A block of this library (with `takes_rows`: it takes `rows` itself), one of the original DiT or SiT code
-            (`attn.qkv`, `attn.proj`), or diffusers' `BasicTransformerBlock` (DiT, PixArt).
+            (`attn.qkv`, `attn.proj`), or diffusers' `BasicTransformerBlock` (DiT, PixArt) or `JointTransformerBlock`
+            (SD3; the rows of the latent stream alone).
         x: `(B, N, D)`.
         rows: Query rows.
         *args: The block's other arguments.
@@ -40,11 +41,12 @@ def partial_block(block: nn.Module, x: Tensor, rows: TokenIndex, *args: Any, **k
     kind = kind_of(block)
     if kind == "own":
         return block(x, *args, rows=rows, **kwargs)
-    return (_basic if kind == "diffusers" else _original)(block, x, rows, *args, **kwargs)
+    run: Any = {"basic": _basic, "joint": _joint, "original": _original}[kind]
+    return run(block, x, rows, *args, **kwargs)
 
 
 def kind_of(block: nn.Module) -> str:
-    """How a block runs in part: `"own"`, `"original"` or `"diffusers"`.
+    """How a block runs in part: `"own"`, `"original"`, `"basic"` or `"joint"`.
 
     Raises:
         TypeError: It is not known how.
@@ -52,15 +54,15 @@ def kind_of(block: nn.Module) -> str:
     if getattr(block, "takes_rows", False):
         return "own"
     name = type(block).__name__
-    if name == "BasicTransformerBlock":
-        return "diffusers"
+    if name in ("BasicTransformerBlock", "JointTransformerBlock"):
+        return "basic" if name == "BasicTransformerBlock" else "joint"
     children = block._modules
     attn = getattr(children.get("attn"), "_modules", {})
     if {"norm1", "norm2", "mlp", "adaLN_modulation"} <= children.keys() and {"qkv", "proj"} <= attn.keys():
         return "original"
     raise TypeError(
-        f"block is a {name}; known are AdaLNBlock, PreNormBlock, blocks of the original DiT code and diffusers' "
-        "BasicTransformerBlock"
+        f"block is a {name}; known are AdaLNBlock, PreNormBlock, blocks of the original DiT code, and diffusers' "
+        "BasicTransformerBlock and JointTransformerBlock"
     )
 
 
@@ -76,7 +78,7 @@ def _original(block: Any, x: Tensor, rows: TokenIndex, c: Tensor) -> Tensor:
     q = linear_part(attn.qkv, rows.gather(y), slice(0, width)).unflatten(-1, (attn.num_heads, -1))
     k, v = split(linear_part(attn.qkv, y, slice(width, 3 * width)), 2, attn.num_heads)
     q, k = (norm(t) if norm is not None else t for norm, t in zip(_head_norms(attn), (q, k)))
-    a = attn.proj(tile_attention(q, k, v, scale=getattr(attn, "scale", None)).flatten(2))
+    a = attn.proj(tile_attention(q, k, v, scale=getattr(attn, "scale", None), backend=backend_of(q)).flatten(2))
     x, y = add_gated_then_norm(rows.gather(x), a, gate_msa, scale_mlp, shift_mlp, **norm_options(block.norm2))
     return add_gated(x, block.mlp(y), gate_mlp)
 
@@ -118,6 +120,37 @@ def _basic(
         given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
         x = x + block.attn2(x, **given)
     y = ops.norm_modulate(x, scale_mlp, shift_mlp, **norm_options(norm2))
+    return add_gated(x, block.ff(y), gate_mlp)
+
+
+def _joint(
+    block: Any,
+    x: Tensor,
+    rows: TokenIndex,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> Tensor:
+    """SD3's block: latent queries at the rows, keys and values of all latent tokens and of the text."""
+    if block.use_dual_attention or joint_attention_kwargs:
+        raise TypeError("a JointTransformerBlock with dual attention or attention arguments cannot run in part")
+    attn = block.attn
+    y, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, emb=temb)
+    if block.context_pre_only:
+        context = block.norm1_context(encoder_hidden_states, temb)
+    else:
+        context = block.norm1_context(encoder_hidden_states, emb=temb)[0]
+
+    def heads(t: Tensor, norm: nn.Module | None) -> Tensor:
+        t = t.unflatten(-1, (attn.heads, -1))
+        return t if norm is None else norm(t)
+
+    q = heads(attn.to_q(rows.gather(y)), attn.norm_q)
+    keys = heads(attn.to_k(y), attn.norm_k), heads(attn.add_k_proj(context), attn.norm_added_k)
+    values = heads(attn.to_v(y), None), heads(attn.add_v_proj(context), None)
+    a = tile_attention(q, torch.cat(keys, 1), torch.cat(values, 1), backend=backend_of(q)).flatten(2)
+    x = add_gated(rows.gather(x), attn.to_out[1](attn.to_out[0](a)), gate_msa)
+    y = ops.norm_modulate(x, scale_mlp, shift_mlp, **norm_options(block.norm2))
     return add_gated(x, block.ff(y), gate_mlp)
 
 

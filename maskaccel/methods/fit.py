@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..masks import TileMask, varlen
 from ..models._parts import add_gated, add_gated_then_norm
-from ._layers import linear
+from ._layers import linear, remembered
 from ._transformer import Attention, modulation, zeroed
 
 
@@ -58,15 +58,12 @@ class Packing:
 
     def samples(self, device: torch.device | None = None) -> Tensor:
         """int32 `(tokens,)`: the image of each token."""
-        lengths = torch.tensor(self.lengths)
-        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).int().to(device)
+        parts = [torch.full((n,), i, dtype=torch.int32, device=device) for i, n in enumerate(self.lengths)]
+        return torch.cat(parts)
 
     def mask(self, device: torch.device | None = None, block: tuple[int, int] = (128, 128)) -> TileMask | None:
         """The mask of attention within images; None for one image."""
-        if len(self.grids) == 1:
-            return None
-        rule = varlen(self.offsets, self.offsets)
-        return TileMask.from_rule(rule, (self.tokens, self.tokens), block, device)
+        return None if len(self.grids) == 1 else _mask_of(self, block, torch.device(device or "cpu"))
 
     def places(self, device: torch.device | None = None) -> Tensor:
         """int64 `(tokens, 2)`: row and column of each token in its image."""
@@ -105,6 +102,12 @@ class Packing:
     def mean(self, values: Tensor) -> Tensor:
         """The mean of `(1, tokens, ...)` over each image's tokens and all else: `(images,)`."""
         return torch.stack([part.mean() for part in self.unpack(values)])
+
+
+@remembered
+def _mask_of(packing: Packing, block: tuple[int, int], device: torch.device) -> TileMask:
+    rule = varlen(packing.offsets, packing.offsets)
+    return TileMask.from_rule(rule, (packing.tokens, packing.tokens), block, device)
 
 
 class FiTBlock(nn.Module):

@@ -67,7 +67,9 @@ def places_of(
 ) -> RelativePosition:
     """Places on the grid of the tokens that a block sees; each block reads its own table at them."""
     table = cast(Any, block).attn.relative_position
-    return RelativePosition.of_grid(table, grid, *(None if i is None else i.keep for i in (queries, keys)))
+    return RelativePosition.of_grid(
+        table, grid, None if queries is None else queries.keep, None if keys is None else keys.keep
+    )
 
 
 class SideInterpolater(nn.Module):
@@ -343,9 +345,12 @@ class MDT(MaskTokenRoute):
         """Plan the route, and make the side block."""
         blocks = [block for segment in stack_of(context.model).segments for block in segment]
         try:
-            kind_of(self.side or blocks[-1])
+            kind = kind_of(self.side or blocks[-1])
         except TypeError as error:
             raise PatchError(f"{self.name}: the side block cannot run at some rows: {error}") from None
+        if kind == "joint":
+            raise PatchError(f"{self.name}: text runs beside the latent tokens of {type(context.model).__name__}; the "
+                             "side block would have to be given the text behind the span")  # fmt: skip
         super().attach(context)
         if self.side is None:
             self.side = copy.deepcopy(blocks[self.end + 1])

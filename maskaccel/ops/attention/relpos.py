@@ -66,10 +66,11 @@ class RelativePosition:
             ValueError: The table has another number of offsets than the grid.
         """
         sizes = tuple(grid)
-        entries = math.prod(2 * n - 1 for n in sizes)
+        entries = math.prod([2 * n - 1 for n in sizes])  # lists: generators break graphs
         if table.dim() != 2 or table.shape[1] != entries:
             raise ValueError(f"table has shape {tuple(table.shape)}; the grid {sizes} has {entries} offsets")
-        raster = torch.cartesian_prod(*(torch.arange(n, device=table.device) for n in sizes)).reshape(-1, len(sizes))
+        axes = [torch.arange(n, device=table.device) for n in sizes]
+        raster = torch.cartesian_prod(*axes).reshape(-1, len(sizes))
         at = torch.zeros(len(raster), dtype=torch.int64, device=table.device)
         centre = 0
         for axis, n in enumerate(sizes):
