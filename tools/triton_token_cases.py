@@ -87,7 +87,7 @@ def token_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _id_cases(call: Callable, step: torch.Tensor, empty: Callable, ints: Callable) -> Iterator[tuple[str, Callable]]:
     """Integers alone: rows of keys in registers, small ones in one program, and longer ones."""
-    for n in (1024, 8192, 32768):
+    for n in (8192, 32768):
         quarter = n // 4
         force = empty(BATCH, n, dtype=torch.uint8)
         end = (7, 0, 0, BATCH, n, quarter)
