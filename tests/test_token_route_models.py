@@ -20,7 +20,7 @@ from zoo.common import Built, made, randn, run, run_with_gradients
 import maskaccel
 from maskaccel import methods as m
 from maskaccel.masks import TokenIndex
-from maskaccel.patching import span as span_module
+from maskaccel.patching import _follow
 
 _JOINED = "where its text is among the latent tokens differs from call to call"
 _CONVOLUTION = "convolves over the grid"
@@ -102,9 +102,26 @@ def test_a_span_is_the_dense_span_with_dropped_keys_hidden(name) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(SERVED) - UNJUDGED - ONE_SAMPLE))
-def test_samples_one_by_one_give_the_same(name, monkeypatch) -> None:
-    monkeypatch.setattr(span_module, "takes_tables", lambda block: False)
-    compare(built(name), LAST.get(name, -1), grads=False)
+def test_tables_as_compiled_blocks_take_them(name, monkeypatch) -> None:
+    """With a batch in place of a first dim of 1, or samples one by one: the same as above."""
+    model, inputs = built(name)
+    with maskaccel.patch(model, [SpanOf(0, LAST.get(name, -1))]):
+        want = run(model, inputs)
+        for tables in ("batch", ""):
+            monkeypatch.setattr(_follow, "tables_for", lambda block, tables=tables: tables)
+            torch.testing.assert_close(run(model, inputs), want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["CogVideoX", "Flux", "HunyuanVideo", "SD3", "Wan", "ZImage"])
+def test_checkpointing_of_diffusers_changes_nothing(name) -> None:
+    """Tables of each sample, text beside the tokens, residuals between blocks: recomputed as they were."""
+    model, inputs = built(next(full for full in SERVED if full.startswith(f"{name}Transformer")))
+    with maskaccel.patch(model, [SpanOf(0, -1)]):
+        want, wanted = run_with_gradients(model, inputs)
+        model.enable_gradient_checkpointing()
+        got, found = run_with_gradients(model, inputs)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -198,7 +215,7 @@ def hunyuan_first_frame() -> Built:
 )
 def test_what_a_call_has_for_each_token_follows(build, monkeypatch) -> None:
     compare(build())
-    monkeypatch.setattr(span_module, "takes_tables", lambda block: False)
+    monkeypatch.setattr(_follow, "tables_for", lambda block: "")
     compare(build(), grads=False)
 
 

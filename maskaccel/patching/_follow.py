@@ -136,13 +136,13 @@ class Follower:
         rows: What the streams are.
         index: The tokens.
         held: What has been cut already in this call, for values without gradients; None keeps nothing.
-        tables: Whether the block takes a table for each sample in place of one for all.
+        block: The block that is given them; None where samples run one by one.
     """
 
     def __init__(
-        self, method: str, rows: Rows, index: TokenIndex, held: dict | None = None, tables: bool = False
+        self, method: str, rows: Rows, index: TokenIndex, held: dict | None = None, block: nn.Module | None = None
     ) -> None:
-        self.method, self.rows, self.index, self.held, self.tables = method, rows, index, held, tables
+        self.method, self.rows, self.index, self.held, self.block = method, rows, index, held, block
         self._joint: TokenIndex | None = None
 
     def cut(self, name: str, value: Any) -> Any:
@@ -178,16 +178,20 @@ class Follower:
             return value
         mask = _MASK.search(name) and value.dim() == 4  # (batch or 1, heads or 1, queries, keys)
         shared = self.index.batch > 1 and not mask and (0 in dims or value.shape[0] != self.rows.batch)
-        if shared and not self.tables:
-            raise NeedsSamples(name)
+        view = False
+        if shared:
+            tables = "" if self.block is None else tables_for(self.block)
+            view = tables == "view"
+            if not view and (tables != "batch" or 0 in dims):
+                raise NeedsSamples(name)
         keep = self.held is not None and not value.requires_grad
         key = (id(value), *dims, self.index.batch)
         if keep and key in self.held:  # type: ignore[operator]
             return self.held[key][1]  # type: ignore[index]
-        result = value[None] if shared else value
+        result = value[None] if view else value
         for dim in dims:
-            result = _picked(self._of(value.shape[dim]), result, dim + shared)
-        result = PerSample(result) if shared else result
+            result = _picked(self._of(value.shape[dim]), result, dim + view)
+        result = PerSample(result) if view else result
         if keep:
             self.held[key] = (value, result)  # type: ignore[index]
         return result
@@ -259,9 +263,16 @@ def sample_of(name: str, value: Any, sample: int, rows: Rows) -> Any:
     return value[sample : sample + 1]
 
 
-def takes_tables(block: nn.Module) -> bool:
-    """Whether a block can be given a table for each sample: in compiled code it would be one more kind of input."""
-    return not any(is_compiled(module) for module in block.modules())
+def tables_for(block: nn.Module) -> str:
+    """How a block can be given a table for each sample in place of one for all.
+
+    Returns:
+        "view": as a `PerSample`. Compiled code does not take that; "batch" of a diffusers block: with a batch in place
+        of a first dim of 1, where the table has one. "": not at all.
+    """
+    if not any(is_compiled(module) for module in block.modules()):
+        return "view"
+    return "batch" if type(block).__module__.startswith("diffusers.") else ""
 
 
 def kept_between(model: nn.Module, given: Mapping[str, Any]) -> bool:

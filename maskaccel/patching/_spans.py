@@ -191,15 +191,17 @@ class ModelSpans:
         return False
 
     @contextmanager
-    def running(self, call: SpanCall, index: TokenIndex) -> Iterator[None]:
-        """While a block runs on the tokens of an index."""
-        outer, self.layout.routed = self.layout.routed, index
+    def running(self, call: SpanCall, index: TokenIndex, sample: int | None = None) -> Iterator[None]:
+        """While a block runs on the tokens of an index, for all samples or for one of them."""
+        layout = self.layout
+        outer = layout.routed, layout.sample
+        layout.routed, layout.sample = index, layout.sample if sample is None else sample
         self.local.running.append((call, index))
         try:
             yield
         finally:
             self.local.running.pop()
-            self.layout.routed = outer
+            layout.routed, layout.sample = outer
 
 
 def _is_checkpointed(gradients: bool) -> bool:

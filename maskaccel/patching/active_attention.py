@@ -50,7 +50,7 @@ class ActiveAttention:
         if rows is None or index is None:
             return None
         detail = run.details[run.branch, key]
-        sample = _sample(index, run.layout.routed)
+        sample = run.layout.sample
         if sample is not None:
             index = index.part(slice(sample, sample + 1))
         ids = row_ids(index, rows - index.n, detail.text_first)
@@ -79,7 +79,7 @@ class ActiveAttention:
         if call.mask is not None:
             raise ValueError(f"{run.method}: {self.site.name} masks its keys, so the reference cannot be called alone")
         beside, batch = call.k.shape[1] - index.kept, call.k.shape[0]
-        sample = _sample(index, run.layout.routed)
+        sample = run.layout.sample
         if sample is not None:
             batch, index = index.batch, index.part(slice(sample, sample + 1))
         if not sample:
@@ -89,13 +89,6 @@ class ActiveAttention:
 
 # It decides and remembers in Python at every step: in a graph each step would be a constant, and compiled anew.
 ActiveAttention.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-def _sample(index: TokenIndex, running: TokenIndex | None) -> int | None:
-    """The sample that a block runs for, where it runs for one after the other: of which `running` is the part."""
-    if running is None or running.batch == index.batch:
-        return None
-    return (running.keep.storage_offset() - index.keep.storage_offset()) // index.keep.stride(0)
 
 
 def row_ids(index: TokenIndex, beside: int, first: bool) -> Tensor:

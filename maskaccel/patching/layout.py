@@ -20,6 +20,7 @@ class TokenLayout:
         text: Number of text tokens in joint sequences, or None: whatever is not in the grid.
         order: The order in which the latent tokens run through the blocks now (`patching/order.py`); None: raster.
         routed: The latent tokens that the blocks run on now (`patching/span.py`); None: all.
+        sample: The sample that they run for, where samples run one by one; else None.
     """
 
     def __init__(self, model: nn.Module, tokens: Tokens) -> None:
@@ -28,6 +29,7 @@ class TokenLayout:
         self.text: int | None = None
         self.order: TokenOrder | None = None
         self.routed: TokenIndex | None = None
+        self.sample: int | None = None
         self._grid_of = None if tokens.grid is None else tokens.grid(model)
         self._seen: tuple[Tensor, int] | None = None  # what the grid was read from on the host
 

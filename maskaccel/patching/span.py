@@ -22,7 +22,7 @@ from ..masks import TokenIndex
 from ..models import Streams, stack_of, streams_of
 from ..models._per_sample import NeedsSamples
 from ..models._streams import parameters_of
-from ._follow import Follower, Rows, sample_of, span_refusal, takes_tables
+from ._follow import Follower, Rows, sample_of, span_refusal
 from ._spans import SPANS, ModelSpans, Span, SpanCall, SpanController, current_span, span_activity, spans_of
 from .attention import layout_of
 from .order import OrderedBlock
@@ -202,7 +202,7 @@ class SpanBlock:
         """The block on the kept rows, with what else it is given cut to them."""
         state, rows, index = self.state, call.rows, call.index
         assert index is not None
-        follow = Follower(span.method, rows, index, call.held, takes_tables(block))
+        follow = Follower(span.method, rows, index, call.held, block)
         try:
             cut = _replaced(block, streams, args, kwargs, values, follow.cut)
             with state.running(call, index):
@@ -228,7 +228,7 @@ class SpanBlock:
 
             mine = [None if value is None else value[sample : sample + 1] for value in values]
             given, named = _replaced(block, streams, args, kwargs, mine, cut)
-            with state.running(call, part):
+            with state.running(call, part, sample):
                 found.append(streams.read(inner(*given, **named)))
             if any(value is not None and value.shape[0] != 1 for value in found[-1]):
                 raise ValueError(
