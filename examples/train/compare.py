@@ -49,7 +49,7 @@ COMMON = {
 
 
 def options(out: Path, method: str, **changes: Any) -> Options:
-    return Options(run=out / method, method=method, dense_share=DENSE_SHARE[method], **COMMON, **changes)
+    return Options(folder=out / method, method=method, dense_share=DENSE_SHARE[method], **COMMON, **changes)
 
 
 # ------------------------------------------------------------------------------------------------------------ cost
@@ -92,7 +92,7 @@ def seconds_at(step: int, run: Options, costs: dict[str, list[float]]) -> float:
 def curve(run: Options, costs: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Losses of the averaged weights on held-out images, by step and time; training losses where they were logged."""
     points: dict[int, dict[str, Any]] = {}
-    for line in (run.run / "log.jsonl").read_text().splitlines():
+    for line in (run.folder / "log.jsonl").read_text().splitlines():
         record = json.loads(line)  # a resumed run tells some steps again
         point = points.setdefault(record["step"], {"step": record["step"]})
         point |= {k: record[k] for k in ("loss", "eval_loss", "cpu_seconds") if k in record}
@@ -122,7 +122,7 @@ def report(out: Path, costs: dict[str, list[float]], units: int, images: int) ->
         run = options(out, method, steps=steps)
         points = [point for point in curve(run, costs) if point["step"] <= steps]
         judged = []
-        for path in sorted(run.run.glob("ema-*.pt")):
+        for path in sorted(run.folder.glob("ema-*.pt")):
             step = int(path.stem.partition("-")[2])
             if step <= steps:
                 judged.append(

@@ -19,7 +19,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 class Options:
     """A run. Every field is an option of the command line."""
 
-    run: Path
+    folder: Path
     data: Path | None = None
     eval_data: Path | None = None
     network: str = "sit"
@@ -91,7 +91,7 @@ class Options:
 
 
 # What a run may change when it goes on; all else decides what it computes.
-_FREE = {"run", "data", "eval_data", "steps", "compile", "parallel", "device", "resume", "accumulate"}
+_FREE = {"folder", "data", "eval_data", "steps", "compile", "parallel", "device", "resume", "accumulate"}
 _FREE |= {"log_every", "save_every", "eval_every", "eval_images", "snapshot_every"}
 
 
@@ -110,12 +110,12 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
         if field.type == "bool":
             parser.add_argument(flag, action="store_true", help=HELP.get(field.name))
             continue
-        default = None if field.name == "run" else field.default
+        default = None if field.name == "folder" else field.default
         parser.add_argument(
             flag,
             type=kinds[str(field.type)],
             default=default,
-            required=field.name == "run",
+            required=field.name == "folder",
             choices=choices.get(field.name),
             help=f"{HELP.get(field.name, '')} (default: {default})",
         )
@@ -123,7 +123,7 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
 
 
 HELP = {
-    "run": "folder of the run",
+    "folder": "where the run is kept",
     "data": "folder with a sub-folder of images for each class, or of the Fashion-MNIST files",
     "eval_data": "folder like that of --data, for --eval-every",
     "method": "how tokens are dropped",

@@ -1,6 +1,6 @@
 """Sample images from a run, with its averaged weights.
 
-python examples/train/sample.py --run runs/none --out grid.png --guidance 2
+python examples/train/sample.py --folder runs/none --out grid.png --guidance 2
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def load(path: Path, device: str = "cpu") -> tuple[Objective, Options]:
         ValueError: The weights are of another network.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    options = Options(run=path.parent, **state["options"])
+    options = Options(folder=path.parent, **state["options"])
     objective = recipes.build(options, Images(**state["images"]))
     missing, unknown = objective.load_state_dict(state["ema"], strict=False)
     missing = sorted({name for name, _ in objective.named_parameters()} & set(missing))
@@ -95,8 +95,8 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--snapshot", default="checkpoint.pt", help="file of the run folder")
+    parser.add_argument("--folder", type=Path, required=True, help="of the run")
+    parser.add_argument("--snapshot", default="checkpoint.pt", help="file of the folder")
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
@@ -104,9 +104,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    columns = min(len(load(args.run / args.snapshot)[0].images.classes), 16)
+    columns = min(len(load(args.folder / args.snapshot)[0].images.classes), 16)
     images = samples(
-        args.run / args.snapshot, args.rows * columns, steps=args.steps, guidance=args.guidance, seed=args.seed,
+        args.folder / args.snapshot, args.rows * columns, steps=args.steps, guidance=args.guidance, seed=args.seed,
         device=args.device,
     )  # fmt: skip
     grid(images, columns).save(args.out)

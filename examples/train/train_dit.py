@@ -1,11 +1,11 @@
 """Train a DiT or SiT, with or without token dropping, in one process or many.
 
-    python examples/train/train_dit.py --run runs/none --steps 1000
-    python examples/train/train_dit.py --run runs/tread --method tread --steps 1000
-    python examples/train/train_dit.py --run runs/tread --method tread --steps 2000 --resume
-    python examples/train/train_dit.py --run runs/mine --data ~/pictures --size 64 --patch 4   # a folder for each class
-    torchrun --nproc-per-node 2 examples/train/train_dit.py --run runs/ddp
-    torchrun --nproc-per-node 2 examples/train/train_dit.py --run runs/fsdp --parallel fsdp
+    python examples/train/train_dit.py --folder runs/none --steps 1000
+    python examples/train/train_dit.py --folder runs/tread --method tread --steps 1000
+    python examples/train/train_dit.py --folder runs/tread --method tread --steps 2000 --resume
+    python examples/train/train_dit.py --folder runs/mine --data ~/pictures --size 64 --patch 4  # a folder a class
+    torchrun --nproc-per-node 2 examples/train/train_dit.py --folder runs/ddp
+    torchrun --nproc-per-node 2 examples/train/train_dit.py --folder runs/fsdp --parallel fsdp
 
 A run folder holds `log.jsonl` (a line for every `--log-every` steps), `checkpoint.pt` and, with `--snapshot-every`,
 files of the averaged weights. README.md beside this file says what each method does.
@@ -145,16 +145,16 @@ class Run:
             **self.facts(),
         }
         if self.where.first:
-            save_atomically(state, self.options.run / "checkpoint.pt")
+            save_atomically(state, self.options.folder / "checkpoint.pt")
 
     def load(self) -> None:
-        """Go on from the checkpoint of the run folder.
+        """Go on from the checkpoint of the folder.
 
         Raises:
             FileNotFoundError: There is none.
             ValueError: It was made with other options, or has all the steps already.
         """
-        path = self.options.run / "checkpoint.pt"
+        path = self.options.folder / "checkpoint.pt"
         if not path.is_file():
             raise FileNotFoundError(f"resume: {path} does not exist")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -180,7 +180,7 @@ class Run:
 
 
 def snapshot_path(options: Options, step: int) -> Path:
-    return options.run / f"ema-{step:06d}.pt"
+    return options.folder / f"ema-{step:06d}.pt"
 
 
 def due(every: int, step: int, last: int) -> bool:
@@ -193,17 +193,17 @@ def train(options: Options) -> None:
     Raises:
         ValueError: An option is out of its range or does not fit the others; the message names it.
         FileNotFoundError: Data or a checkpoint are missing.
-        FileExistsError: The run folder holds a run, and `resume` is not set.
+        FileExistsError: The folder holds a run, and `resume` is not set.
     """
     with parallel.ranks(options.device) as where:
-        if (options.run / "checkpoint.pt").is_file() and not options.resume:
-            raise FileExistsError(f"{options.run} holds a run already: add --resume, or take another folder")
+        if (options.folder / "checkpoint.pt").is_file() and not options.resume:
+            raise FileExistsError(f"{options.folder} holds a run already: add --resume, or take another folder")
         run = Run(options, where)
         if options.resume:
             run.load()
-        options.run.mkdir(parents=True, exist_ok=True)
+        options.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            log = stack.enter_context((options.run / "log.jsonl").open("a")) if where.first else None
+            log = stack.enter_context((options.folder / "log.jsonl").open("a")) if where.first else None
             _loop(run, log)
 
 
