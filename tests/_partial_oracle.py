@@ -40,6 +40,7 @@ class Fixed(PartialSteps):
 
     choose: Any
     storage: KVStorage = KVStorage()
+    kernel: bool = False
     seen: Any = None
     grid: Any = None
 

@@ -271,6 +271,17 @@ def test_fp8_is_close_and_what_is_computed_now_is_not_rounded():
     assert fp8["peak bytes"] < 0.6 * wide["peak bytes"]
 
 
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "ChromaTransformer2DModel"])
+def test_the_kernel_gives_the_same_but_for_rounding(name):
+    model, kwargs = MODELS[name]()  # Chroma masks its padding
+    calls = steps_of(model, kwargs)
+    index = some(15)
+    wanted, _ = partial_run(model, Fixed(lambda _: index), calls)
+    got, _ = partial_run(model, Fixed(lambda _: index, kernel=True), calls)
+    torch.testing.assert_close(got[2][0], wanted[2][0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(got[2][0], wanted[2][0])
+
+
 def test_offload_gives_the_same():
     model, kwargs = MODELS["FluxTransformer2DModel"]()
     calls = steps_of(model, kwargs)

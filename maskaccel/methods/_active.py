@@ -32,6 +32,7 @@ class PartialSteps:
     models = MODELS
     grid: tuple[int, ...] | None = None
     storage: KVStorage = KVStorage()
+    kernel = False
 
     @property
     def rule(self) -> StepRule:
@@ -49,7 +50,8 @@ class PartialSteps:
             PatchError: The model's blocks cannot run on some of the tokens, or the pipeline's solver mixes the outputs
                 of several steps.
         """
-        attach_active(context, self.name, self.rule, self.selector(), self.storage, self.grid)
+        run = attach_active(context, self.name, self.rule, self.selector(), self.storage, self.grid)
+        run.kernel = self.kernel
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """Calls in full and in part, the share of tokens in part, bytes."""
@@ -66,6 +68,8 @@ def check_common(method: Any) -> None:
     check_count("multiple", method.multiple, 1)
     if not isinstance(method.storage, KVStorage):
         raise TypeError(f"storage={method.storage!r} must be a maskaccel.state.KVStorage")
+    if not isinstance(method.kernel, bool):
+        raise ValueError(f"kernel={method.kernel!r} must be True or False")
     grid = method.grid
     if grid is not None and (
         not isinstance(grid, tuple) or len(grid) not in (2, 3) or any(type(n) is not int or n < 1 for n in grid)

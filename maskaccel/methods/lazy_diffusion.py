@@ -3,12 +3,14 @@
 A mask says which part of an image is to be made. Its tokens alone are denoised; all others are the context, which stays
 as it is: what attention sees of them is computed once. The paper trains a transformer with an encoder of the context
 (section 3) whose result is the same at every step; this is its way of running for a model that was not trained so. The
-model encodes the context itself (`context="clean"`): one call on the tokens outside of the hole, without noise, whose
-keys and values stay. They have never seen the hole, and the price of a step is that of the hole.
+model encodes the context itself: one call on the tokens outside of the hole, whose keys and values stay. They have
+never seen the hole, and the price of a step is that of the hole.
 
-With `context="noised"` the first step is dense instead, on latents of its noise level, and with `refresh` every
-so-many-th step is. The context's latents follow the straight way to the reference throughout, so they have the noise
-level of each step there, and at the end they are the reference.
+Such a model has never seen clean tokens among noisy ones, so the context is encoded at a noise level of its own,
+`level`, with the noise of the run: near the middle of what it sees in training, rather than at either end. With
+`level=None` the first step is dense instead, at its own level, and with `refresh` every so-many-th step is. The
+context's latents follow the straight way to the reference throughout, so they have the noise level of each step there,
+and at the end they are the reference.
 """
 
 from __future__ import annotations
@@ -22,14 +24,12 @@ from torch.nn import functional as F
 
 from ..masks import Schedule, TokenIndex
 from ..ops import select_active
-from ..ops._checks import choice
 from ..ops._checks import count as check_count
 from ..patching.selector import Seen, Selector
 from ..state.kv import KVStorage
-from ._active import Given, PartialSteps, check_common, rounded, value_of
+from ._active import Given, PartialSteps, check_common, check_number, rounded, value_of
 from ._reference import reference_like, towards
 
-CONTEXTS = ("clean", "noised")
 _NEVER = 1 << 20  # more steps than any run has
 
 
@@ -43,28 +43,33 @@ class LazyDiffusion(PartialSteps):
             part of it is.
         reference: Latents of the image around it, in the form that the scheduler is given and its scale (a batch of 1
             serves all images), or a function that gives them, called at every step.
-        context: `"clean"`: keys and values of the context are of one call of the model on the reference without noise;
-            `"noised"`: of dense steps.
-        refresh: Every so-many-th step is dense; None: only the first one, and none with `context="clean"`.
+        level: Noise level at which the context is encoded, 0 (clean) to below 1; None: a dense first step in its place.
+        refresh: Every so-many-th step is dense; None: none but the first one with `level=None`.
         multiple: Numbers of tokens are rounded up to a multiple of it, by those that are nearest to the hole.
         grid: Grid of the latent tokens where the model does not tell it.
         storage: How keys and values are kept.
+        kernel: Attend at steps in part through `tile_attention`: on a CPU faster than torch's function. Without it the
+            model's own attention is called, and steps with all tokens active are dense ones bit for bit.
     """
 
     mask: Given = field(repr=False)
     reference: Given = field(repr=False)
-    context: str = "clean"
+    level: float | None = 0.8
     refresh: int | None = None
     multiple: int = 32
     grid: tuple[int, ...] | None = None
     storage: KVStorage = KVStorage()
+    kernel: bool = False
 
     name = "LazyDiffusion"
     paper = "Lazy Diffusion Transformer for Interactive Image Editing (arXiv 2404.12382)"
 
     def __post_init__(self) -> None:
         check_common(self)
-        choice("context", self.context, CONTEXTS)
+        if self.level is not None:
+            check_number(self, "level", 0, 1)
+            if self.level == 1:
+                raise ValueError("level=1 is noise without a context; give a level below 1, or None")
         if self.refresh is not None:
             check_count("refresh", self.refresh, 2)
         for name in ("mask", "reference"):
@@ -88,6 +93,7 @@ class _Hole(Selector):
 
     def __init__(self, method: LazyDiffusion) -> None:
         self.method = method
+        self.level = method.level or 0.0
         self.clear()
 
     def clear(self) -> None:
@@ -117,7 +123,7 @@ class _Hole(Selector):
 
     def clean(self) -> Tensor | None:
         """The reference, whose tokens outside of the hole are encoded once."""
-        return value_of("reference", self.method.reference) if self.method.context == "clean" else None
+        return None if self.method.level is None else value_of("reference", self.method.reference)
 
     def clean_tokens(self, grid: tuple[int, ...], tokens: int, device: torch.device) -> TokenIndex | None:
         """The tokens that no step in part computes."""

@@ -55,6 +55,8 @@ class RAS(PartialSteps):
         multiple: Numbers of tokens are rounded up to a multiple of it.
         grid: Grid of the latent tokens where the model does not tell it.
         storage: How keys and values are kept.
+        kernel: Attend at steps in part through `tile_attention`: on a CPU faster than torch's function. Without it the
+            model's own attention is called, and steps with all tokens active are dense ones bit for bit.
     """
 
     ratio: float = 0.5
@@ -69,6 +71,7 @@ class RAS(PartialSteps):
     multiple: int = 32
     grid: tuple[int, ...] | None = None
     storage: KVStorage = KVStorage()
+    kernel: bool = False
 
     name = "RAS"
     paper = "Region-Adaptive Sampling for Diffusion Transformers (arXiv 2502.10389)"

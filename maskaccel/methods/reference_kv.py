@@ -3,7 +3,8 @@
 Editing models take the tokens of reference images behind those of the latents. They are the same at every step but for
 the modulation by the timestep, and what the model gives for them is thrown away. So they are computed at dense steps
 alone (the first one, and every `refresh`-th); at the others the queries of text and latents attend to their keys and
-values as the last dense step left them.
+values as the last dense step left them, a segment of their own behind those that the step computes. Only the rows of
+the reference are kept.
 
 Every latent token is computed at every step, so this goes with any solver. It trades the timestep that the reference
 tokens are modulated by, which is that of the last dense step.
@@ -18,7 +19,12 @@ import torch
 from torch import Tensor
 
 from ..masks import Schedule, TokenIndex
+from ..ops import segment_attention
 from ..ops._checks import count as check_count
+from ..patching.active_attention import ActiveAttention, Detail
+from ..patching.attention import AttentionCall
+from ..patching.partial import attach_active
+from ..patching.patch import Context
 from ..patching.selector import Selector
 from ..state.kv import KVStorage
 from ._active import PartialSteps, check_common
@@ -62,6 +68,14 @@ class ReferenceKV(PartialSteps):
         """How tokens are chosen on one model."""
         return _Latents(self)
 
+    def attach(self, context: Context) -> None:
+        """Plan the span of all blocks and the cache of every attention.
+
+        Raises:
+            PatchError: The model's blocks cannot run on some of the tokens.
+        """
+        attach_active(context, self.name, self.rule, self.selector(), self.storage, attention=_ReferenceAttention)
+
 
 class _Latents(Selector):
     """The tokens of the latents, which stand before those of the reference."""
@@ -94,3 +108,45 @@ class _Latents(Selector):
             return None
         ids = torch.arange(tokens, dtype=torch.int32, device=device)[None]
         return TokenIndex(ids[:, : self.tokens], ids.where(ids < self.tokens, -1))
+
+
+class _ReferenceAttention(ActiveAttention):
+    """Attention over the keys and values of a step and, as a further segment, those of the reference."""
+
+    def _places(self, rows: int) -> tuple[slice, list[slice]]:
+        """Where the reference is in a joint sequence of so many rows, and what is beside it."""
+        run = self.run
+        assert isinstance(run.selector, _Latents)
+        latents, tokens = run.selector.tokens or run.tokens, run.tokens
+        first = rows - tokens if run.layout.tokens.text == "first" else 0
+        start, end = first + latents, first + tokens
+        return slice(start, end), [slice(0, start), slice(end, rows)]
+
+    def fill(self, call: AttentionCall, key: tuple[int, int], index: TokenIndex | None) -> None:
+        """Keep the rows of the reference."""
+        run, (place, _) = self.run, self._places(call.k.shape[1])
+        if place.start == place.stop:
+            return
+        run.details[run.branch, key] = Detail(call.mask, True)
+        run.kv.fill(run.branch, key, call.k[:, place], call.v[:, place])
+
+    def attend(self, call: AttentionCall, key: tuple[int, int], index: TokenIndex | None) -> Tensor | None:
+        """Attend to both segments."""
+        run = self.run
+        kept = run.kv.length(run.branch, key)
+        if kept is None or index is None:
+            return None
+        k, v = run.kv.read(run.branch, key, call.k)
+        mask = run.details[run.branch, key].mask
+        if mask is None and call.refusal() is None:
+            out = segment_attention(call.q, [(call.k, call.v), (k, v)], scale=call.scale)
+            assert isinstance(out, Tensor)
+            return out
+        place, beside = self._places(call.k.shape[1] + kept)
+        if isinstance(mask, Tensor):
+            rows = call.k.shape[1] + kept
+            if mask.dim() > 1 and mask.shape[-2] == rows:
+                mask = torch.cat([mask[..., part, :] for part in beside], -2)
+            if mask.shape[-1] == rows:
+                mask = torch.cat([mask[..., part] for part in (*beside, place)], -1)
+        return call.dense(k=torch.cat([call.k, k], 1), v=torch.cat([call.v, v], 1), mask=mask)

@@ -60,6 +60,8 @@ class SpotEdit(PartialSteps):
         multiple: Numbers of tokens are rounded up to a multiple of it, by the next best scores.
         grid: Grid of the latent tokens where the model does not tell it.
         storage: How keys and values are kept.
+        kernel: Attend at steps in part through `tile_attention`: on a CPU faster than torch's function. Without it the
+            model's own attention is called, and steps with all tokens active are dense ones bit for bit.
     """
 
     reference: Given = field(repr=False)
@@ -73,6 +75,7 @@ class SpotEdit(PartialSteps):
     multiple: int = 32
     grid: tuple[int, ...] | None = None
     storage: KVStorage = KVStorage()
+    kernel: bool = False
 
     name = "SpotEdit"
     paper = "SpotEdit: Selective Region Editing in Diffusion Transformers (arXiv 2512.22323)"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..masks import TokenIndex
-from ..ops import write_kv_rows
+from ..ops import tile_attention, write_kv_rows
 from .attention import AttentionCall, AttentionSite
 
 if TYPE_CHECKING:
@@ -42,10 +42,15 @@ class ActiveAttention:
         run = self.run
         if run.mode is None:
             return None
-        key, index = (self.number, call.part), run._entered
+        key, index = (self.number, call.part), run.entered
         if run.mode != PARTIAL:
-            self._fill(call, key, index)
+            self.fill(call, key, index)
             return None
+        return self.attend(call, key, index)
+
+    def attend(self, call: AttentionCall, key: tuple[int, int], index: TokenIndex | None) -> Tensor | None:
+        """Attend at a step in part."""
+        run = self.run
         rows = run.kv.length(run.branch, key)
         if rows is None or index is None:
             return None
@@ -64,9 +69,12 @@ class ActiveAttention:
             other_k, other_v = run.beside.read(run.branch, key, k, sample)
             k, v = torch.lerp(other_k, k, run.share), torch.lerp(other_v, v, run.share)
             write_kv_rows(call.k, call.v, k, v, ids)
-        return call.dense(k=k, v=v, mask=_mask_rows(detail.mask, ids, rows))
+        call.mask = _mask_rows(detail.mask, ids, rows)
+        if run.kernel and call.refusal() is None:
+            return tile_attention(call.q, k, v, scale=call.scale, bias=call.bias())
+        return call.dense(k=k, v=v, mask=call.mask)
 
-    def _fill(self, call: AttentionCall, key: tuple[int, int], index: TokenIndex | None) -> None:
+    def fill(self, call: AttentionCall, key: tuple[int, int], index: TokenIndex | None) -> None:
         """Keep the keys and values of a call, of all tokens, or of the others where only those are called."""
         run = self.run
         kept = run.beside if run.mode == CLEAN and run.beside is not None else run.kv

@@ -59,6 +59,9 @@ class ActiveTokens:
         kv: Keys and values.
         beside: Keys and values of the call without noise, where the selector mixes them in.
         index: The tokens of the step at hand; None: all of them.
+        kernel: Whether active tokens attend through `tile_attention`, not the model's own attention.
+        entered: The tokens that the call at hand runs on, or the last one ran on.
+        tokens: All tokens of the call at hand or the last one, those of reference images with the latents'.
     """
 
     def __init__(self, method: str, generation: Generation, layout: TokenLayout, rule: StepRule, selector: Selector,
@@ -69,6 +72,10 @@ class ActiveTokens:
         self.kv: KVRows
         self.beside: KVRows | None = None  # of the call without noise
         self.share = 1.0
+        self.kernel = False
+        self.levels: solver.Levels | None = None
+        self.tokens = 0
+        self.entered: TokenIndex | None = None
         self.mode: str | None = None
         self.branch = ""
         self.index: TokenIndex | None = None
@@ -122,19 +129,24 @@ class ActiveTokens:
         return self._merged(output, index) if self.selector.stale else output
 
     def _clean_call(self, model: nn.Module, inner: Callable[..., Any], named: dict[str, Any]) -> bool:
-        """The call on latents without noise, where there is one; whether it does for the dense step at hand."""
-        if self.generation.index or (clean := self.selector.clean()) is None:
+        """The call on other latents, where there is one; whether it does for the dense step at hand."""
+        at, name, level = self.generation, self.layout.names[0], self.selector.level
+        if at.index or (clean := self.selector.clean()) is None:
             return False
-        latents = named[self.layout.names[0]]
-        time = next((name for name in _TIMES if isinstance(named.get(name), Tensor)), None)
+        latents = named[name]
+        time = next((n for n in _TIMES if isinstance(named.get(n), Tensor)), None)
         if not isinstance(latents, Tensor) or latents.shape[1:] != clean.shape[1:] or time is None:
             shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"{self.method}: the model takes latents {shape}; it cannot be called with those of the "
                              f"reference, {tuple(clean.shape)}")  # fmt: skip
         clean = clean.to(latents).repeat(latents.shape[0] // clean.shape[0], *[1] * (clean.dim() - 1))
-        _, index = self._in(
-            CLEAN, inner, (), named | {self.layout.names[0]: clean, time: torch.zeros_like(named[time])}
-        )
+        start = 1.0 if at.timesteps is None else at.timesteps[0] / 1000
+        if level:
+            assert self.levels is not None
+            clean = self.levels.moved(latents, clean, start, level)
+        then = named[time] * (level / start)
+        then = then if then.dtype == named[time].dtype else then.round().to(named[time].dtype)
+        _, index = self._in(CLEAN, inner, (), named | {name: clean, time: then})
         model.__dict__[SPANS].begin(model, (), named)  # the call that is under way begins once more
         return index is not None
 
@@ -143,7 +155,7 @@ class ActiveTokens:
     ) -> tuple[Any, TokenIndex | None]:
         """A call in a mode, and the tokens that it computed."""
         kept = self.beside if mode == CLEAN and self.beside is not None else self.kv
-        self.mode, self._entered = mode, None
+        self.mode, self.entered = mode, None
         if mode in (FILL, CLEAN):
             kept.begin(self.branch)
         try:
@@ -152,9 +164,7 @@ class ActiveTokens:
             self.mode = None
         if mode in (FILL, CLEAN):
             kept.end(self.branch)
-        return output, self._entered
-
-    _entered: TokenIndex | None = None
+        return output, self.entered
 
     def _is_partial_next(self) -> bool:
         """Whether the next step may be computed in part, so that this one has to leave its keys and values."""
@@ -207,7 +217,7 @@ class ActiveTokens:
     # ------------------------------------------------------------------------------------- the controller of the span
     def choose(self, call: SpanCall) -> TokenIndex | None:
         """The tokens of this call of the model."""
-        hidden = call.hidden
+        hidden, self.tokens = call.hidden, call.tokens
         assert hidden is not None
         if self.mode == CLEAN and self.beside is None:
             index = self.selector.clean_tokens(self._known_grid(call), call.tokens, hidden.device)
@@ -226,7 +236,7 @@ class ActiveTokens:
             if call.batch % index.batch:
                 raise ValueError(f"{self.method}: tokens are chosen for {index.batch} samples; a call has {call.batch}")
             index = _repeated(index, call.batch // index.batch)
-        self._entered = index
+        self.entered = index
         return index
 
     def _known_grid(self, call: SpanCall) -> tuple[int, ...]:
@@ -254,7 +264,7 @@ class ActiveTokens:
         at, where = self.generation, self.where
         if self._called != at.index or where is None:
             return output
-        seen = Seen(output, sample, point, where, at.index, at.num_steps, self._entered)
+        seen = Seen(output, sample, point, where, at.index, at.num_steps, self.entered)
         with torch.no_grad():
             output = self.selector.corrected(seen)
             self.index = None
@@ -281,8 +291,10 @@ def _repeated(index: TokenIndex, times: int) -> TokenIndex:
     return TokenIndex(index.keep.repeat(times, 1), index.inverse.repeat(times, 1), counts, index.grid)
 
 
-def attach_active(context: Context, method: str, rule: StepRule, selector: Selector, storage: KVStorage,
-                  grid: tuple[int, ...] | None = None) -> ActiveTokens:  # fmt: skip
+def attach_active(
+    context: Context, method: str, rule: StepRule, selector: Selector, storage: KVStorage,
+    grid: tuple[int, ...] | None = None, attention: type[ActiveAttention] = ActiveAttention,
+) -> ActiveTokens:  # fmt: skip
     """Plan that a model computes the tokens that a selector chooses at the steps that a rule calls `"partial"`.
 
     Args:
@@ -292,6 +304,7 @@ def attach_active(context: Context, method: str, rule: StepRule, selector: Selec
         selector: How tokens are chosen; copied with the model.
         storage: How keys and values are kept.
         grid: The grid of the latent tokens, where the user gives it.
+        attention: The policy of each attention.
 
     Raises:
         PatchError: The model's blocks cannot run on some of the tokens, none of its attentions can be reached, or the
@@ -300,9 +313,14 @@ def attach_active(context: Context, method: str, rule: StepRule, selector: Selec
     why = solver.refusal(context.scheduler) if selector.stale and context.scheduler is not None else None
     if why is not None:
         raise PatchError(f"{method}: {why}")
+    levels = solver.Levels.of(context.scheduler)
+    if selector.level and levels is None:
+        raise PatchError(f"{method}: a call at noise level {selector.level} needs a scheduler for flow matching, or "
+                         f"DDIM; {type(context.scheduler).__name__} scales latents before the model")  # fmt: skip
     generation = context.track_generation(method)
     generation.rules.setdefault(method, []).append(rule)
     run = ActiveTokens(method, generation, layout_of(context), rule, selector, grid)
+    run.levels = levels
     attach_span(context, method, 0, -1, run)
     inside = {id(m) for segment in stack_of(context.model).segments for block in segment for m in block.modules()}
     sites = [s for s in attention_sites(context, method, ("self", "joint")) if id(s.module) in inside]
@@ -315,7 +333,7 @@ def attach_active(context: Context, method: str, rule: StepRule, selector: Selec
     if selector.mixes:
         run.beside = KVRows(generation, storage, len(kept))
     for number, site in enumerate(kept):
-        bridge(context, method, site, ActiveAttention(run, site, number))
+        bridge(context, method, site, attention(run, site, number))
     context.transaction.set(context.model, ACTIVE, run, method)
     context.transaction.wrap_forward(context.model, run)
     return run

@@ -47,11 +47,13 @@ class Selector:
     Attributes:
         stale: Whether the output of tokens that are not computed matters: then the solver must step from the current
             output alone.
+        level: Noise level of the call on the latents of `clean`, 0 (none) to 1.
         static: Whether the tokens do not depend on what the solver sees.
-        mixes: Whether it mixes keys and values of the call without noise into those of the run.
+        mixes: Whether it mixes keys and values of the call on `clean` into those of the run.
     """
 
     stale = True
+    level = 0.0
     static = False
     mixes = False
 
@@ -74,7 +76,7 @@ class Selector:
         """A call of the model begins, with these arguments."""
 
     def clean(self) -> Tensor | None:
-        """Latents `(B|1, ...)` without noise that the model is called with once before the first step, or None."""
+        """Latents `(B|1, ...)` that the model is called with once before the first step, at noise `level`, or None."""
         return None
 
     def clean_tokens(self, grid: tuple[int, ...], tokens: int, device: torch.device) -> TokenIndex | None:

@@ -119,3 +119,34 @@ class Point:
     def noised(self, clean: Tensor, eps: Tensor) -> Tensor:
         """Latents of this noise level."""
         return (self.signal * clean + self.noise * eps) / self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """The noise levels that a model is called at, by their share of the way from clean latents (0) to noise (1).
+
+    Attributes:
+        alphas: Table of a variance-preserving scheduler; None is flow matching.
+    """
+
+    alphas: Tensor | None = None
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Levels | None:
+        """Of a known scheduler; flow matching without one, None where latents are scaled before the model."""
+        family = _FLOW if scheduler is None else _family(scheduler)
+        if family == _FLOW:
+            return cls()
+        return cls(scheduler.alphas_cumprod) if family == _PRESERVING else None
+
+    def point(self, level: float) -> Point:
+        """The noise level of a share."""
+        if self.alphas is None:
+            return Point(1 - level, level)
+        alpha = float(self.alphas[round(level * (len(self.alphas) - 1))])
+        return Point(alpha**0.5, (1 - alpha) ** 0.5)
+
+    def moved(self, latents: Tensor, clean: Tensor, start: float, level: float) -> Tensor:
+        """Clean latents with the noise of `latents`, which are of the level `start`, brought to another level."""
+        first = self.point(start)
+        return self.point(level).noised(clean, (latents - first.signal * clean) / first.noise)
