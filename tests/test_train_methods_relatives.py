@@ -130,6 +130,38 @@ def test_rows_and_columns():
         qa_mdt.RowsAndColumns(rows=(0.5, 0.2))
 
 
+def test_qa_mdt_attends_to_texts_of_different_lengths():
+    model = double(qa_mdt.QAMDTTransformer(DIM, 3, HEADS, GRID, decode_layer=1, mlp_ratio=2.0))
+    x, c, text = normal(2, N, DIM).requires_grad_(), normal(2, DIM, seed=2), normal(2, 5, DIM, seed=3).requires_grad_()
+    index = qa_mdt.RowsAndColumns((0.25, 0.25), (0.34, 0.34)).choose(2, GRID, 0)
+    lengths, p = torch.tensor([5, 2]), dict(model.named_parameters())
+
+    def block(name, x, at, skip=None):
+        q = of(p, name)
+        x = x if skip is None else linear(q, "skip_linear", torch.cat([x, skip], -1))
+        mods = linear(q, "adaLN_modulation.1", F.silu(c))[:, None].chunk(6, -1)
+        parts = (heads(t, HEADS) for t in linear(q, "attn.qkv", norm(x) * (1 + mods[1]) + mods[0]).chunk(3, -1))
+        a = attention(*parts, bias_of(q["attn.relative_position"], at))
+        x = x + mods[2] * linear(q, "attn.proj", a)
+        rows = []
+        for b, count in enumerate(lengths.tolist()):  # each sample with its own text
+            k, v = (heads(t, HEADS) for t in linear(q, "cross.kv", text[b : b + 1, :count]).chunk(2, -1))
+            rows.append(attention(heads(linear(q, "cross.q", x[b : b + 1]), HEADS), k, v))
+        x = x + linear(q, "cross.proj", torch.cat(rows))
+        y = norm(x) * (1 + mods[4]) + mods[3]
+        return x + mods[5] * linear(q, "mlp.fc2", F.gelu(linear(q, "mlp.fc1", y), approximate="tanh"))
+
+    keep = index.keep.long()
+    assert index.grid == (3, 3)
+    whole = x + p["pos_embed"]
+    h = skip = block("en_inblocks.0", whole.gather(1, keep[..., None].expand(-1, -1, DIM)), keep)
+    h = restored(block("en_outblocks.0", h, keep, skip), index, p["side.mask_token"]) + p["side.decoder_pos_embed"]
+    h = torch.where(index.mask[..., None], h, block("side.block", h, everywhere()))
+    h = block("de_blocks.0", h, everywhere(), whole)
+    assert_same(model(x, c, text, lengths, index), h, [x, text, *p.values()])
+    assert_same(model(x, c, text), model(x, c, text, torch.tensor([5, 5])))
+
+
 # ------------------------------------------------------------------------------------------------------ Yume
 @pytest.mark.parametrize("per_token", [False, True])
 def test_yume_gathers_modulation_and_positions(per_token):

@@ -57,7 +57,7 @@ from .microdit import ExpertChoiceMLP, MicroDiT, MicroDiTTransformer, PatchMixer
 from .pab import PAB
 from .prime import Prime
 from .pt_dit import PTDiTAttention
-from .qa_mdt import RowsAndColumns
+from .qa_mdt import QAMDTTransformer, RowsAndColumns
 from .radial import RadialAttention
 from .ras import RAS
 from .reference_kv import ReferenceKV
@@ -161,6 +161,7 @@ __all__ = [
     "Packing",
     "PatchMixer",
     "Prime",
+    "QAMDTTransformer",
     "RadialAttention",
     "ReferenceKV",
     "Rettention",

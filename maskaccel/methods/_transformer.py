@@ -20,10 +20,17 @@ from ..ops.attention import RelativePosition, tile_attention
 from ..ops.attention.check import HEAD_DIMS
 from ._layers import head_dim, linear, split
 
+_NEVER = -3e4  # no score makes up for it, and its exponential is 0
+
 
 def taken(x: Tensor, rows: TokenIndex | None) -> Tensor:
     """The kept rows of `(B, N, D)`; all of them without an index, and what has one row for a sample as it is."""
     return x if rows is None or x.dim() != 3 or x.shape[1] == 1 else rows.gather(x)
+
+
+def padding_bias(valid: Tensor) -> Tensor:
+    """Bias of scores that leaves keys out: fp32 `(B, 1, 1, M)` of bool `(B, M)`; reads no values, as a mask would."""
+    return torch.where(valid, 0.0, _NEVER)[:, None, None]
 
 
 def backend_of(q: Tensor) -> str | None:
@@ -121,6 +128,7 @@ class Attention(nn.Module):
         mask: TileMask | None = None,
         places: RelativePosition | None = None,
         rope: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attention of `(B, N, dim)`.
 
@@ -131,13 +139,14 @@ class Attention(nn.Module):
             places: Where queries and keys are on a grid; the table is this layer's `relative_position`.
             rope: `(cos, sin, positions)`, rows `positions` int32 `(N,)` or `(B, N)` (None: in order) of tables
                 `(S, head dim / 2)`.
+            bias: Added to the scores, such as `padding_bias`.
         """
         q, k, v = self._project(x, rows)
         if self.qk_norm or rope is not None:
             q, k = self._turned(q, k, rows, *(rope or (None, None, None)))
         if self.relative_position is not None and places is not None:
             places = places.with_table(self.relative_position)
-        out = tile_attention(q, k, v, mask, relpos=places, backend=backend_of(q))
+        out = tile_attention(q, k, v, mask, bias=bias, relpos=places, backend=backend_of(q))
         return self.proj(out.flatten(2))
 
 
@@ -204,6 +213,7 @@ class AdaLNBlock(nn.Module):
         rows: TokenIndex | None = None,
         skip: Tensor | None = None,
         context: Tensor | None = None,
+        context_bias: Tensor | None = None,
         samples: Tensor | None = None,
         **attention: Any,
     ) -> Tensor:
@@ -216,6 +226,7 @@ class AdaLNBlock(nn.Module):
                 gradients: keys and values come from all rows, the rest of the block knows single tokens only.
             skip: `(B, N, dim)` of a block with a long skip.
             context: `(B, M, dim)` of a block with cross-attention.
+            context_bias: Added to its scores, such as the `padding_bias` of texts of different lengths.
             samples: int32 `(N,)` or `(B, N)`: row of `c` that belongs to each token (packed samples).
             **attention: Of `Attention.forward`.
 
@@ -240,7 +251,7 @@ class AdaLNBlock(nn.Module):
             x, y = add_gated_then_norm(x, a, gate_msa, scale_mlp, shift_mlp, rows=samples)
         else:
             x = add_gated(x, a, gate_msa, rows=samples)
-            x = x + self.cross(x, context)
+            x = x + self.cross(x, context, bias=context_bias)
             y = ops.norm_modulate(x, scale_mlp, shift_mlp, rows=samples)
         return add_gated(x, self.mlp(y), gate_mlp, rows=samples)
 
@@ -278,13 +289,15 @@ class CrossAttention(nn.Module):
         memory: Tensor | tuple[Tensor, Tensor],
         mask: TileMask | None = None,
         places: RelativePosition | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """`(B, N, dim)` attends to a context `(B, M, context)`, or to what `keys` gave for it."""
         k, v = memory if isinstance(memory, tuple) else self.keys(memory)
         q = self.q(x).unflatten(-1, (self.heads, -1))
         if self.relative_position is not None and places is not None:
             places = places.with_table(self.relative_position)
-        return self.proj(tile_attention(q, k, v, mask, relpos=places, backend=backend_of(q)).flatten(2))
+        out = tile_attention(q, k, v, mask, bias=bias, relpos=places, backend=backend_of(q))
+        return self.proj(out.flatten(2))
 
 
 class AdaLNLinear(nn.Module):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import TokenIndex
-from ._layers import linear, sizes
+from ._layers import check_tokens, linear, sizes
 from ._transformer import Attention, CrossAttention, Mlp, PreNormBlock, sincos
 
 Decoder = Literal["joint", "cross", "cross-self"]
@@ -163,6 +163,7 @@ class DiffMAE(nn.Module):
             patches: `(B, N, patch_values)` without noise; what masked tokens hold is not read.
             visible: Which tokens are visible.
         """
+        check_tokens(patches, self.embed.in_features, self.grid)
         x = self.embed(visible.gather(patches))
         x = x + visible.gather(self.get_buffer("pos_embed").to(x.dtype))
         for block in self.blocks:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import ops
-from ..masks import Lengths, TileMask, TokenIndex
-from ._layers import sizes
-from ._transformer import AdaLNBlock, AdaLNLinear, learned_token, sincos
+from ..masks import TokenIndex
+from ._layers import check_tokens, sizes
+from ._transformer import AdaLNBlock, AdaLNLinear, learned_token, padding_bias, sincos
 from .dit3d import DiT3DAttention
 
 
@@ -162,7 +162,7 @@ class FastDiT3DTransformer(nn.Module):
         decoder: FastDiT3DDecoder | None = None,
     ) -> None:
         super().__init__()
-        self.grid = sizes("grid", tuple(grid), 3)
+        self.dim, self.grid = dim, sizes("grid", tuple(grid), 3)
         self.register_buffer("pos_embed", sincos(self.grid, dim), persistent=False)
         self.blocks = nn.ModuleList(AdaLNBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.decoder = decoder or FastDiT3DDecoder(dim, self.grid, out)
@@ -170,8 +170,7 @@ class FastDiT3DTransformer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, index: TokenIndex | None = None) -> Tensor:
         """Patches of all tokens.
 
-        Slots of a ragged index that hold no token are attended to by none; the mask that says so is made once a call
-        and waits for a GPU.
+        Slots of a ragged index that hold no token are attended to by none.
 
         Args:
             x: Embedded tokens without positions `(B, N, dim)`.
@@ -181,12 +180,10 @@ class FastDiT3DTransformer(nn.Module):
         Returns:
             `(B, N, out)`.
         """
+        check_tokens(x, self.dim, self.grid)
         index = TokenIndex.all(x.shape[1], x.device) if index is None else index
         x = index.gather(x + self.get_buffer("pos_embed").to(x.dtype))
-        mask = None
-        if index.counts is not None:
-            lengths = index.counts.expand(x.shape[0])
-            mask = TileMask.from_rule(Lengths(kv=lengths), (index.kept, index.kept), device=x.device)
+        bias = None if index.counts is None else padding_bias(index.keep < index.n)
         for block in self.blocks:
-            x = block(x, c, mask=mask)
+            x = block(x, c, bias=bias)
         return self.decoder(x, c, index)

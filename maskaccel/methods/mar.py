@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..masks import TokenIndex
-from ._layers import linear, sizes
+from ._layers import check_tokens, linear, sizes
 from ._ratios import TruncatedNormal
 from ._transformer import PreNormBlock, learned_token, modulation, zeroed
 from .diffmae import time_mlp, timestep_embedding
@@ -245,6 +245,7 @@ class MAR(nn.Module):
         Returns:
             `(B, buffer + kept, dim)`.
         """
+        check_tokens(tokens, self.head.values, self.grid)
         if condition.dim() == 2:
             condition = condition[:, None].expand(-1, self.buffer, -1)
         if condition.shape[1] != self.buffer:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..masks import TokenIndex
-from ._layers import sizes
+from ._layers import check_tokens, sizes
 from ._masked_rows import patches, per_token, token_mean
 from ._ratios import RatioSchedule
 from ._transformer import AdaLNBlock, AdaLNLinear, learned_token, sincos, touched
@@ -129,7 +129,7 @@ class MaskDiTTransformer(nn.Module):
         decoder_heads: int = 16,
     ) -> None:
         super().__init__()
-        self.grid = sizes("grid", grid, len(tuple(grid)))
+        self.dim, self.grid = dim, sizes("grid", grid, len(tuple(grid)))
         self.register_buffer("pos_embed", sincos(self.grid, dim), persistent=False)
         self.blocks = nn.ModuleList(blocks or (AdaLNBlock(dim, heads, mlp_ratio) for _ in range(depth)))
         self.decoder = MaskDiTDecoder(
@@ -145,6 +145,7 @@ class MaskDiTTransformer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, index: TokenIndex | None = None) -> Tensor:
         """Embedded tokens without positions `(B, N, dim)` and condition `(B, dim)` to patches `(B, N, out)`."""
+        check_tokens(x, self.dim, self.grid)
         x = x + self.get_buffer("pos_embed").to(x.dtype)
         x = x if index is None else index.gather(x)
         for block in self.blocks:

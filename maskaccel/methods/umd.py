@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..masks import TokenIndex
-from ._layers import sizes
+from ._layers import check_tokens, sizes
 from ._ratios import kept_tokens
 from ._transformer import AdaLNBlock, AdaLNLinear, learned_token, touched
 
@@ -94,7 +94,7 @@ class UMD(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        self.grid, self.cls_tokens = sizes("grid", grid, len(tuple(grid))), cls_tokens
+        self.dim, self.grid, self.cls_tokens = dim, sizes("grid", grid, len(tuple(grid))), cls_tokens
         n = math.prod(self.grid)
         self.cls = nn.Parameter(torch.zeros(1, cls_tokens, dim))
         self.pos_embed, self.decoder_pos_embed = (nn.Parameter(torch.randn(1, n, dim) * n**-0.5) for _ in range(2))
@@ -114,6 +114,7 @@ class UMD(nn.Module):
         Returns:
             The mean of the CLS tokens `(B, dim)`, and `(B, K, dim)`.
         """
+        check_tokens(x, self.dim, self.grid)
         x = x + self.pos_embed.to(x.dtype)
         x = x if index is None else index.gather(x)
         x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
