@@ -1,24 +1,21 @@
-"""The CPU kernels of the token ops against their reference: ids bit for bit, real numbers by the error rule."""
+"""The CPU kernels that pick and move tokens, against the reference: ids bit for bit, numbers by the error rule."""
 
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from _numerics import assert_close_to_truth
+from _token_cases import DTYPES, LACKS, RAW, Draw, check, fuzz, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import maskaccel.ops  # noqa: F401  (defines the ops and loads the library)
 from maskaccel._native import native
-from maskaccel.ops._backends import refusal
 from maskaccel.ops.adaln import schema as adaln_schema
-from maskaccel.ops.tokens import philox, reference
+from maskaccel.ops.tokens import reference
 from maskaccel.ops.tokens.schema import (
     KEEP_GROUPS,
     KEEP_ROWS_COLS,
@@ -28,84 +25,10 @@ from maskaccel.ops.tokens.schema import (
     NEED_MASK,
     NEED_ROWS,
     NO_ROWS,
-    PURPOSE_SAMPLE,
-    SCALED,
     THRESHOLD,
 )  # fmt: skip
 
-LACKS = refusal("cpu", torch.device("cpu"), torch.float32, "gather_rows")
 pytestmark = pytest.mark.skipif(LACKS is not None, reason=str(LACKS))
-
-RAW = torch.ops.maskaccel_raw
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("dense", "sliced", "expanded", "batch last")
-fuzz = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-class Draw:
-    """Inputs that follow from one seed."""
-
-    def __init__(self, seed: int):
-        self.choice = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def randn(self, *shape, dtype=torch.float32, layout=None):
-        """`(B, N, D)` with a dense last dim; what lies between its rows is NaN."""
-        layout = layout or self.choice.choice(LAYOUTS)
-        batch, n, width = shape
-        if layout == "expanded":
-            return self._normal(1, n, width).to(dtype).expand(shape)
-        if layout == "batch last":
-            return self._normal(n, batch, width).to(dtype).transpose(0, 1)
-        if layout == "sliced":
-            wide = torch.full((batch, n + 2, width + 3), float("nan"), dtype=dtype)
-            wide[:, 1 : n + 1, 2 : 2 + width] = self._normal(*shape)
-            return wide[:, 1 : n + 1, 2 : 2 + width]
-        return self._normal(*shape).to(dtype)
-
-    def _normal(self, *shape):
-        return torch.randn(shape, generator=self.generator)
-
-    def uniform(self, *shape):
-        return torch.rand(shape, generator=self.generator)
-
-    def integers(self, low, high, *shape):
-        return torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32)
-
-    def index(self, batch, n, kept, ragged):
-        """`keep` and `inverse` of a token index."""
-        keep = torch.stack([torch.randperm(n, generator=self.generator)[:kept].sort().values for _ in range(batch)])
-        keep = keep.to(torch.int32)
-        if ragged and kept:
-            keep[:, -1] = n
-        inverse = torch.full((batch, n + 1), -1, dtype=torch.int32)
-        inverse.scatter_(1, keep.long(), torch.arange(kept, dtype=torch.int32).expand(batch, kept))
-        return keep.contiguous(), inverse[:, :n].contiguous()
-
-
-def poison():
-    """Leaves NaN in memory that results of the next call may get."""
-    for size in (16, 300, 5_000, 60_000):
-        torch.full((size,), float("nan"))
-
-
-def double(value):
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def check(name, *args, what="", magnitude=0.0):
-    """One raw op against plain torch and fp64; returns its results."""
-    poison()
-    got = getattr(RAW, name)(*args)
-    plain, truth = reference.KERNELS[name](*args), reference.KERNELS[name](*map(double, args))
-    several = lambda v: v if isinstance(v, tuple) else (v,)  # noqa: E731
-    for i, (g, p, t) in enumerate(zip(several(got), several(plain), several(truth), strict=True)):
-        assert g.is_contiguous()
-        if g.dtype.is_floating_point:
-            assert_close_to_truth(g, p, t, what=f"{name}[{i}] {what}", magnitude=magnitude)
-        else:
-            assert torch.equal(g, p), f"{name}[{i}] {what}"
-    return got
 
 
 def equal(name, *args):
@@ -209,87 +132,6 @@ def test_unmask_select(seed, batch, n, temperature):
     )
     poison()
     assert torch.equal(RAW.unmask_select(*args), reference.unmask_select(*args))
-
-
-# -------------------------------------------------------------------------------------------------- sample_logits
-def noisy(logits, tokens, step, noise, mask_id, seed, offset, temperature, flags):
-    """What sample_logits compares, fp64."""
-    batch, n, size = logits.shape
-    if temperature and noise is None:
-        items = torch.arange(n * size).view(1, n, size)
-        sample = torch.arange(offset, offset + batch).view(-1, 1, 1)
-        noise = philox.gumbel(philox.words(seed, items, sample, step, PURPOSE_SAMPLE << 24), torch.float64)
-    return logits.double() + (temperature * noise.double() if temperature else 0.0)
-
-
-def sampling_case(draw, batch, n, size, dtype, scale):
-    pick, some = draw.choice.choice, draw.choice.random
-    logits = draw.randn(batch, n, size, dtype=torch.float32, layout="dense") * scale
-    if some() < 0.3:
-        logits[draw.uniform(batch, n, size) < 0.3] = float("-inf")
-    if batch and some() < 0.4:
-        logits[0, n - 1, draw.choice.randrange(size)] = pick([float("nan"), float("inf")])
-    if batch and some() < 0.2:
-        logits[0, 0] = float("-inf")
-    logits = logits.to(dtype)
-    if some() < 0.5:  # rows of a wider tensor
-        logits = torch.cat([logits, torch.full_like(logits, float("nan"))], -1)[..., :size]
-    temperature = pick([0.0, 0.3, 1.0, 2.0])
-    noise = draw.randn(batch, n, size, layout="dense") if some() < 0.3 else None
-    flags = pick([0, 1, 2, 3]) | (pick([0, SCALED]) if temperature else 0)
-    tokens, step = draw.integers(0, 2, batch, n).long(), torch.tensor([pick([0, 8, (1 << 33) + 1])])
-    return logits, tokens, step, noise, 1, draw.choice.getrandbits(62), pick([0, 5]), temperature, flags
-
-
-@settings(fuzz, max_examples=150)
-@given(
-    st.integers(0, 9999), st.integers(0, 2), st.integers(1, 4), st.sampled_from([1, 2, 15, 16, 17, 100, 513, 1500]),
-    st.sampled_from(DTYPES), st.sampled_from([0.1, 1.0, 5.0, 30.0]),
-)  # fmt: skip
-def test_sample_logits(seed, batch, n, size, dtype, scale):
-    args = sampling_case(Draw(seed), batch, n, size, dtype, scale)
-    check_sample(args)
-
-
-def check_sample(args):
-    logits, tokens, *_, mask_id, _, _, temperature, _ = args
-    poison()
-    ids, confidence = RAW.sample_logits(*args)
-    plain, truth = reference.sample_logits(*args), reference.sample_logits(*map(double, args))
-    compared = noisy(*args)
-    got = torch.where(ids == mask_id, truth[0], ids)  # a row of no use names no token of its own
-    same = got == truth[0]
-    if temperature == 0:
-        assert same.all()
-    else:  # two that are equal but for the rounding of the noise
-        metric = [
-            compared.gather(-1, i.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1) for i in (got, truth[0])
-        ]
-        assert (same | ((metric[0] - metric[1]).abs() < 1e-5 * (1 + metric[1].abs()))).all()
-    for kind in (torch.isnan, torch.isposinf):
-        assert torch.equal(kind(confidence), kind(truth[1]))
-    assert torch.equal(torch.isnan(confidence), (tokens == mask_id) & (ids == mask_id) & torch.isnan(truth[1]))
-    finite = torch.isfinite(truth[1]) & same & (plain[0] == truth[0])
-    size = logits[torch.isfinite(logits)].abs().max().item() if torch.isfinite(logits).any() else 0.0
-    assert_close_to_truth(confidence[finite], plain[1][finite], truth[1][finite], what="confidence", magnitude=size)
-
-
-def test_sample_logits_of_a_large_vocabulary():
-    """Rows are cut into chunks; a token that wins in the last one, equal ones in two of them."""
-    draw = Draw(5)
-    for size in (16_384, 16_385, 40_000):
-        for dtype in DTYPES[:2]:
-            logits = draw.randn(1, 2, size, dtype=dtype, layout="dense")
-            tokens, step = torch.ones(1, 2, dtype=torch.int64), torch.tensor([3])
-            for temperature, kind in ((0.0, 1), (1.0, 0), (1.0, 2)):
-                check_sample((logits, tokens, step, None, 1, 9, 0, temperature, kind))
-            equals = logits.clone()
-            equals[0, 0, [70, size - 1]] = 9.0
-            equals[0, 1, size - 1] = 9.0
-            ids, margin = RAW.sample_logits(equals, tokens, step, None, 1, 9, 0, 0.0, 1)
-            assert ids.tolist() == [[70, size - 1]]
-            assert margin[0, 0] == 0
-            assert margin[0, 1] > 0
 
 
 # ----------------------------------------------------------------------------------------------------------- rows
@@ -421,14 +263,6 @@ def _keep(**changed):
     return lambda: RAW.random_keep(*(args | changed).values())
 
 
-def _sample(**changed):
-    args = {
-        "logits": torch.zeros(1, 4, 8), "tokens": torch.zeros(1, 4, dtype=torch.int64), "step": torch.tensor([0]),
-        "noise": None, "mask_id": 0, "seed": 0, "offset": 0, "temperature": 0.0, "flags": 0,
-    }  # fmt: skip
-    return RAW.sample_logits(*(args | changed).values())
-
-
 def _int(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -474,12 +308,6 @@ ERRORS = [
     ("needs is 16", lambda: RAW.scatter_merge_backward(X, None, IDS, INVERSE, None, 0.0, 0, 16)),
     ("scale must be", lambda: RAW.gather_modulate(X, IDS, INVERSE, X[:, :2], None, None, None, 1e-6, 1.0, 0)),
     ("unknown flags", lambda: RAW.gather_modulate(X, IDS, INVERSE, None, None, None, None, 1e-6, 1.0, 1 << 11)),
-    ("tokens must be contiguous int64", lambda: _sample(tokens=torch.zeros(1, 3))),
-    ("noise must be contiguous float32", lambda: _sample(noise=torch.zeros(1, 4, 7))),
-    ("temperature is -1", lambda: _sample(temperature=-1.0)),
-    ("temperature is 0", lambda: _sample(flags=SCALED)),
-    ("unknown flags 8", lambda: _sample(flags=8)),
-    ("logits has a last dim of 0", lambda: _sample(logits=torch.zeros(1, 4, 0))),
     ("keep is 0", lambda: RAW.select_active(X[0, :1, :4], INVERSE, X[0, 0], None, 0, 0, 0.0, 0)),
 ]  # fmt: skip
 
@@ -499,6 +327,7 @@ LOWER = ISAS[: ISAS.index(native.isa)] if native.isa in ISAS else ()
 def test_lower_instruction_sets(isa):
     here = Path(__file__)
     env = os.environ | {"MASKACCEL_CPU_ISA": isa}
+    files = [str(here), str(here.with_name("test_token_scores_cpu.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not lower and not errors"]
-    run = subprocess.run([*command, str(here)], env=env, capture_output=True, text=True, cwd=here.parent.parent)
+    run = subprocess.run([*command, *files], env=env, capture_output=True, text=True, cwd=here.parent.parent)
     assert run.returncode == 0, run.stdout[-3000:]
