@@ -60,7 +60,8 @@ void sample_logits(StableIValue* stack, uint64_t, uint64_t) {
   Sample s;
   s.seed = in.integer();
   s.offset = in.integer();
-  s.temperature = static_cast<float>(in.number());
+  const double temperature = in.number();
+  s.temperature = static_cast<float>(temperature);
   const int64_t flags = in.integer();
   STD_TORCH_CHECK(logits.dim == 3 && logits.dense_last(), "logits must be (B, N, V) with a contiguous last dim");
   s.dtype = dtype_of_arg(logits);
@@ -82,7 +83,8 @@ void sample_logits(StableIValue* stack, uint64_t, uint64_t) {
   const bool scaled = flags & kScaled;
   STD_TORCH_CHECK(!scaled || s.temperature > 0.0f, "temperature is 0; the confidence can not be scaled by it");
   s.kind = static_cast<Confidence>(flags & 3);
-  s.scale = scaled ? std::min(1.0f / s.temperature, kMost) : 1.0f;
+  // A lower temperature than 1e-9 leaves one token all the probability; its products would leave fp32.
+  s.scale = scaled ? std::min(1.0 / temperature, 1e9) : 1.0;
   Output ids = long_integers({B, s.N}), confidence({B, s.N}, Dtype::f32);
   const auto* const given = static_cast<const int64_t*>(tokens.data);
   auto* const to = static_cast<int64_t*>(ids.data());

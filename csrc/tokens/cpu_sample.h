@@ -26,7 +26,8 @@ struct Sample {
   Dtype dtype = Dtype::f32;
   const float* noise = nullptr;  // (B, N, V), or null: that of the counters
   int64_t seed = 0, offset = 0, step = 0;
-  float temperature = 0.0f, scale = 1.0f;
+  float temperature = 0.0f;
+  double scale = 1.0;
   Confidence kind = Confidence::probability;
   const int64_t* rows = nullptr;  // b * N + n of the rows that are sampled
   int64_t chunk = 0, chunks = 0;  // logits of a chunk, chunks of a row

@@ -66,13 +66,16 @@ struct Sums {
 
 // Of a block, many short sums: the rounding of fp32 grows with the length of one.
 template <bool WEIGHTED>
-MASKACCEL_INLINE void add_powers(const Block& block, float most, float scale, Sums& sums) {
+MASKACCEL_INLINE void add_powers(const Block& block, float most, double scale, Sums& sums) {
   constexpr int kChains = WEIGHTED ? 4 : 8;
-  const V top = set1(most), factor = set1(scale), faint = set1(kFaint);
+  const auto whole = static_cast<float>(scale);
+  const V top = set1(most), factor = set1(whole), faint = set1(kFaint);
+  const V rest = set1(static_cast<float>(scale - whole));  // an error of the factor would grow with x
   V s[kChains], w[kChains];
   for (int j = 0; j < kChains; ++j) s[j] = w[j] = set1(0.0f);
   const auto one = [&](int64_t i, int j) MASKACCEL_HOT {
-    const V x = vmax(faint, mul(sub(load(block.logits + i * W, Full{}), top), factor));
+    const V below = vmax(set1(-1e28f), sub(load(block.logits + i * W, Full{}), top));
+    const V x = vmax(faint, fma(below, rest, mul(below, factor)));
     const V power = vexp(x);
     s[j] = add(s[j], power);
     if constexpr (WEIGHTED) w[j] = fma(x, power, w[j]);
