@@ -218,13 +218,13 @@ def draw(pictures: dict[str, Tensor], path: Path, images: int = 8) -> None:
 
     rows = {name: out[:images] for name, out in pictures.items()}
     columns = min(images, next(iter(rows.values())).shape[0])
-    figure, axes = plt.subplots(len(rows), 1, figsize=(0.75 * columns + 2.6, 0.75 * len(rows)), dpi=100)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(0.75 * columns + 3.6, 0.75 * len(rows)), dpi=100)
     for ax, (name, out) in zip(axes, rows.items(), strict=True):
         ax.imshow(torch.cat(list(out[:, 0]), 1), cmap="gray", vmin=0, vmax=1)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
         ax.set_xticks([])
         ax.set_yticks([])
-    figure.tight_layout(pad=0.2)
+    figure.subplots_adjust(left=3.5 / (0.75 * columns + 3.6), right=0.99, bottom=0.01, top=0.99, hspace=0.02)
     figure.savefig(path)
     plt.close(figure)
 

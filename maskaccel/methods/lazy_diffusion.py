@@ -7,10 +7,11 @@ model encodes the context itself: one call on the tokens outside of the hole, wh
 never seen the hole, and the price of a step is that of the hole.
 
 Such a model has never seen clean tokens among noisy ones, so the context is encoded at a noise level of its own,
-`level`, with the noise of the run: near the middle of what it sees in training, rather than at either end. With
-`level=None` the first step is dense instead, at its own level, and with `refresh` every so-many-th step is. The
-context's latents follow the straight way to the reference throughout, so they have the noise level of each step there,
-and at the end they are the reference.
+`level`, with the noise of the run. On the example model a level of 0.8 comes closest to computing all tokens at every
+step; clean tokens, and those of the first step, are far off (docs/partial-tokens.md). With `level=None` the first step
+is dense instead, at its own level, and with `refresh` every so-many-th step is. The context's latents follow the
+straight way to the reference throughout, so they have the noise level of each step there, and at the end they are the
+reference.
 """
 
 from __future__ import annotations
