@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from maskaccel import ops
 from maskaccel.masks import TokenIndex
-from maskaccel.ops._registry import SPECS
-from maskaccel.ops.tokens import philox, reference
+from maskaccel.ops import _registry
+from maskaccel.ops.adaln import fallback
+from maskaccel.ops.tokens import autograd, philox, reference
 
 F64 = torch.float64
 ZERO = torch.zeros(1, dtype=torch.int64)
@@ -187,34 +188,54 @@ def test_gather_serves_other_shapes():
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
-def _reference(name):
-    return getattr(reference, name)
+@pytest.fixture
+def rules(monkeypatch):
+    """The ops with their own derivative rules, over the plain forms: in fp64, which kernels do not take."""
+    kernels = {**fallback.KERNELS, **reference.KERNELS}
+    monkeypatch.setattr(autograd, "op", lambda namespace, name: kernels[name])
+
+    def rule(name):
+        parts = _registry._autograd_parts(_registry.SPECS[name], "plain")
+
+        class Rule(torch.autograd.Function):
+            @staticmethod
+            def forward(*args):
+                return kernels[name](*args)
+
+            setup_context = staticmethod(parts.setup)
+            backward = staticmethod(parts.backward_rule)
+
+        return Rule.apply
+
+    return rule
 
 
-def test_gradients_of_the_reference_are_those_of_the_ops():
-    """The derivative rules against numerical differentiation, fp64."""
-    index, ops64 = _index(n=6, keep=3), torch.ops.maskaccel
+def _leaf(*shape):
+    return torch.randn(*shape, dtype=F64, requires_grad=True)
+
+
+def test_derivative_rules(rules):
+    """Against numerical differentiation, fp64."""
+    index, check = _index(n=6, keep=3), torch.autograd.gradcheck
     ids, inverse = index.keep, index.inverse
-
-    def leaf(*shape):
-        return torch.randn(*shape, dtype=F64, requires_grad=True)
-
-    full, rows = leaf(2, 6, 3), leaf(2, 3, 3)
-    check = torch.autograd.gradcheck
-    assert check(lambda x: ops64.gather_rows(x, ids, inverse), (full,))
-    assert check(lambda f, r: ops64.scatter_merge(f, r, ids, inverse, None, None, None, 0.0, 0), (full, rows))
-    for gate in (leaf(1, 1, 3), leaf(2, 3, 3), leaf(1, 3, 3)):
-        assert check(lambda f, r, g: ops64.scatter_merge(f, r, ids, inverse, g, None, None, 0.0, 1), (full, rows, gate))
-    for pos in (leaf(1, 6, 3), leaf(2, 6, 3)):
-        assert check(
-            lambda r, m, p: ops64.scatter_merge(None, r, ids, inverse, None, m, p, 0.0, 2), (rows, leaf(3), pos)
-        )
-        assert check(lambda r, p: ops64.scatter_merge(None, r, ids, inverse, None, None, p, 0.0, 4), (rows, pos))
-    assert check(lambda f, r: ops64.scatter_merge(f, r, ids, inverse, None, None, None, 0.3, 3), (full, rows))
-    merge = ops.match_tokens(torch.randn(2, 6, 4), 0.5, grid=(2, 3), cell=(2, 1))
-    for mode in ("mean", "sum"):
-        assert check(lambda x, mode=mode: ops.merge_tokens(x, merge, mode=mode), (full,))
-    assert check(lambda y: ops.unmerge_tokens(y, merge), (rows,))
+    gather, merge = rules("gather_rows"), rules("scatter_merge")
+    full, rows, token = _leaf(2, 6, 3), _leaf(2, 3, 3), _leaf(3)
+    assert check(lambda x: gather(x, ids, inverse), (full,))
+    assert check(lambda f, r: merge(f, r, ids, inverse, None, None, None, 0.0, 0), (full, rows))
+    assert check(lambda f, r: merge(f, r, ids, inverse, None, None, None, 0.3, 3), (full, rows))
+    for gate in (_leaf(1, 1, 3), _leaf(2, 3, 3), _leaf(1, 3, 3)):
+        assert check(lambda f, r, g: merge(f, r, ids, inverse, g, None, None, 0.0, 1), (full, rows, gate))
+    for pos in (_leaf(1, 6, 3), _leaf(2, 6, 3)):
+        assert check(lambda r, m, p: merge(None, r, ids, inverse, None, m, p, 0.0, 2), (rows, token, pos))
+        assert check(lambda r, p: merge(None, r, ids, inverse, None, None, p, 0.0, 4), (rows, pos))
+    modulate, options = rules("gather_modulate"), (1e-6, 1.0, 0)
+    for scale, shift in ((_leaf(1, 6, 3), _leaf(2, 1, 3)), (_leaf(2, 1, 3), _leaf(2, 6, 3))):
+        assert check(lambda x, s, b, w: modulate(x, ids, inverse, s, b, w, None, *options), (full, scale, shift, token))
+    slots = ops.match_tokens(torch.randn(2, 6, 4), 0.5, grid=(2, 3), cell=(2, 1))
+    order, offsets, slot = slots.order, slots.offsets, slots.slot
+    for mean in (True, False):
+        assert check(lambda x, mean=mean: rules("segment_rows")(x, order, offsets, slot, mean), (full,))
+    assert check(lambda y: rules("unmerge_rows")(y, slot, order, offsets), (rows,))
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -336,7 +357,7 @@ def test_opcheck(op):
 
 
 def test_every_op_has_a_reference_and_a_draw():
-    names = {name for name in SPECS if name in reference.KERNELS}
+    names = {name for name in _registry.SPECS if name in reference.KERNELS}
     assert names == set(reference.KERNELS) == set(_raw_tokens.DRAWS)
 
 
