@@ -27,6 +27,7 @@ from maskaccel.methods import maskdit, microdit, sprint
 from maskaccel.methods._masked_rows import patches, per_token, token_mean, unpatch
 from maskaccel.methods._ratios import RatioSchedule, TruncatedNormal, kept_tokens, uniform
 from maskaccel.methods._transformer import sincos
+from maskaccel.ops import random_keep
 
 N, DIM, HEADS = 24, 16, 2
 
@@ -59,6 +60,10 @@ def test_fusion_of_all_tokens_and_the_unconditional_form():
     fusion = double(sprint.SprintFusion(DIM, learn_mask=True))
     f, g = normal(2, N, DIM).requires_grad_(), normal(2, N, DIM, seed=2)
     assert_same(fusion(f, g), F.linear(torch.cat([g, f], -1), fusion.weight, fusion.bias), [f])
+    some = torch.tensor([True, False])
+    dropped = torch.where(some[:, None, None], g, fusion.mask_token)
+    want = F.linear(torch.cat([dropped, f], -1), fusion.weight, fusion.bias)
+    assert_same(fusion(f, g, TokenIndex.all(N), some), want, [f, *fusion.parameters()])
     fusion(f, g).sum().backward()
     assert fusion.mask_token.grad.abs().max() == 0  # there, but not used
 
@@ -88,10 +93,15 @@ def test_cells(ratio, cell, kept):
     inside = index.mask.unflatten(1, (8 // cell, cell, 12 // cell, cell))
     assert (inside.sum((2, 4)) == kept).all()
     assert not torch.equal(index.keep[0], index.keep[1])
+    # the patch, which leaves the choice of the cell to the draw
+    again = random_keep(3, 96, 1 - ratio, seed=1, step=2, scheme="cell", grid=(8, 12))
+    assert torch.equal(again.keep, index.keep)
 
 
 def test_cells_of_a_video():
-    inside = sprint.cell_index(2, (4, 4, 6), seed=1).mask.unflatten(1, (2, 2, 2, 2, 3, 2))
+    index = sprint.cell_index(2, (4, 4, 6), seed=1)
+    assert torch.equal(random_keep(2, 96, 0.25, seed=1, scheme="cell", grid=(4, 4, 6)).keep, index.keep)
+    inside = index.mask.unflatten(1, (2, 2, 2, 2, 3, 2))
     assert (inside.sum((2, 4, 6)) == 2).all()
     with pytest.raises(ValueError, match=r"ratio=0.6 on the grid \(8, 8\)"):
         sprint.cell_index(1, (8, 8), 0.6, seed=0)

@@ -271,6 +271,14 @@ def test_sprint_under_checkpointing_and_in_a_copy(dit):
         route.step = 0
         twin = copy.deepcopy(model)
         torch.testing.assert_close(call(twin.train(), given), call(model, given))
+        # In one module, as for averaged weights: the copied model runs with the copied fusion.
+        pair = copy.deepcopy(torch.nn.ModuleList([model, route])).eval()
+        with torch.no_grad():
+            for p in pair[1].fusion.parameters():
+                p.mul_(2)
+            changed = call(pair[0], given)
+            route.fusion.weight.mul_(2), route.fusion.bias.mul_(2), route.fusion.mask_token.mul_(2)
+            torch.testing.assert_close(changed, call(model.eval(), given))
     state = route.state_dict()
     assert {"steps", "fusion.weight", "fusion.bias", "fusion.mask_token"} <= set(state)
     fresh = m.SPRINT(fusion=m.SprintFusion(DIM))

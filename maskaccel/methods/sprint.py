@@ -111,16 +111,24 @@ class SprintFusion(nn.Module):
         Returns:
             `(B, N, dim)`.
         """
-        index = TokenIndex.all(f.shape[1], f.device) if index is None else index
-        out = ops.sparse_dense_fuse(f, g, index, self.weight, self.bias, self.mask_token, path_keep)
-        return touched(out, self.mask_token)
+        if index is not None and index.kept < index.n:
+            return ops.sparse_dense_fuse(f, g, index, self.weight, self.bias, self.mask_token, path_keep)
+        to_g, to_f = self.weight.chunk(2, dim=1)
+        of_g = nn.functional.linear(g, to_g)
+        if path_keep is not None:
+            of_g = torch.where(path_keep[:, None, None], of_g, self._of_mask_token().to(of_g.dtype))
+        return touched(nn.functional.linear(f, to_f, self.bias) + of_g, self.mask_token)
+
+    def _of_mask_token(self) -> Tensor:
+        """`W_g` times the mask token, in fp32 or wider."""
+        to_g = self.weight.chunk(2, dim=1)[0]
+        wide = torch.promote_types(torch.float32, to_g.dtype)
+        return to_g.to(wide) @ self.mask_token.to(wide)
 
     def without_middle(self, f: Tensor) -> Tensor:
         """`W [mask token ; f] + b`: the path-dropped form, of `(B, N, dim)`, which needs no g."""
-        to_mask, to_f = self.weight.chunk(2, dim=1)
-        out = torch.nn.functional.linear(f, to_f, self.bias)
-        wide = torch.promote_types(torch.float32, to_mask.dtype)
-        return (out + to_mask.to(wide) @ self.mask_token.to(wide)).to(out.dtype)
+        out = nn.functional.linear(f, self.weight.chunk(2, dim=1)[1], self.bias)
+        return (out + self._of_mask_token()).to(out.dtype)
 
     def guided(self, f: Tensor, g: Tensor, index: TokenIndex | None = None) -> Tensor:
         """Both halves of a guided batch, of which the conditional one alone went through the middle.
@@ -199,7 +207,7 @@ class SPRINT(TokenRoute):
         options: Of `TokenRoute`.
 
     Raises:
-        ValueError: There are no cells for `ratio`, or an argument of `TokenRoute` is not allowed.
+        ValueError: `ratio` is not in [0, 1), or an argument of `TokenRoute` is not allowed.
     """
 
     paper = "Sprint: Sparse-Dense Residual Fusion for Efficient Diffusion Transformers (arXiv 2510.21986)"
@@ -219,12 +227,8 @@ class SPRINT(TokenRoute):
     ) -> None:
         if not 0 <= ratio < 1:
             raise ValueError(f"ratio={ratio} must lie in [0, 1): the part of the tokens that is dropped")
-        if ratio == 0:
-            select = "uniform"
-        given: dict[str, Any] = dict(options.pop("options", None) or {})
-        if select == "cell" and "cell" not in given and ratio in CELLS:
-            given["cell"] = CELLS[ratio][0]
-        super().__init__(start, end, 1.0 - ratio, select, seed=seed, options=given, **options)
+        # The smallest cell of which a whole number is kept is that of `CELLS`, for images and videos.
+        super().__init__(start, end, 1.0 - ratio, "uniform" if ratio == 0 else select, seed=seed, **options)
         self.fusion = fusion
         self._path_drop = fusion.path_drop if fusion is not None else path_drop
         self._dropped = False
