@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import multiprocessing
 import queue
 import socket
@@ -13,57 +12,21 @@ import _route_ranks
 import pytest
 import torch
 from _masked_dense import SpanOf, different
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from _routed_dit import built, close, gradients
+from torch import nn
 from zoo.all_models import MODELS
-from zoo.common import made, run, run_with_gradients
+from zoo.common import run, run_with_gradients
 
 import maskaccel
 from maskaccel.masks import TokenIndex
 from maskaccel.patching.route import MaskToken, TokenRoute
 from maskaccel.patching.span import attach_span, current_span, spans_of
 
-DEPTH = 6
-
 
 @pytest.fixture
 def dit():
-    """Six blocks of DiT on 4 x 4 tokens, in training mode, and the arguments of a call."""
-    from diffusers import DiTTransformer2DModel
-
-    model = made(DiTTransformer2DModel, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-                 num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, dropout=0.0)  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    return model.train(), {
-        "hidden_states": torch.randn(3, 4, 8, 8, generator=generator),
-        "timestep": torch.tensor([10, 500, 900]),
-        "class_labels": torch.tensor([1, 2, 3]),
-    }
-
-
-@pytest.fixture(autouse=True)
-def _no_labels_dropped(monkeypatch):
-    # DiT drops labels at random in training mode, which no two calls would do alike.
-    from diffusers.models.embeddings import LabelEmbedding
-
-    monkeypatch.setattr(LabelEmbedding, "token_drop", lambda self, labels, force_drop_ids=None: labels)
-
-
-def gradients(model: nn.Module, inputs: dict, loss_of=None) -> list[Tensor]:
-    """Outputs and the gradients of all parameters and of the latents."""
-    given = dict(inputs)
-    given["hidden_states"] = latents = inputs["hidden_states"].clone().requires_grad_()
-    model.zero_grad(set_to_none=True)
-    out = model(**given).sample
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    ((out * weight).sum() if loss_of is None else loss_of(out)).backward()
-    return [out.detach(), latents.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-def close(mine: list[Tensor], theirs: list[Tensor]) -> None:
-    assert len(mine) == len(theirs)
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    """A DiT in training mode, and the arguments of a call."""
+    return built()
 
 
 # ------------------------------------------------------------------------------------------------- what a route does
@@ -226,146 +189,6 @@ def test_routes_that_follow_each_other_or_are_nested(dit, first, second) -> None
         model.transformer_blocks = blocks
     torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got[1], want[1], atol=1e-5, rtol=1e-4)
-
-
-# -------------------------------------------------------------------------------- several forwards, recomputation
-
-
-def found_in(model, outs, latents) -> list[Tensor]:
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return [*(o.detach() for o in outs), *(x.grad for x in latents), *grads]
-
-
-def routed(model, inputs, wrap=lambda m: None, forwards=2, keep=0.5):
-    """Losses and gradients of some forwards before one backward."""
-    model.zero_grad(set_to_none=True)
-    with maskaccel.patch(
-        model,
-        [TokenRoute(1, -2, keep, seed=3)],
-    ):
-        undo = wrap(model)
-        try:
-            latents = [(inputs["hidden_states"] + i).requires_grad_() for i in range(forwards)]
-            outs = [model(**{**inputs, "hidden_states": x}).sample for x in latents]
-            sum((out * (i + 1)).square().sum() for i, out in enumerate(outs)).backward()
-        finally:
-            if undo is not None:
-                undo()
-    return [
-        *(o.detach() for o in outs),
-        *(x.grad for x in latents),
-        *(p.grad for p in model.parameters() if p.grad is not None),
-    ]
-
-
-def test_two_forwards_before_one_backward(dit) -> None:
-    model, inputs = dit
-    both = routed(model, inputs)
-    model.zero_grad(set_to_none=True)
-    route = TokenRoute(1, -2, seed=3)
-    outs, grads = [], []
-    with maskaccel.patch(model, [route]):
-        for i in range(2):
-            x = (inputs["hidden_states"] + i).requires_grad_()
-            out = model(**{**inputs, "hidden_states": x}).sample
-            (out * (i + 1)).square().sum().backward()
-            outs.append(out.detach())
-            grads.append(x.grad)
-    close(both, [*outs, *grads, *(p.grad for p in model.parameters() if p.grad is not None)])
-
-
-def diffusers_checkpointing(model):
-    model.enable_gradient_checkpointing()
-    return model.disable_gradient_checkpointing
-
-
-def around_blocks(model, reentrant=False, numbers=range(DEPTH)):
-    """What a user may do: each block's call is checkpointed."""
-    before = {}
-    for number in numbers:
-        block = model.transformer_blocks[number]
-        before[number] = block.__dict__.get("forward")
-        inner = block.forward
-
-        def forward(hidden, inner=inner, **kwargs):
-            return checkpoint(functools.partial(inner, **kwargs), hidden, use_reentrant=reentrant)
-
-        block.__dict__["forward"] = forward
-
-    def undo():
-        for number, was in before.items():
-            block = model.transformer_blocks[number]
-            del block.__dict__["forward"]
-            if was is not None:
-                block.__dict__["forward"] = was
-
-    return undo
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        diffusers_checkpointing,
-        around_blocks,
-        functools.partial(around_blocks, numbers=[0, 2, 3]),
-        functools.partial(around_blocks, reentrant=True, numbers=[0, 1, 2, 3, 5]),
-    ],
-    ids=["diffusers", "blocks", "some blocks", "reentrant"],
-)
-def test_checkpointing_changes_nothing(dit, wrap) -> None:
-    model, inputs = dit
-    close(routed(model, inputs, wrap), routed(model, inputs))
-
-
-def test_a_checkpoint_around_several_blocks_or_all_of_the_model(dit) -> None:
-    model, inputs = dit
-    want = routed(model, inputs)
-    model.zero_grad(set_to_none=True)
-    with maskaccel.patch(model, [TokenRoute(1, -2, seed=3)]):
-        latents = [(inputs["hidden_states"] + i).requires_grad_() for i in range(2)]
-        others = {name: value for name, value in inputs.items() if name != "hidden_states"}
-        outs = [checkpoint(lambda x: model(x, **others).sample, x, use_reentrant=False) for x in latents]
-        sum((out * (i + 1)).square().sum() for i, out in enumerate(outs)).backward()
-    close(found_in(model, outs, latents), want)
-
-
-def test_a_reentrant_checkpoint_around_the_end_is_refused(dit) -> None:
-    model, inputs = dit
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        routed(model, inputs, functools.partial(around_blocks, reentrant=True))
-
-
-def test_no_activation_is_kept_for_the_way_around(dit) -> None:
-    """The stash is freed once the route has been left, unless something else needs it."""
-    import gc
-    import weakref
-
-    model, inputs = dit
-    held = []
-
-    class Watch(SpanOf):
-        def reenter(self, call, rows):
-            held.append(weakref.ref(call.hidden))
-            return super().reenter(call, rows)
-
-    with torch.no_grad(), maskaccel.patch(model, [Watch(1, -2)]):
-        gc.disable()
-        try:
-            model(**inputs)
-            assert held[0]() is None
-        finally:
-            gc.enable()
-
-
-def test_compiled_blocks(dit) -> None:
-    model, inputs = dit
-    want = routed(model, inputs, forwards=1)
-
-    def compiled(model):
-        for block in model.transformer_blocks:
-            block.compile(backend="eager")
-
-    close(routed(model, inputs, compiled, forwards=1), want)
 
 
 def test_a_copy_of_a_routed_model_routes_by_itself(dit) -> None:

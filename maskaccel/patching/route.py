@@ -155,10 +155,8 @@ class TokenRoute(nn.Module):
                 self._check_forced(self.keep)
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         self.steps: Tensor
-        self._host: tuple[int, int] | None = (
-            0,
-            self.steps._version,
-        )  # a step, and the version of `steps` it is of
+        # a step as a number, and the version of `steps` that it was read from
+        self._host: tuple[int, int] | None = (0, self.steps._version)
         self._index: TokenIndex | None = None
         self._seen: set[int] = set()
         self._activity: dict[int, dict[str, Any]] = {}  # of each model
