@@ -71,7 +71,8 @@ def sparse_dense_fuse(
     else:
         mask_token = _checks.floating("mask_token", mask_token).reshape(-1)
         _checks.vector("mask_token", mask_token, width, f)
-        token = w_g.to(wide) @ mask_token.to(wide)
+        # Summed as a tree, both ways: a product with one vector adds term after term, and many rows read this.
+        token = (w_g.to(wide) * mask_token.to(wide)).sum(-1)
     if path_keep is not None:
         sparse = torch.where(path_keep[:, None, None], sparse, token.to(sparse.dtype))
     return scatter_merge(None, sparse, index, mode="mask_token", mask_token=token, pos=base, backend=backend)
