@@ -197,6 +197,29 @@ def test_solvers_that_mix_outputs_are_refused(scheduler, why):
     assert dict(vars(pipeline.transformer)) == before
 
 
+def test_a_solver_that_is_put_in_later_computes_everything():
+    pipeline, kwargs = PIPELINES["dit"]()
+    with maskaccel.patch(pipeline, RAS(first=1)) as patch:
+        pipeline.scheduler = diffusers.DPMSolverMultistepScheduler()
+        with pytest.warns(UserWarning, match="scheduler was replaced after the patch"):
+            sample(pipeline, kwargs, steps=3)
+        assert patch.report().activity["RAS"]["in part"] == 0
+
+
+def test_a_compiled_model_gives_the_same():
+    model, kwargs = MODELS["DiTTransformer2DModel"]()
+    calls = steps_of(model, kwargs)
+    index = some(16)
+    wanted, _ = partial_run(model, Fixed(lambda _: index), calls)
+    with maskaccel.patch(model, Fixed(lambda _: index)) as patch, torch.no_grad():
+        model.compile(backend="eager")
+        with patch.generation(len(calls)) as run:
+            for given, dense in zip(calls, wanted, strict=True):
+                torch.testing.assert_close(outputs(model, given)[0], dense[0], rtol=1e-5, atol=1e-5)
+                run.step()
+        assert patch.report().activity["Fixed"]["in part"] == 2
+
+
 def test_a_solver_of_ones_own_is_refused_unless_its_step_is_that_of_a_known_one():
     class Renamed(diffusers.DDIMScheduler):
         pass

@@ -334,7 +334,7 @@ def test_an_editing_pipeline():
         activity = patch.report().activity["ReferenceKV"]
     assert activity["steps"] == "Cppppp" and activity["share of tokens in part"] == 0.5
     reference = sample(pipeline, kwargs, seed=3, steps=6)
-    method = SpotEdit(reference, 1e6, first=2, dense=(4,), border=1.0, multiple=1, grid=(tokens // 4, 4))
+    method = SpotEdit(reference, 1e6, first=2, dense=(4,), border=1.0, multiple=1)
     with maskaccel.patch(pipeline, method) as patch:
         got = sample(pipeline, kwargs, steps=6)
         activity = patch.report().activity["SpotEdit"]

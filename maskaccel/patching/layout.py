@@ -17,6 +17,7 @@ class TokenLayout:
 
     Attributes:
         grid: Grid of the latent tokens, or None.
+        front: Where tokens of reference images follow those of the latents: the grid of the latents' alone.
         text: Number of text tokens in joint sequences, or None: whatever is not in the grid.
         order: The order in which the latent tokens run through the blocks now (`patching/order.py`); None: raster.
         routed: The latent tokens that the blocks run on now (`patching/span.py`); None: all.
@@ -26,6 +27,7 @@ class TokenLayout:
     def __init__(self, model: nn.Module, tokens: Tokens) -> None:
         self.tokens, self.names = tokens, parameters(model)
         self.grid: tuple[int, ...] | None = None
+        self.front: tuple[int, ...] | None = None
         self.text: int | None = None
         self.order: TokenOrder | None = None
         self.routed: TokenIndex | None = None
@@ -56,6 +58,13 @@ class TokenLayout:
         if self._seen is None or self._seen[0] is not ids or self._seen[1] != version:
             self._seen = ids, version
             positions = cut(ids, given)
-            grid = tuple(map(int, (positions.amax(0) - positions.amin(0) + 1).tolist()))
-            # Tokens of reference images are at the same places again, or at others: then all together are no grid.
-            self.grid = grid if math.prod(grid) == positions.shape[0] else None
+            self.grid, self.front = _extent(positions), None
+            if self.grid is None:  # tokens of reference images follow, which the first column tells apart
+                image = (ids[0] if ids.ndim == 3 else ids)[-positions.shape[0] :, 0]
+                self.front = _extent(positions[image == image[0]])
+
+
+def _extent(positions: Tensor) -> tuple[int, ...] | None:
+    """The grid that positions `(tokens, axes)` fill; None if they are more or fewer."""
+    grid = tuple(map(int, (positions.amax(0) - positions.amin(0) + 1).tolist()))
+    return grid if math.prod(grid) == positions.shape[0] else None

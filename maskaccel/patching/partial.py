@@ -107,7 +107,7 @@ class ActiveTokens:
     @property
     def where(self) -> LatentGrid | None:
         """Where the latent tokens of the call at hand, or of the last one, are; None if that is not known."""
-        grid = self.layout.grid if self.given_grid is None else self.given_grid
+        grid = self.given_grid or self.layout.grid or self.layout.front
         return None if grid is None else LatentGrid(grid, self.layout.tokens.axes)
 
     # ------------------------------------------------------------------------------------------- a call of the model
