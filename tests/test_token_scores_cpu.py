@@ -78,7 +78,9 @@ def check_sample(args):
     assert torch.equal(torch.isnan(confidence), (tokens == mask_id) & (ids == mask_id) & torch.isnan(truth[1]))
     finite = torch.isfinite(truth[1]) & same & (plain[0] == truth[0])
     size = logits[torch.isfinite(logits)].abs().max().item() if torch.isfinite(logits).any() else 0.0
-    assert_close_to_truth(confidence[finite], plain[1][finite], truth[1][finite], what="confidence", magnitude=size)
+    # Few numbers, some of them logarithms of long sums: a last place of those counts for much.
+    pair = plain[1][finite], truth[1][finite]
+    assert_close_to_truth(confidence[finite], *pair, what="confidence", magnitude=16.0 + size)
 
 
 def test_sample_logits_of_a_large_vocabulary():
