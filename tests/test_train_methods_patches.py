@@ -131,6 +131,19 @@ def test_route_guidance(dit):
         route_guidance(route, lambda: guided, gammas=(1.5, 0.5))
 
 
+def test_several_routes(dit):
+    model, given = dit
+    routes = [m.TREAD(0, 1, 0.5), m.TREAD(3, 5, 0.25)]
+    with maskaccel.patch(model, routes):
+        seen = counted(model)
+        call(model, given)
+        assert seen == [(3, 8)] * 2 + [(3, N)] + [(3, 12)] * 3 + [(3, N)]
+        assert not torch.equal(routes[0].index.mask[:, :8], routes[1].index.mask[:, :8])
+        seen.clear()
+        route_guidance(routes, lambda: call(model.eval(), given), gammas=(0.25, 0.75))
+        assert [k for _, k in seen] == [12, 12, N, 12, 12, 12, N, 4, 4, N, 4, 4, 4, N]
+
+
 # ------------------------------------------------------------------------------------------------------ SPRINT
 def by_hand(model, given, fusion, index, path_keep):
     """SPRINT with the model's own blocks; index None keeps all tokens, path_keep all False runs no middle."""
