@@ -13,12 +13,13 @@ from maskaccel.ops import tokens
 
 pytest.importorskip("diffusers")
 from benchmarks.attention import page
-from benchmarks.tokens import ids, partial, training, unmask
+from benchmarks.tokens import ids, partial, side, training, unmask
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = (
     ("ids", ids.table, "tokens_ids", "tokens"),
     ("training", training.table, "tokens_training", "tokens"),
+    ("side", side.table, "tokens_side", "tokens"),
     ("guided", partial.guided_table, "tokens_partial", "tokens"),
     ("partial", partial.table, "tokens_partial", "partial-tokens"),
     ("unmask", unmask.table, "tokens_unmask", "masked-models"),

@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks.tokens {training,partial,regions,unmask,ids} ...`."""
+"""Command line: `python -m benchmarks.tokens {training,partial,regions,unmask,ids,side} ...`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     unmask.add_argument("--rounds", type=int, default=7)
     ids = commands.add_parser("ids", help="random_keep beside noise, argsort and argsort")
     ids.add_argument("--rounds", type=int, default=15)
+    side = commands.add_parser("side", help="MDT's side block at masked rows beside the whole block")
+    side.add_argument("--rounds", type=int, default=9)
     regions = commands.add_parser("regions", help="steps in part on the trained example: sampling, a hole, an edit")
     regions.add_argument("weights", type=Path, help="pipeline folder of the example at 1,024 tokens")
     regions.add_argument("--images", type=int, default=10)
@@ -49,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         from . import regions
 
         regions.run(args.weights, args.images, args.steps, args.rounds, RESULTS, DOCS)
+    elif args.what == "side":
+        from . import side
+
+        side.run(args.rounds, RESULTS, DOCS)
     elif args.what == "unmask":
         from . import unmask
 
