@@ -82,6 +82,7 @@ KEEPS = {
     "rows and columns": lambda: _keep(70 * 50, 33 * 17, mode=KEEP_ROWS_COLS, groups=70, rows_kept=33),
     "all": lambda: _keep(130, 130),
     "one": lambda: _keep(1, 1),
+    "one of each run": lambda: _keep(1024, 256, groups=256),
     "more than fit": lambda: _keep(
         300, 20, mode=KEEP_CLASSES, labels=torch.zeros(1, 300, dtype=torch.int32), quota=_ints([290])
     ),
@@ -301,6 +302,18 @@ def test_sample_long_rows(emulated, dtype, multiprocessors, monkeypatch):
         args = (base.to(dtype)[..., first : first + size], tokens, torch.tensor([4]), None, 9, 8, 1, 0.9, kind)
         _close(emulated, "sample_logits", args)
     assert emulated.sample_logits(*args)[0][0, 2] == 3
+
+
+@pytest.mark.parametrize("order", [None, "first", "last"])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 30.0])
+def test_noise_that_is_not_drawn_could_not_win(emulated, temperature, order, monkeypatch):
+    """Logits from flat to peaked; warps that learn of each other's best late, or early."""
+    if order:
+        monkeypatch.setenv("MASKACCEL_EMULATE_ORDER", order)
+    logits = torch.randn(1, 40, 2100, generator=_generator()) * torch.linspace(0, 12, 40)[:, None]
+    tokens, step = torch.zeros(1, 40, dtype=torch.int64), torch.tensor([7])
+    args = (logits, tokens, step, None, 0, 11, 2, temperature, 0)
+    assert torch.equal(emulated.sample_logits(*args)[0], reference.sample_logits(*args)[0])
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 16])

@@ -49,7 +49,10 @@ def test_bare_ops_are_the_whole_ops(name):
         assert all(map(torch.equal, got, want)), f"{name} seed {seed}"
 
 
-@pytest.mark.parametrize("op", [*ADALN, *STEPS])
+MOVES = ("gather_rows", "segment_rows", "scatter_merge", "scatter_merge_backward", "gather_modulate")
+
+
+@pytest.mark.parametrize("op", [*ADALN, *STEPS, *MOVES])
 def test_real_widths(op):
     """The widths of real models, and the general kernel beyond them."""
     for seed in range(12):
@@ -57,7 +60,8 @@ def test_real_widths(op):
 
 
 REDUCTIONS = ("norm_modulate_backward", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward", "gram",
-              "norm_modulate_difference", "kmeans")  # fmt: skip
+              "norm_modulate_difference", "kmeans", "scatter_merge_backward", "sample_logits",
+              "match_tokens")  # fmt: skip
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)
@@ -104,3 +108,18 @@ def test_cuda_graph():
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, call())
+
+
+@pytest.mark.parametrize("n", [300, 20000])
+def test_a_graph_counts_steps(n):
+    """The step is read on the device: every replay draws the ids of its step."""
+    step = torch.zeros(1, dtype=torch.int64, device="cuda")
+    call = lambda: _op("random_keep")(step, None, None, None, None, 3, 0, 0, 2, n, n // 3, 1, 0, 0)[0]  # noqa: E731
+    first = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = call()
+    for number in range(3):
+        step.fill_(number)
+        graph.replay()
+        assert torch.equal(ids, call()) and torch.equal(ids, first) == (number == 0)

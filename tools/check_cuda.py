@@ -44,6 +44,8 @@ class Family(NamedTuple):
 
 FAMILIES = {
     r"(?<!merge_)attention_(forward|backward|sums)_kernel": Family(("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),
+    r"match_tokens_kernelIN7cutlass": Family(("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),  # 16-bit rows
+    r"copy_rows_kernelI5uint4": Family(("LDG.E.128", "STG.E.128"), ("LDL", "STL")),
     r"sm90_\w*kernel": Family(
         ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"),
         ("LDL", "STL", "CALL"),

@@ -57,7 +57,10 @@ constexpr int kRankedRun = 128;  // tokens of a run whose ranks are counted one 
 template <typename Key>
 __device__ __forceinline__ void keep_in_runs(const KeepParams& p, Key&& key, int* inverse, SelectShared& s) {
   const int length = p.n / p.groups, share = p.keep / p.groups;
-  const auto token = [&](int i) { return p.order != nullptr ? p.order[i] : i; };
+  const auto token = [&](int i) {  // what is no permutation gives nonsense, but leads nowhere
+    const int t = p.order != nullptr ? p.order[i] : i;
+    return t >= 0 && t < p.n ? t : i;
+  };
   if (length <= kRankedRun) {
     for (int i = threadIdx.x; i < p.n; i += blockDim.x) {
       const int first = i / length * length, mine = token(i);

@@ -37,7 +37,7 @@ void sample_logits(StableIValue* stack, uint64_t, uint64_t) {
   call.check(p.temperature >= 0.f && p.temperature < INFINITY, "temperature is ", p.temperature,
              "; it must be 0 or more and finite");
   call.check(!(flags & kScaled) || p.temperature > 0.f, "a confidence of scaled logits needs a temperature above 0");
-  if (flags & kScaled) p.inverse_temperature = 1.f / p.temperature;
+  if (flags & kScaled) p.scale = Scale{p.temperature, 1.f / p.temperature};
   p.kind = static_cast<Confidence>(flags & 3);
   p.n = static_cast<int>(n);
   p.vocabulary = static_cast<int>(vocabulary);
