@@ -109,6 +109,11 @@ def partial_run(model: nn.Module, method: Any, calls: list[dict[str, Any]], more
     return found, activity
 
 
+def share(activity: dict[str, Any]) -> float:
+    """The tokens that calls in part computed."""
+    return activity["tokens in part"] / activity["tokens in all"]
+
+
 class _Stale:
     """A policy: the model's attention, with the rows of inactive tokens from an earlier call."""
 
@@ -167,4 +172,4 @@ def oracle_run(
     return found
 
 
-__all__ = ["Fixed", "active_tokens", "everything", "oracle_run", "outputs", "partial_run", "some", "steps_of"]
+__all__ = ["Fixed", "active_tokens", "everything", "oracle_run", "outputs", "partial_run", "share", "some", "steps_of"]

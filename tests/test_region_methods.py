@@ -7,7 +7,7 @@ import math
 import diffusers
 import pytest
 import torch
-from _partial_oracle import StaleAttention, oracle_run, outputs, partial_run, steps_of
+from _partial_oracle import StaleAttention, oracle_run, outputs, partial_run, share, steps_of
 from _sparse_methods import Model
 from torch.nn import functional as F
 from zoo.all_models import MODELS
@@ -170,7 +170,7 @@ def test_spotedit_in_a_pipeline(fuse):
         activity = patch.report().activity["SpotEdit"]
         state = active_tokens(pipeline.transformer)
         assert (state.beside is not None) is fuse and state.kv.nbytes == 0
-    assert activity["steps"] == "CCppCp" and activity["share of tokens in part"] == 0.25
+    assert activity["steps"] == "CCppCp" and share(activity) == 0.25
     equal = (got - reference).abs().amax(1)[0] < 1e-4
     assert int(equal.sum()) == 64 - 16  # all but the four tokens that were computed
     assert torch.equal(sample(pipeline, kwargs, steps=6), reference)
@@ -303,7 +303,7 @@ def test_reference_tokens_are_computed_once(storage):
     kwargs["img_ids"] = torch.cat([kwargs["img_ids"], ids])
     calls = steps_of(model, kwargs)
     got, activity = partial_run(model, ReferenceKV(storage=storage), calls)
-    assert activity["steps"] == "Cpp" and activity["share of tokens in part"] == round(15 / 21, 4)
+    assert activity["steps"] == "Cpp" and share(activity) == 15 / 21
     index = TokenIndex.from_keep(torch.arange(15), 21)
     wanted = oracle_run(model, index, calls, text_first=True)
     for a, b in zip(got, wanted, strict=True):
@@ -332,14 +332,14 @@ def test_an_editing_pipeline():
         got = sample(pipeline, kwargs, steps=6)
         assert torch.equal(got, sample(pipeline, kwargs, steps=6)) and not torch.equal(got, plain)
         activity = patch.report().activity["ReferenceKV"]
-    assert activity["steps"] == "Cppppp" and activity["share of tokens in part"] == 0.5
+    assert activity["steps"] == "Cppppp" and share(activity) == 0.5
     reference = sample(pipeline, kwargs, seed=3, steps=6)
     method = SpotEdit(reference, 1e6, first=2, dense=(4,), border=1.0, multiple=1)
     with maskaccel.patch(pipeline, method) as patch:
         got = sample(pipeline, kwargs, steps=6)
         activity = patch.report().activity["SpotEdit"]
     # The tokens of the image are left out with those of the latents.
-    assert activity["steps"] == "CCppCp" and activity["share of tokens in part"] == round(0.5 / tokens, 4)
+    assert activity["steps"] == "CCppCp" and share(activity) == 0.5 / tokens
     assert int(((got - reference).abs().amax(-1) < 1e-4).sum()) == tokens - 1
     assert torch.equal(sample(pipeline, kwargs, steps=6), plain)
 

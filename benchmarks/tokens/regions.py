@@ -108,7 +108,8 @@ class Task:
             out, row = self.timed(None, labels, first)
             activity = patch.report().activity[method.name]
         row["steps"] = activity.get("steps", "")
-        row["tokens"] = activity.get("share of tokens in part")
+        part = activity.get("tokens in part")
+        row["tokens"] = None if part is None else part / activity["tokens in all"]
         row["peak_bytes"] = activity.get("peak bytes", 0)
         return out, row
 

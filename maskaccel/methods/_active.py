@@ -54,7 +54,7 @@ class PartialSteps:
         run.kernel = self.kernel
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
-        """Calls in full and in part, the share of tokens in part, bytes."""
+        """Calls in full and in part, tokens of the latter, bytes."""
         return activity(model)
 
 

@@ -81,6 +81,7 @@ class ActiveTokens:
         self.index: TokenIndex | None = None
         self.details: dict[Any, Detail] = {}
         self._outputs: dict[str, list[Tensor]] = {}
+        self._shapes: dict[str, Any] = {}  # of the arguments that the keys and values of a branch belong to
         self._calls = OncePerStep(generation, "nothing is computed in part")
         self._called = -1
         self._run = -1
@@ -88,8 +89,9 @@ class ActiveTokens:
         generation.watchers.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"_outputs": {}, "index": None, "mode": None, "details": {}, "_called": -1}
-        return {**self.__dict__, **fresh}
+        empty: dict[str, Any] = {name: {} for name in ("_outputs", "_shapes", "details")}
+        fresh: dict[str, Any] = {"index": None, "mode": None, "_called": -1}
+        return {**self.__dict__, **empty, **fresh}
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +101,7 @@ class ActiveTokens:
     def clear(self) -> None:
         """Forget everything."""
         self._outputs.clear()
+        self._shapes.clear()
         self.details.clear()
         self._calls.clear()
         self.selector.clear()
@@ -123,7 +126,12 @@ class ActiveTokens:
         self.selector.begin(named)
         partial = self.rule.action(at) == "partial" or self._clean_call(model, inner, named)
         partial = partial and (self.selector.static or self.index is not None)
-        mode = PARTIAL if partial and self.kv.complete(self.branch) else FILL if self._is_partial_next() else None
+        shapes = _shapes(named)
+        held = self.kv.complete(self.branch) and self._shapes.setdefault(self.branch, shapes) == shapes
+        mode = PARTIAL if partial and held else FILL if self._is_partial_next() else None
+        if mode == FILL:
+            self._shapes[self.branch] = shapes
+            self._outputs.pop(self.branch, None)
         output, index = self._in(mode, inner, args, kwargs)
         self._count(index)
         return self._merged(output, index) if self.selector.stale else output
@@ -135,7 +143,7 @@ class ActiveTokens:
             return False
         latents = named[name]
         time = next((n for n in _TIMES if isinstance(named.get(n), Tensor)), None)
-        if not isinstance(latents, Tensor) or latents.shape[1:] != clean.shape[1:] or time is None:
+        if not isinstance(latents, Tensor) or not _holds(latents, clean) or time is None:
             shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"{self.method}: the model takes latents {shape}; it cannot be called with those of the "
                              f"reference, {tuple(clean.shape)}")  # fmt: skip
@@ -275,6 +283,17 @@ class ActiveTokens:
         return output
 
 
+def _shapes(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to stay the same for keys and values to fit a call."""
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor | list)}
+    return {n: v.shape if isinstance(v, Tensor) else [getattr(t, "shape", None) for t in v] for n, v in tensors.items()}
+
+
+def _holds(latents: Tensor, clean: Tensor) -> bool:
+    """Whether latents hold the batch of a reference, once or for several guidance branches."""
+    return latents.shape[1:] == clean.shape[1:] and latents.shape[0] % clean.shape[0] == 0
+
+
 def _with_more(index: TokenIndex, tokens: int) -> TokenIndex:
     """The index among more tokens (of reference images) after its own, none of them active."""
     if index.n > tokens:
@@ -352,7 +371,7 @@ def activity(model: nn.Module) -> dict[str, Any]:
     counts, at = run.counts, run.generation
     found: dict[str, Any] = {"computed": counts.dense, "in part": counts.partial}
     if counts.all_tokens:
-        found["share of tokens in part"] = round(counts.tokens / counts.all_tokens, 4)
+        found |= {"tokens in part": counts.tokens, "tokens in all": counts.all_tokens}  # of the calls in part
     for branch, line in counts.letters.items():
         found[f"steps {branch}".strip()] = "".join(line)
     found |= {
