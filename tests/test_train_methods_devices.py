@@ -112,6 +112,9 @@ def _rows(device):
 def _made(name):
     torch.manual_seed(0)
     module, call, *given = CASES[name]()
+    with torch.no_grad():  # nothing hides behind an initialisation at zero
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape) * 0.05)
     return Call(module, call), given
 
 
@@ -122,6 +125,17 @@ def test_no_value_is_read(name):
     out = step(_index("meta"), *given)
     assert out.device.type == "meta"
     out.sum().backward()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("FiT", "SPRINT, guided", "MaskGWM")])
+def test_an_index_for_all_samples(name):
+    step, given = _made(name)
+    shared = TokenIndex.from_keep(torch.arange(0, N, 2), N)
+    outs = []
+    for index in (shared, shared.expand(BATCH)):
+        torch.manual_seed(1)
+        outs.append(step(index, *given))
+    torch.testing.assert_close(*outs)
 
 
 @pytest.mark.parametrize("name", ["MDT", "SPRINT"])
@@ -136,9 +150,6 @@ def test_one_graph(name):
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_is_near_fp32(name, autocast):
     step, given = _made(name)
-    with torch.no_grad():  # nothing hides behind an initialisation at zero
-        for p in step.parameters():
-            p.add_(torch.randn(p.shape) * 0.05)
     torch.manual_seed(1)
     want = step(_index("cpu"), *given)
     if not autocast:

@@ -198,6 +198,17 @@ def test_yume_gathers_modulation_and_positions(per_token):
     h = block("blocks.2", h, c, everywhere())
     rope = (angles.cos().float(), angles.sin().float())
     assert_same(model(x, c, rope, index), h, [x, c, *p.values()], 1e-6)  # rotations are given in fp32
+    shared = some_tokens(1, N, 16)
+    torch.testing.assert_close(model(x, c, rope, shared), model(x, c, rope, shared.expand(2)))
+    layer = model.side.attn
+    for at in (
+        None,
+        torch.arange(N, dtype=torch.int32).flip(0),
+        torch.stack([torch.randperm(N) for _ in range(2)]).int(),
+    ):
+        for rows in (index, shared):
+            whole = layer(x, rope=(*rope, at))
+            torch.testing.assert_close(layer(x, rows=rows, rope=(*rope, at)), rows.gather(whole), rtol=1e-6, atol=1e-6)
     model.zero_grad()
     model(x, c, rope).sum().backward()
     assert all(q.grad is not None for q in p.values())

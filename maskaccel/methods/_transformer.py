@@ -20,6 +20,12 @@ from ..ops.attention import RelativePosition, tile_attention
 from ..ops.attention.check import HEAD_DIMS
 from ._layers import head_dim, linear, split
 
+
+def positions_of(rows: TokenIndex) -> Tensor:
+    """The places of kept tokens as `qk_norm_rope` takes them: int32 `(B, K)`, or `(K,)` for all samples alike."""
+    return rows.keep[0] if rows.batch == 1 else rows.keep
+
+
 _NEVER = -3e4  # no score makes up for it, and its exponential is 0
 
 
@@ -113,7 +119,12 @@ class Attention(nn.Module):
         if rows is None:
             return ops.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, norm=norm, positions=at)
         # Queries and keys are at different places: each with one head of itself in place of the other.
-        there = rows.keep if at is None else rows.gather(at.expand(1, -1) if at.dim() == 1 else at)
+        if at is None:
+            there = positions_of(rows)
+        elif at.dim() == 1:
+            there = at[positions_of(rows).long()].contiguous()
+        else:
+            there = rows.gather(at)
         q = ops.qk_norm_rope(
             q, q[:, :, :1], self.q_norm, self.q_norm, cos, sin, norm=norm, positions=None if cos is None else there
         )[0]

@@ -19,7 +19,7 @@ from .. import ops
 from ..masks import TokenIndex
 from ._masked_rows import partial_block
 from ._ratios import RatioRange
-from ._transformer import AdaLNBlock, learned_token, taken, touched
+from ._transformer import AdaLNBlock, learned_token, positions_of, taken, touched
 
 RATIO = RatioRange(0.3, 0.5, bucket=64)
 """Dropped part of the tokens."""
@@ -77,7 +77,7 @@ class YumeTransformer(nn.Module):
         full: dict[str, Any] = {"context": context, "rope": None if rope is None else (*rope, None)}
         some, here = dict(full), c
         if index is not None:
-            some["rope"] = None if rope is None else (*rope, index.keep)
+            some["rope"] = None if rope is None else (*rope, positions_of(index))
             x, here = index.gather(x), taken(c, index) if c.dim() == 3 else c
         for block in self.blocks[: self.middle]:
             x = block(x, here, **some)
