@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -26,6 +28,7 @@ from maskaccel.patching.transaction import PatchError
 from maskaccel.state import KVStorage
 from maskaccel.state.solver import Levels, Point
 
+ROOT = Path(__file__).resolve().parents[1]
 GRID = LatentGrid((4, 4))
 
 
@@ -421,3 +424,24 @@ def test_settings_of_tome(settings):
     (name,) = settings
     with pytest.raises(ValueError, match=f"{name}="):
         ToMe(**settings)
+
+
+# ---------------------------------------------------------------------------------------------------------- benchmark
+
+
+def test_the_page_shows_the_stored_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.tokens import regions
+
+    page = (ROOT / "docs" / "partial-tokens.md").read_text(encoding="utf-8")
+    data = json.loads((ROOT / "benchmarks" / "results" / "token_regions.json").read_text(encoding="utf-8"))
+    for name in ("sampling", "filling", "editing"):
+        assert regions.table(data[name]) in page
+    # A hole of a tenth of the image takes a fifth of the time or less.
+    dense, lazy = (next(r for r in data["filling"] if r["run"] == n) for n in ("dense", "LazyDiffusion(level=0.8)"))
+    assert all(a >= 5 * b for a, b in zip(dense["wall"], lazy["wall"], strict=True))
+    mask = regions.hole()
+    assert int(token_mask(mask, (32, 32)).sum()) == data["settings"]["hole_tokens"] == 100
+    flat = torch.arange(64.0).expand(1, 1, 64, 64)
+    assert regions.seam(flat, mask) == pytest.approx(1.0)
+    assert regions.seam(flat + 10 * mask, mask) > 5
