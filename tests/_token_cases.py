@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import torch
@@ -16,7 +17,9 @@ LACKS = refusal("cpu", torch.device("cpu"), torch.float32, "match_tokens")
 RAW = torch.ops.maskaccel_raw
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("dense", "sliced", "expanded", "batch last")
-fuzz = settings(max_examples=60, deadline=None, derandomize=True)
+# A lower instruction set than the machine's has the same code but for its vectors: a third of the cases.
+SHARE = 3 if os.environ.get("MASKACCEL_CPU_ISA") else 1
+fuzz = settings(max_examples=60 // SHARE, deadline=None, derandomize=True)
 
 
 class Draw:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _token_cases import DTYPES, LACKS, RAW, Draw, check, fuzz, poison
+from _token_cases import DTYPES, LACKS, RAW, SHARE, Draw, check, fuzz, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,7 +69,7 @@ def random_keep_case(draw: Draw, mode: int) -> tuple:
 
 def test_random_keep_draws_what_the_reference_draws():
     draw = Draw(0)
-    for case in range(1000):
+    for case in range(1000 // SHARE):
         equal("random_keep", *random_keep_case(draw, case % 3))
 
 
@@ -193,7 +193,7 @@ def merge_case(draw, batch, keep, inverse, width, dtype, mode):
     return gate, mask_token, pos, draw.choice.random(), mode
 
 
-@settings(fuzz, max_examples=100)
+@settings(fuzz, max_examples=100 // SHARE)
 @given(*ROWS, st.sampled_from(list(MERGES.values())))
 def test_scatter_merge_and_its_gradients(seed, batch, n, width, dtype, ragged, mode):
     draw, keep, inverse = rows_case(seed, batch, n, ragged)

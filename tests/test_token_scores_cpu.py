@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from _numerics import assert_close_to_truth
-from _token_cases import DTYPES, LACKS, RAW, Draw, double, fuzz, poison
+from _token_cases import DTYPES, LACKS, RAW, SHARE, Draw, double, fuzz, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +48,7 @@ def sampling_case(draw, batch, n, size, dtype, scale):
     return logits, tokens, step, noise, 1, draw.choice.getrandbits(62), pick([0, 5]), temperature, flags
 
 
-@settings(fuzz, max_examples=150)
+@settings(fuzz, max_examples=150 // SHARE)
 @given(
     st.integers(0, 9999), st.integers(0, 2), st.integers(1, 4), st.sampled_from([1, 2, 15, 16, 17, 100, 513, 1500]),
     st.sampled_from(DTYPES), st.sampled_from([0.1, 1.0, 5.0, 30.0]),
@@ -102,7 +102,7 @@ def test_sample_logits_of_a_large_vocabulary():
 
 
 # --------------------------------------------------------------------------------------------------- match_tokens
-@settings(fuzz, max_examples=80)
+@settings(fuzz, max_examples=80 // SHARE)
 @given(
     st.integers(0, 9999), st.integers(0, 3), st.sampled_from([1, 5, 70, 200]), st.sampled_from([1, 3, 8, 64, 129]),
     st.sampled_from(DTYPES),
@@ -165,7 +165,7 @@ def kv_case(draw, batch, rows, size, heads, width, dtype, narrow):
     return [q, k, v, *caches, *scales, ids]
 
 
-@settings(fuzz, max_examples=120)
+@settings(fuzz, max_examples=120 // SHARE)
 @given(
     st.integers(0, 9999), st.integers(1, 3), st.sampled_from([1, 6]), st.sampled_from([1, 9]), st.sampled_from([1, 3]),
     st.sampled_from([2, 24, 64, 72, 128]), st.sampled_from(DTYPES), st.booleans(),

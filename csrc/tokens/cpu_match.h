@@ -5,7 +5,8 @@
 
 namespace maskaccel {
 
-constexpr int64_t kMatchRows = 48, kMatchColumns = 128;  // of a tile of similarities
+// Rows that are matched at a time, and columns of a block: a block is read once for all of the rows.
+constexpr int64_t kMatchRows = 96, kMatchColumns = 128;
 
 struct MatchTokens {
   Rows metric;

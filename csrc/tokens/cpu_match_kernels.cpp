@@ -7,6 +7,8 @@ namespace maskaccel {
 namespace MASKACCEL_ISA {
 namespace {
 
+constexpr int64_t kTileRows = 48;  // of a tile of similarities, which stays in the nearest cache
+
 // Rows by id, one after the other, zeros where there is none and past C; one over the length of each.
 template <class T>
 void gather(const MatchTokens& s, int64_t b, const int32_t* ids, int64_t count, T* to, float* inverse) {
@@ -64,7 +66,7 @@ template <class T>
 void match_of(const MatchTokens& s, int64_t begin, int64_t end) {
   using O = OperandOf<T>;
   const int64_t steps = s.width / O::kDepth;
-  const int64_t tile = kMatchRows * kMatchColumns;
+  const int64_t tile = kTileRows * kMatchColumns;
   float* const scores = static_cast<float*>(
       scratch(static_cast<size_t>(tile + kMatchRows * (steps + s.width) + kMatchRows) * sizeof(float)));
   float *const left = scores + tile, *const inverse = left + kMatchRows * steps;
@@ -82,10 +84,13 @@ void match_of(const MatchTokens& s, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < s.column_blocks; ++c) {
       const int64_t block = b * s.column_blocks + c, first = c * kMatchColumns;
       const int64_t columns = s.Nd - first < kMatchColumns ? s.Nd - first : kMatchColumns;
-      product<O>(count, whole_vectors(columns), steps, left, steps, 1, s.packed + block * s.width * kMatchColumns,
-                 kMatchColumns, scores, kMatchColumns);
-      for (int64_t i = 0; i < count; ++i)
-        keep_best(best, i, scores + i * kMatchColumns, s.inverse + block * kMatchColumns, first, columns);
+      for (int64_t r = 0; r < count; r += kTileRows) {
+        const int64_t high = count - r < kTileRows ? count - r : kTileRows;
+        product<O>(high, whole_vectors(columns), steps, left + r * steps, steps, 1,
+                   s.packed + block * s.width * kMatchColumns, kMatchColumns, scores, kMatchColumns);
+        for (int64_t i = 0; i < high; ++i)
+          keep_best(best, r + i, scores + i * kMatchColumns, s.inverse + block * kMatchColumns, first, columns);
+      }
     }
     for (int64_t i = 0; i < count; ++i) {
       float value = -__builtin_inff();

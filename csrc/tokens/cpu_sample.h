@@ -12,7 +12,7 @@ namespace maskaccel {
 
 // What is known of a chunk of a row; x = (logit - most) * scale.
 struct Drawn {
-  float best = 0.0f;  // logit + temperature * noise of the token `id`, -1: none
+  float best = 0.0f;  // logit + temperature * noise of the token `id`; -1: none that is above an earlier chunk's
   int32_t id = -1;
   float logit = 0.0f;                // of that token
   float most = 0.0f, second = 0.0f;  // the two largest logits; `second` for the margin alone

@@ -151,14 +151,16 @@ MASKACCEL_INLINE void keep_best_drawn(const Block& block, int64_t from, Best& be
   }
 }
 
+// `known` is what an earlier chunk of the row reached: no other token counts.
 template <class T>
 void draw_chunk(const Sample& s, const T* logits, const float* noise, const Stream& stream, uint32_t first_item,
-                int64_t from, int64_t to, Drawn& out) {
+                int64_t from, int64_t to, float known, Drawn& out) {
   const PhiloxWords draw(stream);
   const V temperature = set1(s.temperature);
   const bool margin = s.kind == Confidence::margin, entropy = s.kind == Confidence::negative_entropy;
   V bad = set1(0.0f), first = set1(-kInf), second = set1(-kInf);
   Best best;
+  best.value = known;
   Sums sums;
   float most = -kInf;
   Block block;
@@ -218,13 +220,16 @@ void draw_chunk(const Sample& s, const T* logits, const float* noise, const Stre
 
 template <class T>
 void sample_of(const Sample& s, int64_t begin, int64_t end) {
+  float known = -kInf;
   for (int64_t c = begin; c < end; ++c) {
     const int64_t at = c / s.chunks, from = (c - at * s.chunks) * s.chunk;
     const int64_t row = s.rows[at], b = row / s.N, n = row - b * s.N;
     const Stream stream = stream_of(s.seed, s.offset + b, s.step, 0, Purpose::sample);
+    if (from == 0) known = -kInf;
     draw_chunk(s, static_cast<const T*>(s.logits) + b * s.stride_b + n * s.stride_n,
                s.noise != nullptr ? s.noise + row * s.V : nullptr, stream, static_cast<uint32_t>(n * s.V), from,
-               from + s.chunk < s.V ? from + s.chunk : s.V, s.out[c]);
+               from + s.chunk < s.V ? from + s.chunk : s.V, known, s.out[c]);
+    known = s.out[c].best;
   }
 }
 
