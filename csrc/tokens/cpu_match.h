@@ -6,7 +6,7 @@
 namespace maskaccel {
 
 // Rows that are matched at a time, and columns of a block: a block is read once for all of the rows.
-constexpr int64_t kMatchRows = 96, kMatchColumns = 128;
+constexpr int64_t kMatchRows = 96, kMatchColumns = 64;
 
 struct MatchTokens {
   Rows metric;
