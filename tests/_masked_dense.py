@@ -25,6 +25,11 @@ def different(batch: int, tokens: int, device: Any = None) -> TokenIndex:
     return TokenIndex.from_keep(keep, tokens)
 
 
+def alike(batch: int, tokens: int, device: Any = None) -> TokenIndex:
+    """About two thirds of the tokens, the same in all samples."""
+    return different(1, tokens)
+
+
 class SpanOf:
     """Routes a span around its dropped tokens."""
 
@@ -109,7 +114,7 @@ class _Block:
         if self.first:
             grid = oracle.layout.grid
             count = hidden.shape[1] if grid is None else int(torch.tensor(grid).prod())
-            oracle.index = oracle.tokens(hidden.shape[0], count, None)
+            oracle.index = oracle.tokens(hidden.shape[0], count, None).expand(hidden.shape[0])
             oracle.stash = self.latents(hidden)
         output = inner(*args, **kwargs)
         if not self.last:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _masked_dense import MaskedDense, SpanOf
+from _masked_dense import MaskedDense, SpanOf, alike, different
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 from zoo import qwen
@@ -69,10 +69,12 @@ def _two(name: str, value: Any) -> Any:
     return torch.cat([value, value if "mask" in name or "ids" in name else other])
 
 
-def compare(built: Built, end: int = -1, others: Any = (), grads: bool = True) -> tuple[SpanOf, int]:
+def compare(
+    built: Built, end: int = -1, others: Any = (), grads: bool = True, choose: Any = different
+) -> tuple[SpanOf, int]:
     """A span against the oracle; the span, and how many calls of blocks ran by sample."""
     model, inputs = built
-    oracle, span = MaskedDense(0, end), SpanOf(0, end)
+    oracle, span = MaskedDense(0, end, choose), SpanOf(0, end, choose)
     call = run_with_gradients if grads else lambda model, inputs: (run(model, inputs), {})
     with maskaccel.patch(model, [oracle]):
         want, wanted = call(model, inputs)
@@ -99,6 +101,12 @@ def test_a_span_is_the_dense_span_with_dropped_keys_hidden(name) -> None:
     assert bool(slow) == (name in BY_SAMPLE)
     ((batch, *_),) = set(span.seen)
     assert batch == (1 if name in ONE_SAMPLE else 2)
+
+
+@pytest.mark.parametrize("name", sorted(set(SERVED) - UNJUDGED - ONE_SAMPLE))
+def test_samples_may_keep_the_same_tokens(name) -> None:
+    _, slow = compare(built(name), LAST.get(name, -1), grads=False, choose=alike)
+    assert slow == 0
 
 
 @pytest.mark.parametrize("name", sorted(set(SERVED) - UNJUDGED - ONE_SAMPLE))
