@@ -20,6 +20,8 @@ from zoo.common import Built, made, randn, run, run_with_gradients
 import maskaccel
 from maskaccel import methods as m
 from maskaccel.masks import TokenIndex
+from maskaccel.models import stack_of
+from maskaccel.models._per_sample import SampleTables
 from maskaccel.patching import _follow
 
 _JOINED = "where its text is among the latent tokens differs from call to call"
@@ -111,13 +113,29 @@ def test_samples_may_keep_the_same_tokens(name) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(SERVED) - UNJUDGED - ONE_SAMPLE))
 def test_tables_as_compiled_blocks_take_them(name, monkeypatch) -> None:
-    """With a batch in place of a first dim of 1, or samples one by one: the same as above."""
+    """As objects that are no tensors, or samples one by one: the same as above."""
     model, inputs = built(name)
-    with maskaccel.patch(model, [SpanOf(0, LAST.get(name, -1))]):
+    compiled = all(
+        type(block).__name__ in _follow._COMPILED for segment in stack_of(model).segments for block in segment
+    )
+    with maskaccel.patch(model, [SpanOf(0, LAST.get(name, -1))]) as patch:
         want = run(model, inputs)
-        for tables in ("batch", ""):
-            monkeypatch.setattr(_follow, "tables_for", lambda block, tables=tables: tables)
+        if compiled:
+            monkeypatch.setattr(_follow, "tables_for", lambda block: SampleTables)
             torch.testing.assert_close(run(model, inputs), want, atol=1e-5, rtol=1e-4)
+            assert "block calls by sample (slower)" not in patch.report().activity["SpanOf"]
+        monkeypatch.setattr(_follow, "tables_for", lambda block: None)
+        torch.testing.assert_close(run(model, inputs), want, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_blocks_are_whole_graphs_with_tables_of_each_sample() -> None:
+    model, inputs = built("FluxTransformer2DModel")
+    with maskaccel.patch(model, [SpanOf(0, -1)]) as patch:
+        want = run(model, inputs)
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        got = run(model, inputs)
+        assert "block calls by sample (slower)" not in patch.report().activity["SpanOf"]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["CogVideoX", "Flux", "HunyuanVideo", "SD3", "Wan", "ZImage"])
@@ -223,7 +241,7 @@ def hunyuan_first_frame() -> Built:
 )
 def test_what_a_call_has_for_each_token_follows(build, monkeypatch) -> None:
     compare(build())
-    monkeypatch.setattr(_follow, "tables_for", lambda block: "")
+    monkeypatch.setattr(_follow, "tables_for", lambda block: None)
     compare(build(), grads=False)
 
 

@@ -36,10 +36,10 @@ _TENSORS = {"real", "imag", "T", "mT"}  # attributes that are tensors
 
 
 def tables_of(value: Any) -> Any:
-    """`(B, ...)` tables for code that takes those; anything but a `PerSample` as it is."""
-    if not isinstance(value, PerSample):
+    """`(B, ...)` tables for code that takes those; what is not one table for each sample is returned as it is."""
+    if not isinstance(value, PerSample | SampleTables):
         return value
-    return value.rows.squeeze(1) if value.dim() > 2 and value.shape[0] == 1 else value.rows
+    return value.rows.squeeze(1) if value.rows.dim() > 3 and value.rows.shape[1] == 1 else value.rows
 
 
 class NeedsSamples(Exception):
@@ -106,6 +106,54 @@ class PerSample(Tensor):
         raise NeedsSamples(str(func))
 
 
+class SampleTables:
+    """What a `PerSample` is to compiled code, which takes no tensors of another class: an object that is no tensor.
+
+    It has what rotary code asks of its tables, and nothing else: a table that is used in another way is an error.
+
+    Args:
+        rows: The tables, `(B, ...)`.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    @property
+    def shape(self) -> torch.Size:
+        """The sizes of one sample's table."""
+        return self.rows.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        """The dims of one sample's table."""
+        return self.rows.dim() - 1
+
+    def __getitem__(self, at: Any) -> SampleTables:
+        own = at if isinstance(at, tuple) else (at,)
+        where = (slice(None), *own)
+        return SampleTables(self.rows[where])
+
+    def unsqueeze(self, dim: int) -> SampleTables:
+        """As of a tensor."""
+        return SampleTables(self.rows.unsqueeze(dim + 1 if dim >= 0 else dim))
+
+    def to(self, *args: Any, **kwargs: Any) -> SampleTables:
+        """As of a tensor."""
+        return SampleTables(self.rows.to(*args, **kwargs))
+
+    def float(self) -> SampleTables:
+        """As of a tensor."""
+        return SampleTables(self.rows.float())
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Between a table and a tensor of the batch: each sample meets its own."""
+        one, other = args
+        if isinstance(one, SampleTables):
+            return func(_batched(one, other.dim()), other)
+        return func(one, _batched(other, one.dim()))
+
+
 def _plain(at: Any) -> bool:
     parts = at if isinstance(at, tuple) else (at,)
     return all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)
@@ -126,7 +174,7 @@ def _each(func: Any, leaves: list[Any], spec: Any) -> Any:
     return pytree.tree_map_only(Tensor, PerSample, found)
 
 
-def _batched(table: PerSample, dims: int) -> Tensor:
+def _batched(table: PerSample | SampleTables, dims: int) -> Tensor:
     """The tables as one tensor whose first dim is the batch, to meet one of so many dims."""
     rows = table.rows
     if rows.dim() == dims + 1 and rows.shape[1] == 1:  # a dim was inserted for the batch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import TokenIndex
-from ..models._per_sample import NeedsSamples, PerSample
+from ..models._per_sample import NeedsSamples, PerSample, SampleTables
 from ..models._tokens import tokens_of
 from .layout import TokenLayout
 from .transaction import is_compiled
@@ -36,6 +36,19 @@ _BETWEEN = {
     "WanAnimateTransformer3DModel",
     "WanVACETransformer3DModel",
 }
+
+# Blocks whose compiled code takes `SampleTables`: they have been compiled with them, as whole graphs.
+_COMPILED = {
+    "AnyFlowTransformerBlock", "BriaSingleTransformerBlock", "BriaTransformerBlock", "ChromaSingleTransformerBlock",
+    "ChromaTransformerBlock", "CogView4TransformerBlock", "CosmosTransformerBlock", "EasyAnimateTransformerBlock",
+    "Flux2SingleTransformerBlock", "Flux2TransformerBlock", "Flux3SingleTransformerBlock", "FluxSingleTransformerBlock",
+    "FluxTransformerBlock", "GlmImageTransformerBlock", "HunyuanDiTBlock", "HunyuanImageSingleTransformerBlock",
+    "HunyuanImageTransformerBlock", "HunyuanVideo15TransformerBlock", "HunyuanVideoSingleTransformerBlock",
+    "HunyuanVideoTransformerBlock", "Krea2TransformerBlock", "LongCatImageSingleTransformerBlock",
+    "LongCatImageTransformerBlock", "LuminaNextDiTBlock", "MochiTransformerBlock", "MotifVideoSingleTransformerBlock",
+    "MotifVideoTransformerBlock", "OmniGenBlock", "OvisImageSingleTransformerBlock", "OvisImageTransformerBlock",
+    "SkyReelsV2TransformerBlock", "WanTransformerBlock",
+}  # fmt: skip
 
 _REFUSED_MODELS = {
     "ErnieImageTransformer2DModel": "its tokens are the first dim of its streams, before the batch",
@@ -178,20 +191,19 @@ class Follower:
             return value
         mask = _MASK.search(name) and value.dim() == 4  # (batch or 1, heads or 1, queries, keys)
         shared = self.index.batch > 1 and not mask and (0 in dims or value.shape[0] != self.rows.batch)
-        view = False
+        kind = None
         if shared:
-            tables = "" if self.block is None else tables_for(self.block)
-            view = tables == "view"
-            if not view and (tables != "batch" or 0 in dims):
+            kind = None if self.block is None else tables_for(self.block)
+            if kind is None:
                 raise NeedsSamples(name)
         keep = self.held is not None and not value.requires_grad
         key = (id(value), *dims, self.index.batch)
         if keep and key in self.held:  # type: ignore[operator]
             return self.held[key][1]  # type: ignore[index]
-        result = value[None] if view else value
+        result = value if kind is None else value[None]
         for dim in dims:
-            result = _picked(self._of(value.shape[dim]), result, dim + view)
-        result = PerSample(result) if view else result
+            result = _picked(self._of(value.shape[dim]), result, dim + (kind is not None))
+        result = result if kind is None else kind(result)
         if keep:
             self.held[key] = (value, result)  # type: ignore[index]
         return result
@@ -263,16 +275,11 @@ def sample_of(name: str, value: Any, sample: int, rows: Rows) -> Any:
     return value[sample : sample + 1]
 
 
-def tables_for(block: nn.Module) -> str:
-    """How a block can be given a table for each sample in place of one for all.
-
-    Returns:
-        "view": as a `PerSample`. Compiled code does not take that; "batch" of a diffusers block: with a batch in place
-        of a first dim of 1, where the table has one. "": not at all.
-    """
+def tables_for(block: nn.Module) -> type | None:
+    """What a block is given in place of one table for all samples; None: samples have to run one by one."""
     if not any(is_compiled(module) for module in block.modules()):
-        return "view"
-    return "batch" if type(block).__module__.startswith("diffusers.") else ""
+        return PerSample
+    return SampleTables if type(block).__name__ in _COMPILED else None
 
 
 def kept_between(model: nn.Module, given: Mapping[str, Any]) -> bool:
