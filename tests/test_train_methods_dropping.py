@@ -113,6 +113,22 @@ def test_guide():
 
 
 # ------------------------------------------------------------------------------------------------------ MaskDiT
+def test_positions_are_those_of_mae():
+    def one(places, dim):
+        angle = places[:, None] * 10000.0 ** (-torch.arange(dim // 2).double() / (dim // 2))
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    y, x = (t.flatten().double() for t in torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij"))
+    torch.testing.assert_close(sincos((4, 6), 16)[0], torch.cat([one(x, 8), one(y, 8)], 1).float())
+    # 10 pairs for three axes: 4, 3 and 3
+    z = sincos((2, 4, 6), 20)[0]
+    assert z.shape == (48, 20)
+    torch.testing.assert_close(z[:24], torch.cat([one(x, 8), one(y, 6), one(0 * x, 6)], 1).float())
+    for bad in (7, 4):
+        with pytest.raises(ValueError, match=f"dim={bad}"):
+            sincos((2, 4, 6), bad)
+
+
 def maskdit_model():
     return double(
         maskdit.MaskDiTTransformer(

@@ -367,20 +367,21 @@ def learned_token(dim: int, std: float = 0.02) -> nn.Parameter:
 def sincos(grid: Sequence[int], dim: int, *, device: Any = None) -> Tensor:
     """Fixed sine and cosine positions of MAE, fp32 `(1, tokens, dim)`, tokens in raster order.
 
-    Channels are shared out evenly among the axes, the last axis first (as MAE's code: columns before rows).
+    Channels are shared out evenly among the axes, the last axis first (as MAE's code: columns before rows); pairs that
+    are left over go to the first of these.
 
     Raises:
-        ValueError: Twice the number of axes does not divide `dim`.
+        ValueError: `dim` is odd, or has no pair for each axis.
     """
     axes = len(grid)
-    if dim % (2 * axes):
-        raise ValueError(f"dim={dim} must be divisible by {2 * axes}: sines and cosines of {axes} axes")
-    half = dim // (2 * axes)
-    omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    each, more = divmod(dim // 2, axes)
+    if dim % 2 or not each:
+        raise ValueError(f"dim={dim} must be even, and {2 * axes} or more: sines and cosines of {axes} axes")
     at = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).reshape(math.prod(grid), axes)
     parts = []
-    for axis in reversed(range(axes)):
-        angle = at[:, axis, None] * omega
+    for i, axis in enumerate(reversed(range(axes))):
+        half = each + (i < more)
+        angle = at[:, axis, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         parts += [angle.sin(), angle.cos()]
     return torch.cat(parts, 1).float()[None].to(device)
 
