@@ -86,7 +86,8 @@ class ActiveTokens:
         self._called = -1
         self._run = -1
         generation.memories.append(self)
-        generation.watchers.append(self)
+        if selector.stale:
+            generation.watchers.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
         empty: dict[str, Any] = {name: {} for name in ("_outputs", "_shapes", "details")}
