@@ -8,6 +8,7 @@ import pytest
 import torch
 from _plain_dit import blocks, head
 from torch.utils.checkpoint import checkpoint
+from zoo.all_models import MODELS
 from zoo.common import made
 
 import maskaccel
@@ -390,3 +391,46 @@ def test_microdit_patch(dit):
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
     kept = want.square().mean(1).unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4)).flatten(1)
     torch.testing.assert_close(loss, torch.stack([v[i] for v, i in zip(kept, index.mask)]).mean(1))
+
+
+# ------------------------------------------------------------------------------------------------------ other models
+def test_methods_on_a_video_model():
+    model, inputs = MODELS["WanTransformer3DModel"]()
+    depth = len(model.blocks)
+
+    def result():
+        return model(**inputs).sample
+
+    route = m.SPRINT(0, depth - 1, 0.5, select="uniform")
+    with maskaccel.patch(model.eval(), [route]), torch.no_grad():
+        calls = []
+        handles = [b.ffn.register_forward_pre_hook(lambda *a: calls.append(1)) for b in model.blocks]
+        route.fusion.weight[:, : route.fusion.weight.shape[0]] = 0  # g says nothing
+        whole = result()
+        assert len(calls) == depth
+        with route.path_dropped():
+            torch.testing.assert_close(result(), whole, atol=1e-5, rtol=1e-5)
+        assert len(calls) == depth  # no block of the middle ran
+        for handle in handles:
+            handle.remove()
+    for method in (m.TREAD(0, depth - 1), m.MaskDiT(1), m.MicroDiT(1, 0.5)):
+        with maskaccel.patch(model.train(), [method]):
+            result().square().mean().backward()
+            assert 0 < method.index.kept < method.index.n
+        assert all(p.grad.abs().max() > 0 for p in method.parameters())
+
+
+def test_sprint_leaves_text_as_it_is_where_its_blocks_do_not_run():
+    model, inputs = MODELS["FluxTransformer2DModel"]()
+    route = m.SPRINT(0, 0, 0.5, select="uniform")
+    with maskaccel.patch(model.eval(), [route]), torch.no_grad():
+        seen = []
+        block = model.transformer_blocks[1]
+        handle = block.register_forward_pre_hook(lambda mod, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        with route.path_dropped():
+            model(**inputs)
+        handle.remove()
+        text = model.context_embedder(inputs["encoder_hidden_states"])
+        torch.testing.assert_close(seen[0]["encoder_hidden_states"], text)
+        latents = route.fusion.without_middle(model.x_embedder(inputs["hidden_states"]))
+        torch.testing.assert_close(seen[0]["hidden_states"], latents)
