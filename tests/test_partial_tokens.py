@@ -339,8 +339,9 @@ def test_layers_without_cache_see_the_active_tokens_alone():
         plain = outputs(model, calls[2])[0]
     got, _ = partial_run(model, Fixed(everything, storage=KVStorage(layers=(1,))), calls)
     assert torch.equal(got[2][0], plain)
-    with pytest.raises(PatchError, match=r"layers=\(7,\) names none of the 2 layers"):
-        maskaccel.patch(model, Fixed(some, storage=KVStorage(layers=(7,))))
+    for layers, named in (((0, 7), r"\[7\]"), ((), "none")):
+        with pytest.raises(PatchError, match=rf"names {named} of the 2 layers .*, which are 0 to 1"):
+            maskaccel.patch(model, Fixed(some, storage=KVStorage(layers=layers)))
 
 
 def test_memory_that_does_not_suffice_is_told_before_anything_is_allocated(monkeypatch):

@@ -181,8 +181,9 @@ class ActiveTokens:
         if at.num_steps is not None and at.index + 1 >= at.num_steps:
             return False
         try:
-            return self.rule.action(At(at.index + 1, at.num_steps, at.timesteps, at.offset)) == "partial"
-        except (ValueError, IndexError):
+            # Without the timesteps, which may be on a device: a rule that asks for them may call any step partial.
+            return self.rule.action(At(at.index + 1, at.num_steps, offset=at.offset)) == "partial"
+        except ValueError:
             return True
 
     def _merged(self, output: Any, index: TokenIndex | None) -> Any:
@@ -347,8 +348,11 @@ def attach_active(
     if not sites:
         raise PatchError(f"{method}: no attention of {type(context.model).__name__} can be given other keys and values")
     kept = [s for s in sites if storage.layers is None or s.layer in storage.layers]
-    if not kept:
-        raise PatchError(f"{method}: layers={storage.layers} names none of the {sites[0].layers} layers")
+    unknown = set(storage.layers or ()) - {s.layer for s in sites}
+    if unknown or not kept:
+        count, named = sites[0].layers, sorted(unknown) or "none"
+        raise PatchError(f"{method}: layers={storage.layers} names {named} of the {count} layers of "
+                         f"{type(context.model).__name__}, which are 0 to {count - 1}")  # fmt: skip
     run.kv = KVRows(generation, storage, len(kept))
     if selector.mixes:
         run.beside = KVRows(generation, storage, len(kept))
