@@ -7,6 +7,7 @@ error, never a guess.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,11 +194,11 @@ class Follower:
         shared = self.index.batch > 1 and not mask and (0 in dims or value.shape[0] != self.rows.batch)
         kind = None
         if shared:
-            kind = None if self.block is None else tables_for(self.block)
+            kind = self._tables
             if kind is None:
                 raise NeedsSamples(name)
         keep = self.held is not None and not value.requires_grad
-        key = (id(value), *dims, self.index.batch)
+        key = (id(value), *dims, self.index.batch, kind)
         if keep and key in self.held:  # type: ignore[operator]
             return self.held[key][1]  # type: ignore[index]
         result = value if kind is None else value[None]
@@ -207,6 +208,10 @@ class Follower:
         if keep:
             self.held[key] = (value, result)  # type: ignore[index]
         return result
+
+    @functools.cached_property
+    def _tables(self) -> type | None:
+        return None if self.block is None else tables_for(self.block)
 
     def _of(self, size: int) -> TokenIndex:
         if size == self.rows.tokens:
