@@ -91,7 +91,7 @@ def test_a_bound_that_is_too_small_is_an_error():
 
 def test_methods_and_kinds_are_on_the_page():
     kinds = {name: getattr(methods, name) for name in methods.PATCHES}
-    elsewhere = (SparseAttention, PartialSteps, TokenRoute, methods.ToMe)
+    elsewhere = (SparseAttention, PartialSteps, TokenRoute, methods.ToMe, methods.FastDLLM)
     lossy = {name for name, kind in kinds.items() if kind.kind == "lossy" and not issubclass(kind, elsewhere)}
     assert lossy - set(ROWS) == {"SkipBranches"}
     for name in (*lossy, *KINDS):

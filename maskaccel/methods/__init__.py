@@ -20,6 +20,7 @@ from .draft import DraftAttention
 from .duca import DuCa
 from .dus import DUS
 from .editmgt import EditMGT
+from .fast_dllm import FastDLLM
 from .fastdit3d import FastDiT3DDecoder, FastDiT3DTransformer, VoxelAware
 from .fastercache import FasterCache
 from .fit import FiTBlocks, Packing
@@ -119,6 +120,7 @@ __all__ = [
     "EditMGT",
     "ExpertChoiceMLP",
     "FBCache",
+    "FastDLLM",
     "FastDiT3DDecoder",
     "FastDiT3DTransformer",
     "FasterCache",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..masks import TokenIndex
 from ..masks.unmasking import uniform
@@ -24,6 +25,28 @@ Scores = Callable[[int, Tensor, Tensor], Tensor]
 +inf where nothing is masked): what positions are ranked by, `(B, N)`."""
 
 
+ROWS = "_maskaccel_computed_rows"  # attribute of a patched model that holds its `ComputedRows`
+
+
+class ComputedRows(Protocol):
+    """What a patched model keeps of the tokens that it does not compute at every step."""
+
+    def run(self) -> contextlib.AbstractContextManager[None]:
+        """One run of a sampler."""
+
+    def call(self, model: Model, tokens: Tensor, span: tuple[int, int]) -> Tensor:
+        """What a model that calls the patched one gives for some rows.
+
+        Args:
+            model: As of `MaskedSampling.sample`.
+            tokens: int64 `(B, N)`.
+            span: The first of the rows, and the one after the last.
+
+        Returns:
+            Logits or hidden rows `(B, last - first, ...)`.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class Reveal:
     """What one call of the model reveals.
@@ -38,6 +61,8 @@ class Reveal:
         noise: Gumbel noise of this temperature is added to what the tokens are ranked by.
         scaled: Whether confidences are those of `softmax(logits / temperature)`; of `softmax(logits)` if not.
         within: bool `(1|B, N)`: only these tokens are revealed; None: all.
+        block: bool `(1|B, N)` on the host: the tokens that the step is about, where `within` is a part of them; None:
+            `within`.
         rows: Upper bound of the tokens of a sample that are masked and inside `within`; None: not known beforehand.
         scores: With order `"scores"`, what gives them.
         watch: Whether the plan wants to be told if anything inside `within` is still masked after the step, which reads
@@ -51,6 +76,7 @@ class Reveal:
     noise: float = 0.0
     scaled: bool = False
     within: Tensor | None = None
+    block: Tensor | None = None
     rows: int | None = None
     scores: Scores | None = None
     watch: bool = False
@@ -202,6 +228,7 @@ class MaskedSampling:
         hold: Tensor | None = None,
         head: Head | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
+        cache: nn.Module | None = None,
     ) -> Tensor:
         """Reveal the masked tokens. Those whose logits hold a NaN stay masked.
 
@@ -217,16 +244,19 @@ class MaskedSampling:
             head: Maps rows `(B, K, D)` to logits `(B, K, V)`. It is then run on the rows alone that are masked and may
                 be revealed at the step, which gives the same logits for less. Not with methods that rank by scores.
             on_step: Called with the number of the step and the tokens after it.
+            cache: `model`, or the module that it calls, patched with `FastDLLM`: between whole calls it computes the
+                rows of the block at hand alone. Not with methods that rank by scores.
 
         Returns:
             int64 `(B, N)`.
 
         Raises:
             TypeError: `tokens` is no int64 tensor, or `hold` not bool.
-            ValueError: Shapes do not fit, `mask_id` is negative, `hold` holds all masked tokens, or there is a `head`
-                and the method ranks by scores.
+            ValueError: Shapes do not fit, `mask_id` is negative, `hold` holds all masked tokens, there is a `head` or a
+                `cache` and the method ranks by scores, or `cache` is not patched.
         """
         check_tokens(tokens, mask_id)
+        computed = None if cache is None else _computed_rows(cache)
         free = masked_tokens(tokens, mask_id, hold)
         # The one read of the device of a run: from here on the host knows what is masked (unless a step watches).
         known = free.cpu()
@@ -235,27 +265,75 @@ class MaskedSampling:
         draw = Draw(seed, sample_offset)
         plan = self.plan(known, draw)
         step, reveal = 0, next(plan, None)
-        while reveal is not None:
-            left = True
-            if not reveal.idle:
-                inside = reveal.within
-                if inside is not None:
-                    reveal = replace(reveal, within=inside.to(tokens.device))
-                output = logits_of(model(tokens))
-                if head is None:
-                    tokens = reveal_step(reveal, output, tokens, mask_id, hold=hold, step=step, **vars(draw))
-                else:
-                    tokens = _on_rows(reveal, output, head, tokens, mask_id, hold, draw, step)
-                if on_step is not None:
-                    on_step(step, tokens)
-                if reveal.watch:
-                    left = bool(_needed(reveal, tokens, mask_id, hold).any())
-            step += 1
-            try:
-                reveal = plan.send(left)
-            except StopIteration:
-                return tokens
+        with contextlib.nullcontext() if computed is None else computed.run():
+            while reveal is not None:
+                left = True
+                if not reveal.idle:
+                    span = None if computed is None else _span(reveal, known)
+                    inside = reveal.within
+                    if inside is not None:
+                        reveal = replace(reveal, within=inside.to(tokens.device))
+                    at = _Step(reveal, head, mask_id, draw, step)
+                    if computed is None or span is None:
+                        tokens = at.revealed(model, tokens, hold)
+                    else:
+                        tokens = at.revealed_in(span, computed, model, tokens, hold)
+                    if on_step is not None:
+                        on_step(step, tokens)
+                    if reveal.watch:
+                        left = bool(_needed(reveal, tokens, mask_id, hold).any())
+                step += 1
+                try:
+                    reveal = plan.send(left)
+                except StopIteration:
+                    return tokens
         return tokens
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of a model and what it reveals."""
+
+    reveal: Reveal
+    head: Head | None
+    mask_id: int
+    draw: Draw
+    step: int
+
+    def revealed(self, model: Model, tokens: Tensor, hold: Tensor | None) -> Tensor:
+        """The tokens after it."""
+        mask_id, output = self.mask_id, logits_of(model(tokens))
+        if self.head is None:
+            return reveal_step(self.reveal, output, tokens, mask_id, hold=hold, step=self.step, **vars(self.draw))
+        return _on_rows(self.reveal, output, self.head, tokens, mask_id, hold, self.draw, self.step)
+
+    def revealed_in(self, span: tuple[int, int], computed: ComputedRows, model: Model, tokens: Tensor,
+                    hold: Tensor | None) -> Tensor:  # fmt: skip
+        """The same, with the output of the rows of a span alone."""
+        first, last = span
+        if self.reveal.scores is not None:
+            raise ValueError("cache is given, but the method ranks by scores of all tokens: no row can be left out")
+        inside = self.reveal.within
+        block = replace(self, reveal=replace(self.reveal, within=None if inside is None else inside[:, first:last]))
+        own = tokens[:, first:last].contiguous()
+        new = block.revealed(
+            lambda _: computed.call(model, tokens, span), own, None if hold is None else hold[:, first:last]
+        )
+        return torch.cat([tokens[:, :first], new, tokens[:, last:]], 1)
+
+
+def _span(reveal: Reveal, free: Tensor) -> tuple[int, int]:
+    """The rows that a step is about, from the first to the one after the last: its block, else all that is masked."""
+    inside = reveal.within if reveal.block is None else reveal.block
+    places = (free if inside is None else inside).any(0).nonzero().flatten()
+    return int(places[0]), int(places[-1]) + 1
+
+
+def _computed_rows(cache: nn.Module) -> ComputedRows:
+    held = getattr(cache, "__dict__", {}).get(ROWS)
+    if held is None:
+        raise ValueError(f"cache={type(cache).__name__} is not patched with FastDLLM; maskaccel.patch does that")
+    return held
 
 
 def _needed(reveal: Reveal, tokens: Tensor, mask_id: int, hold: Tensor | None) -> Tensor:

@@ -59,5 +59,5 @@ class DUS(_masked.MaskedSampling):
                 later = self.threshold is not None and level < last
                 yield Reveal(
                     0 if later else tuple(masked), temperature=self.temperature, within=within, rows=max(masked),
-                    threshold=self.threshold if later and any(masked) else None,
+                    block=block, threshold=self.threshold if later and any(masked) else None,
                 )  # fmt: skip

@@ -109,7 +109,7 @@ class LLaDA(_masked.MaskedSampling):
             prompt: int64 `(B, P)`.
             length: Tokens of the answer.
             mask_id: Value of masked tokens.
-            options: Of `sample`: `seed`, `hold`, `head`, `on_step`.
+            options: Of `sample`: `seed`, `hold`, `head`, `on_step`, `cache`.
 
         Returns:
             int64 `(B, P + length)`.

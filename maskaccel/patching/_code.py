@@ -2,7 +2,8 @@
 
 `scaled_dot_product_attention` and diffusers' `dispatch_attention_fn` are found wherever a function reads them: in the
 globals of its module (imported, or as attributes of `torch.nn.functional` under any name), in closures, in helper
-functions, and in attributes of the instance. In a copy they are functions that ask whose attention is being computed.
+functions, in attributes of the instance, and in transformers' tables of attention functions. In a copy they are
+functions that ask whose attention is being computed.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def _dispatched(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _DISPATCH = "dispatch_attention_fn"
 _SDPA = "scaled_dot_product_attention"
+_TABLE = "get_interface"  # by which models of transformers ask a table for the attention that their config names
 _OPAQUE = ("torch.", "maskaccel.ops")  # modules whose functions are left as they are
 
 
@@ -59,6 +61,24 @@ def _replacement(value: Any) -> Callable[..., Any] | None:
     if isinstance(value, types.FunctionType) and value.__name__ == _DISPATCH and value.__module__ != __name__:
         return _dispatched(value)
     return None
+
+
+class _Table:
+    """Stands in for a table of attention functions of transformers: what it gives has attention replaced."""
+
+    def __init__(self, table: Any, code: Code) -> None:
+        self._table, self._code = table, code
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def get_interface(self, *args: Any, **kwargs: Any) -> Any:
+        """The function of a name."""
+        return self._code.copy(self._table.get_interface(*args, **kwargs))
+
+
+def _is_table(value: Any) -> bool:
+    return hasattr(type(value), _TABLE) and type(value).__module__.startswith("transformers.")
 
 
 class Code:
@@ -83,6 +103,7 @@ class Code:
             names, attributes = _read(value.__code__)
             globals_ = [value.__globals__[name] for name in names if name in value.__globals__]
             through = any(isinstance(g, types.ModuleType) and self._is_way(g, attributes) for g in globals_)
+            through = through or (_TABLE in attributes and any(map(_is_table, globals_)))
             self._leads[value] = through or any(self.leads(v) for v in (*globals_, *(c for _, c in _cells(value))))
         return self._leads[value]
 
@@ -127,6 +148,8 @@ class Code:
             value = function.__globals__.get(name)
             if isinstance(value, types.ModuleType) and self._is_way(value, attributes):
                 held[name] = self._module(value)
+            elif _TABLE in attributes and _is_table(value):
+                held[name] = _Table(value, self)
         return held
 
     def _module(self, module: types.ModuleType) -> types.ModuleType:
