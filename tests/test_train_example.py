@@ -345,3 +345,58 @@ def test_command_line(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(["--folder", "x", "--method", "magic"])
     assert "--method" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def test_equal_compute_counts_what_each_part_of_a_run_costs(tmp_path):
+    compare = pytest.importorskip("compare")
+    costs = {"none": [2.0, 2.0], "tread": [1.0, 1.0], "sprint": [0.5, 2.0]}
+    assert compare.steps_of("tread", costs, 100) == 200
+    steps = compare.steps_of("sprint", costs, 100)  # four fifths at 0.5, one fifth at 2
+    run = compare.options(tmp_path, "sprint", steps=steps)
+    assert steps == 250 and compare.seconds_at(steps, run, costs) == pytest.approx(200)
+    assert compare.seconds_at(run.dense_from, run, costs) == pytest.approx(100)
+    log = [{"step": 10, "loss": 1.0, "cpu_seconds": 6.0}, {"step": 10, "eval_loss": 0.9}, {"step": 10, "loss": 0.8}]
+    run.folder.mkdir()
+    (run.folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    assert compare.curve(run, costs) == [
+        {"step": 10, "loss": 0.8, "cpu_seconds": 6.0, "eval_loss": 0.9, "time": 5.0}
+    ]  # a step that a resumed run tells again counts once
+
+
+def test_the_tables_of_the_page_are_the_measured_ones():
+    compare = pytest.importorskip("compare")
+    text = (EXAMPLES.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    result = json.loads((EXAMPLES.parent / "benchmarks" / "results" / "train_compare.json").read_text())
+    assert compare.page.put(text, "compare", compare.table(result)) == text
+    assert compare.page.put(text, "costs", compare.cost_table(result)) == text
+
+
+def test_page_and_options_name_the_same_methods():
+    text = (EXAMPLES.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    assert all(f"| `{method}` |" in text for method in METHODS)
+
+
+def test_samples_of_a_run(data, tmp_path):
+    from sample import grid, load, samples
+
+    train(options(tmp_path, data, method="sprint", steps=2))
+    path = tmp_path / "checkpoint.pt"
+    images = samples(path, 6, steps=2, guidance=2.0, batch=4)
+    assert images.shape == (6, 1, 32, 32) and images.abs().max() <= 1
+    torch.testing.assert_close(samples(path, 6, steps=2, guidance=2.0, batch=6), images)  # noise by number of image
+    assert grid(images, 3).size == (96, 64)
+    objective, _ = load(path)
+    ema = state_of(tmp_path)["ema"]
+    assert all(torch.equal(p, ema[name]) for name, p in objective.named_parameters())
+
+
+def test_euler_follows_the_field():
+    from sample import euler
+
+    noise, still = torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, dtype=torch.int64)
+    assert torch.allclose(euler(lambda x, t, y: torch.full_like(x, 0.25), noise, still, 4), noise - 0.25)
+    guided = euler(lambda x, t, y: x * 0 + y.view(-1, 1, 1, 1), noise, still, 4, guidance=2.0, no_class=1)
+    assert torch.allclose(guided, (noise + 1).clamp(-1, 1))  # v_u + 2 (v_c - v_u) with v_u = 1, v_c = 0 is -1

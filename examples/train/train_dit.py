@@ -175,8 +175,9 @@ class Run:
             save_atomically({"ema": state, "step": step, **self.facts()}, snapshot_path(self.options, step))
 
     def facts(self) -> dict[str, Any]:
-        """What it takes to build the network again."""
-        return {"options": kept(self.options), "images": asdict(self.objective.images)}
+        """What it takes to build the network again, and the length of the run."""
+        images = asdict(self.objective.images)
+        return {"options": kept(self.options), "steps": self.options.steps, "images": images}
 
 
 def snapshot_path(options: Options, step: int) -> Path:
