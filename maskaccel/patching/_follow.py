@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..masks import TokenIndex
@@ -40,15 +39,17 @@ _BETWEEN = {
 
 # Blocks whose compiled code takes `SampleTables`: they have been compiled with them, as whole graphs.
 _COMPILED = {
-    "AnyFlowTransformerBlock", "BriaSingleTransformerBlock", "BriaTransformerBlock", "ChromaSingleTransformerBlock",
+    "AceStepTransformerBlock", "AnyFlowTransformerBlock", "AudioDiTBlock", "BriaFiboSingleTransformerBlock",
+    "BriaFiboTransformerBlock", "BriaSingleTransformerBlock", "BriaTransformerBlock", "ChromaSingleTransformerBlock",
     "ChromaTransformerBlock", "CogView4TransformerBlock", "CosmosTransformerBlock", "EasyAnimateTransformerBlock",
     "Flux2SingleTransformerBlock", "Flux2TransformerBlock", "Flux3SingleTransformerBlock", "FluxSingleTransformerBlock",
     "FluxTransformerBlock", "GlmImageTransformerBlock", "HunyuanDiTBlock", "HunyuanImageSingleTransformerBlock",
     "HunyuanImageTransformerBlock", "HunyuanVideo15TransformerBlock", "HunyuanVideoSingleTransformerBlock",
     "HunyuanVideoTransformerBlock", "Krea2TransformerBlock", "LongCatImageSingleTransformerBlock",
     "LongCatImageTransformerBlock", "LuminaNextDiTBlock", "MochiTransformerBlock", "MotifVideoSingleTransformerBlock",
-    "MotifVideoTransformerBlock", "OmniGenBlock", "OvisImageSingleTransformerBlock", "OvisImageTransformerBlock",
-    "SkyReelsV2TransformerBlock", "WanTransformerBlock",
+    "MotifVideoTransformerBlock", "NucleusMoEImageTransformerBlock", "OmniGenBlock", "OvisImageSingleTransformerBlock",
+    "OvisImageTransformerBlock", "QwenImageTransformerBlock", "SkyReelsV2TransformerBlock", "StableAudioDiTBlock",
+    "WanTransformerBlock",
 }  # fmt: skip
 
 _REFUSED_MODELS = {
@@ -254,8 +255,6 @@ def _picked(index: TokenIndex, value: Tensor, dim: int) -> Tensor:
     """Rows of a value along a dim; where the index tells samples apart, its first dim is the batch."""
     if index.batch == 1:
         return value.index_select(dim, index.keep[0])
-    if value.is_complex():  # gathered as pairs
-        return torch.view_as_complex(index.gather(torch.view_as_real(value.resolve_conj()), dim).contiguous())
     return index.gather(value, dim)
 
 
