@@ -47,6 +47,7 @@ def readable(x: Tensor, *norms: nn.Module) -> bool:
 
 def complex_table(freqs: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of a complex RoPE table, as views of it; of a complex64 copy, made once, if it is wider."""
+    freqs = tables_of(freqs)
     if freqs.dtype != torch.complex64:
         freqs = derived(freqs, "_maskaccel_complex64", lambda wide: wide.to(torch.complex64))
     parts = torch.view_as_real(freqs)
