@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import pickle
 import queue
 import socket
 import warnings
@@ -256,6 +257,11 @@ def test_numbers_of_a_range_are_few_multiples_of_the_bucket() -> None:
         rows, _ = route.enter(torch.zeros(1, 256, 1))
         seen.add(rows.shape[1])
     assert seen == {128, 160}
+    # No multiple of 64 lies in the range: a smaller one is taken, so that tokens are dropped all the same.
+    few, seen = TokenRoute(0, 0, (0.5, 0.7), seed=2), set()
+    for _ in range(30):
+        seen.add(few.enter(torch.zeros(1, 16, 1))[0].shape[1])
+    assert seen == {8}
     with pytest.warns(UserWarning, match="9 different numbers of tokens"):
         many = TokenRoute(0, 0, (0.1, 0.9), bucket=1)
         for _ in range(40):
@@ -332,6 +338,9 @@ def test_schemes_and_forced_tokens() -> None:
         ({"when": "never"}, "when='never'"),
         ({"frames": "all"}, "frames='all'"),
         ({"bucket": 0}, "bucket=0"),
+        ({"seed": 0.5}, "seed=0.5 must be an integer of 64 bits"),
+        ({"sample_offset": -3}, "sample_offset=-3; allowed are None and integers of 0 or more"),
+        ({"options": {"cel": (2, 2)}}, "options has 'cel'; allowed are cell, labels, backend"),
         ({"route": -1}, "route=-1"),
         ({"forced": torch.ones(16)}, "forced is torch.float32"),
         ({"forced": torch.ones(16, dtype=torch.bool), "keep": 4}, "forced has 16 tokens in a sample, but 4 are kept"),
@@ -466,3 +475,45 @@ def test_with_other_methods() -> None:
         assert set(found) == set(wanted)
         for key in found:
             torch.testing.assert_close(found[key], wanted[key], atol=2e-4, rtol=2e-3)
+
+
+def test_what_enter_cannot_take_is_refused_before_anything_is_drawn() -> None:
+    x = torch.zeros(2, 16, 8)
+    route = TokenRoute(0, 0)
+    for bad, given, message in (
+        (x[0], (), r"x is torch.float32 \(16, 8\); it must be floating \(B, N, D\)"),
+        (x[..., None], (), r"\(2, 16, 8, 1\)"),
+        (x.long(), (), "x is torch.int64"),
+        (x, (3,), "per_token holds a int"),
+        (x, ((x, x[:, :4]),), r"per_token holds a tensor of shape \(2, 4, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            route.enter(bad, given)
+    assert int(route.step) == 0
+    # A token that is made after the optimizer would never be trained, and differ between ranks.
+    with pytest.raises(ValueError, match=r"reenter=maskaccel.patching.MaskToken\(8\)"):
+        TokenRoute(0, 0, reenter="mask_token").enter(x)
+    with pytest.raises(ValueError, match="select='cell' needs the grid of the tokens"):
+        TokenRoute(0, 0, 0.25, select="cell").enter(x)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True])
+def test_a_step_is_a_whole_number(value) -> None:
+    with pytest.raises(ValueError, match=f"step={value}; it must be an integer of 0 or more"):
+        TokenRoute(0, 0).step = value
+
+
+def test_a_mask_token_of_another_width_is_refused(dit) -> None:
+    model, _ = dit
+    before = {id(m): dict(m.__dict__) for m in model.modules()}
+    with pytest.raises(maskaccel.PatchError, match="its mask token is 64 wide; the stream of DiTTransformer2DModel is"):
+        maskaccel.patch(model, [TokenRoute(1, 2, reenter=MaskToken(64))])
+    assert {id(m): dict(m.__dict__) for m in model.modules()} == before
+
+
+def test_a_patched_model_cannot_be_pickled(dit) -> None:
+    with (
+        maskaccel.patch(dit[0], [TokenRoute(1, 2)]),
+        pytest.raises(maskaccel.PatchError, match="a patched model cannot be pickled"),
+    ):
+        pickle.dumps(dit[0])

@@ -434,3 +434,37 @@ def test_sprint_leaves_text_as_it_is_where_its_blocks_do_not_run():
         torch.testing.assert_close(seen[0]["encoder_hidden_states"], text)
         latents = route.fusion.without_middle(model.x_embedder(inputs["hidden_states"]))
         torch.testing.assert_close(seen[0]["hidden_states"], latents)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (m.MDT(7), "MDT: decode_layer=7; DiTTransformer2DModel has 7 blocks: allowed are 1 to 6"),
+        (m.MaskDiT(), "MaskDiT: decoder=8; DiTTransformer2DModel has 7 blocks: allowed are 1 to 6"),
+        (m.MicroDiT(9), "MicroDiT: mixer=9; DiTTransformer2DModel has 7 blocks: allowed are 1 to 6"),
+        (m.SPRINT(5), r"SPRINT: end=-3 is block 4 of 7, before start=5"),
+    ],
+)
+def test_a_model_with_too_few_blocks_is_refused(dit, method, message):
+    with pytest.raises(ValueError, match=message):
+        maskaccel.patch(dit[0], [method])
+    assert not list(method.parameters())  # nothing was made for a model that is not patched
+
+
+def test_what_was_made_for_another_width_or_dtype_is_refused(dit):
+    model, given = dit
+    wider = made(type(model), num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4,
+                 num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=10)  # fmt: skip
+    for method, what in ((m.SPRINT(), "fusion"), (m.MDT(1), "mask token")):
+        with maskaccel.patch(model, [method]):
+            pass
+        with pytest.raises(maskaccel.PatchError, match=f"its {what} is 32 wide; the stream of DiTTransformer2DMod"):
+            maskaccel.patch(wider, [method])
+    given = given | {"hidden_states": given["hidden_states"].bfloat16()}
+    for method, what in ((m.SPRINT(), "fusion"), (m.MDT(1), "side block")):
+        with maskaccel.patch(model.float(), [method]):
+            model.bfloat16()
+            with pytest.raises(ValueError, match=f"its {what} is torch.float32 on cpu, the stream torch.bfloat16"):
+                call(model, given)
+            method.bfloat16()
+            assert call(model, given).dtype == torch.bfloat16

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..masks import TokenIndex
+from ..patching import Context
+from ..patching.span import blocks_left
 from ._layers import check_tokens, sizes
 from ._masked_rows import patches, per_token, token_mean
 from ._ratios import RatioSchedule
@@ -174,6 +176,11 @@ class MaskDiT(MaskTokenRoute):
         if decoder < 1 or not 0 <= ratio < 1:
             raise ValueError(f"decoder={decoder} must be 1 or more, ratio={ratio} in [0, 1)")
         super().__init__(0, -decoder - 1, 1.0 - ratio, **options)
+
+    def attach(self, context: Context) -> None:
+        """Plan the route."""
+        blocks_left(context, self.name, "decoder", -self.end - 1)
+        super().attach(context)
 
 
 def edm_preconditioned(

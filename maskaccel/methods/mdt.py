@@ -38,8 +38,8 @@ from ..masks import TokenIndex
 from ..models import stack_of
 from ..ops.attention import RelativePosition
 from ..patching import Context, PatchError, TokenRoute
-from ..patching.route import like_of, width_of
-from ..patching.span import SpanCall
+from ..patching.route import like_of, moved_along, same_width, width_of
+from ..patching.span import SpanCall, blocks_left
 from ._layers import check_tokens, remembered, sizes
 from ._masked_rows import kind_of, partial_block
 from ._ratios import RatioRange
@@ -273,10 +273,11 @@ class MaskTokenRoute(TokenRoute):
 
     def attach(self, context: Context) -> None:
         """Plan the route."""
+        super().attach(context)
         if self.mask_token is None:
             token, like = learned_token(width_of(context.model, self.name)), like_of(context.model)
             self.mask_token = nn.Parameter(token.detach().to(like))
-        super().attach(context)
+        same_width(context.model, self.name, "mask token", self.mask_token.shape[0])
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -343,6 +344,7 @@ class MDT(MaskTokenRoute):
 
     def attach(self, context: Context) -> None:
         """Plan the route, and make the side block."""
+        blocks_left(context, self.name, "decode_layer", -self.end - 1)
         blocks = [block for segment in stack_of(context.model).segments for block in segment]
         try:
             kind = kind_of(self.side or blocks[-1])
@@ -359,6 +361,7 @@ class MDT(MaskTokenRoute):
         """All tokens after the side block."""
         assert self.side is not None
         assert call.index is not None
+        moved_along(self.name, "side block", next(self.side.parameters()), rows)
         full, dropped = super().reenter(call, rows), call.index.complement()
         given = {name: value for name, value in call.given.items() if value is not None}
         return dropped.merge(full, partial_block(self.side, full, dropped, **given).to(full.dtype))

@@ -28,7 +28,8 @@ from .. import ops
 from ..masks import TokenIndex
 from ..models._parts import add_gated
 from ..ops.attention import tile_attention
-from ..patching import TokenRoute
+from ..patching import Context, TokenRoute
+from ..patching.span import blocks_left
 from ._layers import head_dim, linear, split
 from ._masked_rows import patches
 from ._transformer import AdaLNLinear, zeroed
@@ -339,3 +340,8 @@ class MicroDiT(TokenRoute):
     def name(self) -> str:
         """How reports and errors call it."""
         return "MicroDiT"
+
+    def attach(self, context: Context) -> None:
+        """Plan the route."""
+        blocks_left(context, self.name, "mixer", self.start)
+        super().attach(context)

@@ -33,7 +33,7 @@ from .. import ops
 from ..masks import TokenIndex
 from ..models import stack_of, streams_of
 from ..patching import Context, TokenRoute
-from ..patching.route import RouteFrame, like_of, width_of
+from ..patching.route import RouteFrame, like_of, moved_along, same_width, width_of
 from ..patching.span import SpanCall
 from ._ratios import uniform
 from ._transformer import learned_token, touched
@@ -253,10 +253,10 @@ class SPRINT(TokenRoute):
 
     def attach(self, context: Context) -> None:
         """Plan the route, and what lets calls leave its blocks out."""
-        if self.fusion is None:
-            like = like_of(context.model)
-            self.fusion = self.make_fusion(width_of(context.model, self.name)).to(like)
         super().attach(context)
+        if self.fusion is None:
+            self.fusion = self.make_fusion(width_of(context.model, self.name)).to(like_of(context.model))
+        same_width(context.model, self.name, "fusion", self.fusion.mask_token.shape[0])
         blocks = [block for segment in stack_of(context.model).segments for block in segment]
         for block in blocks[self.start % len(blocks) : self.end % len(blocks) + 1]:
             context.transaction.wrap_forward(block, self._run_or_skip)
@@ -293,6 +293,7 @@ class SPRINT(TokenRoute):
         """The fusion of what ran with all tokens before the middle."""
         assert call.hidden is not None
         assert self.fusion is not None
+        moved_along(self.name, "fusion", self.fusion.weight, call.hidden)
         if self._dropped:
             return self.fusion.without_middle(call.hidden)
         return self.fusion(call.hidden, rows.to(call.hidden.dtype), call.index, self._paths.get(call.index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..masks import TokenIndex, TokenOrder
 from ..models._tokens import Tokens, parameters
+from .transaction import NO_PICKLE, PatchError
 
 
 class TokenLayout:
@@ -35,8 +37,14 @@ class TokenLayout:
         self._grid_of = None if tokens.grid is None else tokens.grid(model)
         self._seen: tuple[Tensor, int] | None = None  # what the grid was read from on the host
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenLayout:
+        new = memo[id(self)] = object.__new__(TokenLayout)
+        new.__dict__.update(copy.deepcopy({**self.__dict__, "_seen": None}, memo))
+        return new
+
+    def __reduce__(self) -> Any:
+        # A hook, so it is what pickling a patched model comes to first.
+        raise PatchError(NO_PICKLE)
 
     def read(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The hook."""

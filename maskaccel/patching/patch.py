@@ -16,7 +16,7 @@ from ..state.follow import follow_pipeline, is_followed
 from ..state.generation import Generation, Run, track
 from .report import PatchReport
 from .targets import find_models
-from .transaction import PatchError, Transaction
+from .transaction import NO_PICKLE, PatchError, Transaction
 
 OWNER = "_maskaccel_patch"
 _REPLACED = "the pipeline's scheduler was replaced after the patch, so nothing is reused: remove() and patch again"
@@ -117,7 +117,7 @@ class Patch:
         return new
 
     def __reduce__(self) -> Any:
-        raise PatchError("a patched model cannot be pickled: remove() the patch first, or save its state_dict()")
+        raise PatchError(NO_PICKLE)
 
     @contextlib.contextmanager
     def generation(

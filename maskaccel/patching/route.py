@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..masks import TokenIndex
 from ..ops import tokens as token_ops
+from ..ops.tokens._run import seed_of
 from ..ops.tokens.philox import words
 from ._follow import Rows
 from ._spans import SpanCall, span_activity
@@ -36,6 +37,8 @@ Reenter = Callable[[SpanCall, Tensor], Tensor]
 
 SCHEMES = ("uniform", "cell", "rows_cols", "row_equal", "classes")
 REENTRIES = ("stash", "mask_token", "zero")
+NEED_GRID = ("cell", "rows_cols", "row_equal")
+OPTIONS = ("cell", "labels", "backend")  # arguments of `random_keep` that a route has no argument of its own for
 COUNTS = 8  # different numbers of kept tokens before a person is told: compiled code is made anew for each
 
 
@@ -133,8 +136,14 @@ class TokenRoute(nn.Module):
             raise ValueError(f"reenter={reenter!r}; allowed are {', '.join(REENTRIES)}, or a function")
         if isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 1:
             raise ValueError(f"bucket={bucket!r} must be 1 or more")
-        if route is not None and not 0 <= route < 1 << 24:
+        if route is not None and not (_is_int(route) and 0 <= route < 1 << 24):
             raise ValueError(f"route={route!r}; allowed are None and 0 to {(1 << 24) - 1}")
+        if sample_offset is not None and not (_is_int(sample_offset) and sample_offset >= 0):
+            raise ValueError(f"sample_offset={sample_offset!r}; allowed are None and integers of 0 or more")
+        seed_of(seed)
+        for name in options or ():
+            if name not in OPTIONS:
+                raise ValueError(f"options has {name!r}; allowed are {', '.join(OPTIONS)}")
         self.is_range = isinstance(keep, tuple | list) and select not in ("rows_cols", "classes")
         if select == "classes" and getattr(options.get("labels") if options else None, "ndim", 0) != 1:
             raise ValueError("select='classes' needs options={'labels': ...} of shape (N,), the same for all samples")
@@ -178,8 +187,10 @@ class TokenRoute(nn.Module):
             self.steps = value.reshape(1)
             self._host = None
         else:
+            if not _is_int(value) or value < 0:
+                raise ValueError(f"step={value!r}; it must be an integer of 0 or more, or an int64 tensor (1,)")
             self.steps.fill_(value)
-            self._host = int(value), self.steps._version
+            self._host = value, self.steps._version
 
     def _host_step(self) -> int:
         """The step as a number. Read from the tensor once after somebody else has written it."""
@@ -204,6 +215,8 @@ class TokenRoute(nn.Module):
         attach_span(context, self.name, self.start, self.end, self)
         if self.reenter_with == "mask_token":
             self.reenter_with = MaskToken(width_of(context.model, self.name)).to(like_of(context.model))
+        elif isinstance(self.reenter_with, MaskToken):
+            same_width(context.model, self.name, "mask token", self.reenter_with.token.shape[0])
 
     def activity(self, model: nn.Module) -> dict[str, Any]:
         """For the report: calls that were routed and not, why not, and the last number of tokens."""
@@ -225,8 +238,7 @@ class TokenRoute(nn.Module):
             return call.restored(rows)
         if self.reenter_with == "zero":
             return token_ops.scatter_merge(None, rows, _index(call), mode="zero")
-        if isinstance(self.reenter_with, str):  # enter() and exit() of a model that was not patched
-            self.reenter_with = MaskToken(rows.shape[-1], device=rows.device, dtype=rows.dtype)
+        assert not isinstance(self.reenter_with, str)
         return self.reenter_with(call, rows)
 
     # ------------------------------------------------------------------------------------- in a model of your own
@@ -250,8 +262,19 @@ class TokenRoute(nn.Module):
             The rows `(B, K, D)`, and the frame for `exit`: its `index` (None: all run) and its cut `per_token`.
 
         Raises:
-            ValueError: A tensor of `per_token` has no dim of N tokens.
+            ValueError: `x` has another shape, a tensor of `per_token` has no dim of N tokens, or `reenter` is
+                "mask_token", of which nobody knew the width before an optimizer was made: give `MaskToken(width)`.
         """
+        if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+            found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x is {found}; it must be floating (B, N, D)")
+        if self.reenter_with == "mask_token":
+            raise ValueError(
+                "reenter='mask_token' makes its token when a model is patched; for enter() and exit() give "
+                f"reenter=maskaccel.patching.MaskToken({x.shape[2]})"
+            )
+        for value in per_token:
+            _check_per_token(value, x.shape)
         rows = Rows(x.shape[1], x.shape[0], grid, None, None)
         frame = RouteFrame(self, self.route or 0, x.shape[0], x, {}, {}, rows, per_token=list(per_token))  # type: ignore[arg-type]
         if enabled:
@@ -350,7 +373,12 @@ class TokenRoute(nn.Module):
             if force.shape[-1] != call.tokens:
                 raise ValueError(f"{self.name}: forced is of {force.shape[-1]} tokens; the route has {call.tokens}")
             given["force"] = force.to(device)
-        if self.select not in ("uniform", "classes"):
+        if self.select in NEED_GRID:
+            if grid is None:
+                raise ValueError(
+                    f"{self.name}: select={self.select!r} needs the grid of the tokens, and here none is known: "
+                    "inside another route, say, or in a model whose grid cannot be read. 'uniform' needs none"
+                )
             given["grid"] = grid
         index = token_ops.random_keep(
             call.batch, call.tokens, keep, seed=self.seed, step=step, route=route, shared=self.shared,
@@ -377,8 +405,11 @@ class TokenRoute(nn.Module):
         drawn = n * (low + (high - low) * (int(word) / 2**32))
         bucket = min(self.bucket, n)
         first, last = math.ceil(n * low / bucket) * bucket, math.floor(n * high / bucket) * bucket
-        if last < first:  # no multiple in the range: the nearest one
-            first = last = min(n, max(bucket, round(n * low / bucket) * bucket))
+        while last < first and bucket > 1:  # no multiple in the range, since there are few tokens: a smaller one
+            bucket //= 2
+            first, last = math.ceil(n * low / bucket) * bucket, math.floor(n * high / bucket) * bucket
+        if last < first:
+            first = last = math.ceil(n * low)
         count = min(last, max(first, round(drawn / bucket) * bucket))
         self._check_forced(count)
         return count
@@ -398,6 +429,10 @@ _EVERY_SAMPLE = 0xFFFFFFFF  # in place of the number of a sample, for what all s
 def _choice(name: str, value: Any, allowed: Sequence[str], also: str = "") -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}; allowed are {', '.join(allowed)}{also}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _keep(keep: Any) -> float | int | tuple[float, float]:
@@ -425,6 +460,25 @@ def _rank() -> int:
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
+def _check_per_token(value: Any, shape: Sequence[int]) -> None:
+    """Before anything is drawn: whether `_cut` can cut it."""
+    if value is None:
+        return
+    if isinstance(value, tuple | list):
+        for part in value:
+            _check_per_token(part, shape)
+        return
+    batch, n = shape[:2]
+    wanted = f"({batch} or 1, {n}, ...) or ({n}, ...)"
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"per_token holds a {type(value).__name__}; it must hold tensors {wanted}, tuples of them, None"
+        )
+    of_samples = value.dim() > 1 and value.shape[1] == n and value.shape[0] in (1, batch)
+    if not of_samples and not (value.dim() and value.shape[0] == n):
+        raise ValueError(f"per_token holds a tensor of shape {tuple(value.shape)}; it must be {wanted}")
+
+
 def _cut(value: Any, index: TokenIndex, shape: Sequence[int]) -> Any:
     """What `enter` is given for each token, cut to the kept ones."""
     if value is None:
@@ -436,11 +490,7 @@ def _cut(value: Any, index: TokenIndex, shape: Sequence[int]) -> Any:
         if index.batch == 1:
             return value.index_select(1, index.keep[0])
         return index.gather(value, 1)
-    if value.dim() and value.shape[0] == n:
-        return index.gather(value, 0)
-    raise ValueError(
-        f"per_token holds a tensor of shape {tuple(value.shape)}; it must be ({batch} or 1, {n}, ...) or ({n}, ...)"
-    )
+    return index.gather(value, 0)
 
 
 def width_of(model: nn.Module, method: str) -> int:
@@ -455,7 +505,29 @@ def width_of(model: nn.Module, method: str) -> int:
     heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
     if isinstance(heads, int) and isinstance(width, int):
         return heads * width
-    raise PatchError(f"{method}: the width of {type(model).__name__} is not known; give reenter=MaskToken(width)")
+    raise PatchError(
+        f"{method}: the width of {type(model).__name__} is not known; give reenter=maskaccel.patching.MaskToken(width)"
+    )
+
+
+def same_width(model: nn.Module, method: str, what: str, width: int) -> None:
+    """What a method was given, or made for another model, fits the stream of this one, where its width is known."""
+    try:
+        found = width_of(model, method)
+    except PatchError:
+        return
+    if found != width:
+        raise PatchError(f"{method}: its {what} is {width} wide; the stream of {type(model).__name__} is {found}")
+
+
+def moved_along(method: str, what: str, parameter: Tensor, rows: Tensor) -> None:
+    """A method's own modules were cast and moved with the model, of which they are no part; autocast needs no cast."""
+    cast = parameter.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type)
+    if not cast or parameter.device != rows.device:
+        raise ValueError(
+            f"{method}: its {what} is {parameter.dtype} on {parameter.device}, the stream {rows.dtype} on {rows.device}"
+            ". It is no part of the model: cast and move the method too, with .to(...)"
+        )
 
 
 def like_of(model: nn.Module) -> Tensor:

@@ -54,7 +54,7 @@ def attach_span(context: Context, method: str, start: int, end: int, controller:
     """
     model = context.model
     blocks, names = _blocks_of(model, method)
-    first, last = _bounds(start, end, len(blocks))
+    first, last = _bounds(f"{method}: ", start, end, len(blocks))
     why = span_refusal(model, blocks[first : last + 1], names[first : last + 1])
     if why is not None:
         kind = type(model).__name__
@@ -91,14 +91,36 @@ def _blocks_of(model: nn.Module, method: str) -> tuple[list[nn.Module], list[str
     return [block for block, _ in pairs], [name for _, name in pairs]
 
 
-def _bounds(start: int, end: int, depth: int) -> tuple[int, int]:
+def blocks_left(context: Context, method: str, name: str, taken: int) -> None:
+    """Refuse a model that has no block for the span beside those that a method takes.
+
+    Args:
+        context: The model.
+        method: On whose behalf.
+        name: The method's argument that says how many blocks it takes.
+        taken: Its value.
+
+    Raises:
+        ValueError: The model has no more blocks than that.
+    """
+    depth = len(_blocks_of(context.model, method)[0])
+    if taken >= depth:
+        kind = type(context.model).__name__
+        raise ValueError(f"{method}: {name}={taken}; {kind} has {depth} blocks: allowed are 1 to {depth - 1}")
+
+
+def _bounds(method: str, start: int, end: int, depth: int) -> tuple[int, int]:
     found = []
     for name, value in (("start", start), ("end", end)):
         if isinstance(value, bool) or not isinstance(value, int) or not -depth <= value < depth:
-            raise ValueError(f"{name}={value!r}; the model has {depth} blocks: allowed are {-depth} to {depth - 1}")
+            raise ValueError(
+                f"{method}{name}={value!r}; the model has {depth} blocks: allowed are {-depth} to {depth - 1}"
+            )
         found.append(value % depth)
     if found[1] < found[0]:
-        raise ValueError(f"end={end} is block {found[1]} of {depth}, before start={start}, which is block {found[0]}")
+        raise ValueError(
+            f"{method}end={end} is block {found[1]} of {depth}, before start={start}, which is block {found[0]}"
+        )
     return found[0], found[1]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 BASE = "_maskaccel_base_forward"
 CHAIN = "_maskaccel_forward_chain"
 COMPILED = "_maskaccel_compiled_forward"
+NO_PICKLE = "a patched model cannot be pickled: remove() the patch first, or save its state_dict()"
 
 
 class PatchError(RuntimeError):
