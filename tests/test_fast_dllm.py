@@ -356,8 +356,10 @@ def test_a_single_row_takes_one_more_along(mask):
 
 
 def test_padding_of_a_model_that_repeats_its_keys_for_masks_alone():
-    """The block's own part of the mask hides nothing, so that transformers drops it and groups the queries instead."""
+    """The block's own part of the mask hides nothing, so that transformers drops it: it groups the queries, and calls
+    the attention causal where its module does not say otherwise."""
     model, padding = llama(), torch.ones(2, N).bool()
+    model.model.layers[0].self_attn.is_causal = True
     padding[1, :3] = False
     found = []
     for mask in (padding.long(), padding[:, None, None, :].expand(-1, 1, N, N)):

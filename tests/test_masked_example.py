@@ -42,3 +42,19 @@ def test_every_sampler_makes_walks(example):
         example.table(model, 8, 4, 0, rows.append)
     names = example.samplers(8)
     assert len(rows) == len(names) + 1 and all(name in row for name, row in zip(names, rows[1:], strict=True))
+
+
+def test_every_cache_makes_walks(example):
+    torch.manual_seed(0)
+    model = example.Walker(16, width=32, layers=1).eval()
+    rows = []
+    with torch.no_grad():
+        example.cached_table(model, 16, 4, 0, rows.append)
+    cells = [row.split("|")[1:4] for row in rows[1:]]
+    # 8 calls in four blocks of 4 of 16 tokens.
+    assert [(name.strip(), int(calls), float(units)) for name, calls, units in cells] == [
+        ("none", 8, 8.0),
+        ("prefix", 8, 4 + (16 + 12 + 8 + 4) / 16),
+        ("dual", 8, 4 + 4 * 4 / 16),
+        ("dual, refreshed every second step", 8, 5.0),
+    ]

@@ -326,7 +326,7 @@ def _span(reveal: Reveal, free: Tensor) -> tuple[int, int]:
     """The rows that a step is about, from the first to the one after the last: its block, else all that is masked."""
     inside = reveal.within if reveal.block is None else reveal.block
     places = (free if inside is None else inside).any(0).nonzero().flatten()
-    return int(places[0]), int(places[-1]) + 1
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, free.shape[1])
 
 
 def _computed_rows(cache: nn.Module) -> ComputedRows:

@@ -173,6 +173,8 @@ class CachedRows:
         self._whole: dict[tuple[str, tuple[int, int]], _Whole] = {}
         self._filled: set[tuple[int, int]] = set()
         self._calls = self._age = self._prompt_age = self._start = self._n = 0
+        self._span: Span = (0, 0)  # the rows that the sampler asked for, and those that the output has
+        self._given: Span = (0, 0)
         self._ids: Tensor | None = None
 
     def activity(self) -> dict[str, Any]:
@@ -273,7 +275,7 @@ class CachedRows:
             self._given = self._span
         output = inner(**named)
         if whole:
-            self._check_filled(branch)
+            self._check_filled()
             self.kv.end(branch)
         self._count(whole)
         return output
@@ -323,7 +325,7 @@ class CachedRows:
         named[self.recipe.positions] = own[None] if places is None else places[..., first:last]
         return named
 
-    def _check_filled(self, branch: str) -> None:
+    def _check_filled(self) -> None:
         """ValueError if some attention was not seen in a whole call."""
         seen = {number for number, _ in self._filled}
         missed = [name for number, name in enumerate(self.sites) if number not in seen]
@@ -355,8 +357,9 @@ class CachedRows:
         if mask is not None and mask.shape[-2] == self._n:
             mask = mask[..., self.rows[0] : last, :]
         if self.recipe.cache == "causal":  # nothing after the block is seen
-            return call.dense(k=k[:, :last], v=v[:, :last], mask=None if mask is None else mask[..., :last])
-        return call.dense(k=k, v=v, mask=mask)
+            k, v, mask = k[:, :last], v[:, :last], None if mask is None else mask[..., :last]
+        # Models may take a call in which nothing is hidden for a causal one; the whole call was not.
+        return call.dense(k=k, v=v, mask=mask, is_causal=False)
 
     def _fill(self, call: AttentionCall, branch: str, key: tuple[int, int]) -> None:
         name, site = self.recipe.name, self.sites[key[0]]

@@ -154,15 +154,17 @@ class AttentionCall:
             order if (order.prefix, order.suffix) == (first, last) else TokenOrder(order.grid, order.patch, first, last)
         )
 
-    def dense(self, **instead: Tensor | None) -> Tensor:
+    def dense(self, *, is_causal: bool | None = None, **instead: Tensor | None) -> Tensor:
         """What the model's own attention gives, `(B, Sq, H, Dv)`.
 
         Args:
+            is_causal: To take in place of that of the call.
             **instead: `q`, `k`, `v` or `mask` to take in place of those of the call, in the layouts of the attributes.
         """
         if self._heads_first:
             instead = {n: t if n == "mask" or t is None else t.transpose(1, 2) for n, t in instead.items()}
-        out = self._attention(**{_NAMES[name]: value for name, value in instead.items()})
+        given: dict[str, Any] = {} if is_causal is None else {"is_causal": is_causal}
+        out = self._attention(**given, **{_NAMES[name]: value for name, value in instead.items()})
         return out.transpose(1, 2) if self._heads_first else out
 
     def bias(self) -> Tensor | None:
