@@ -16,9 +16,7 @@ def built() -> tuple[nn.Module, dict[str, Tensor]]:
     model = made(DiTTransformer2DModel, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
                  num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, dropout=0.0)  # fmt: skip
     for module in model.modules():
-        if hasattr(
-            module, "dropout_prob"
-        ):  # of labels, at random in training mode: no two calls would be alike
+        if hasattr(module, "dropout_prob"):  # of labels, at random in training mode: no two calls would be alike
             module.dropout_prob = 0
     generator = torch.Generator().manual_seed(0)
     return model.train(), {
