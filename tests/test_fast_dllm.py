@@ -315,6 +315,17 @@ def test_other_calls_and_removal_are_bit_exact(make):
     assert model(tokens).logits.equal(want)
 
 
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_inference_mode_and_compiled_models(make):
+    model, sampler = make(), SAMPLERS["blocks"]
+    with maskaccel.patch(model, [methods.FastDLLM()]):
+        want = answer(model, sampler, model)
+        with torch.inference_mode():
+            assert answer(model, sampler, model).equal(want)
+        model.compile(backend="eager")
+        assert answer(model, sampler, model).equal(want)
+
+
 def test_a_sample_does_not_depend_on_its_batch():
     model = tiny()
     with maskaccel.patch(model, [methods.FastDLLM()]):

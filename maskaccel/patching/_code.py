@@ -67,14 +67,17 @@ class _Table:
     """Stands in for a table of attention functions of transformers: what it gives has attention replaced."""
 
     def __init__(self, table: Any, code: Code) -> None:
-        self._table, self._code = table, code
+        # Copied now: in a graph a function is looked up, not made.
+        self._table = table
+        self._copies = {value: code.copy(value) for value in table.values() if code.leads(value)}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._table, name)
 
     def get_interface(self, *args: Any, **kwargs: Any) -> Any:
         """The function of a name."""
-        return self._code.copy(self._table.get_interface(*args, **kwargs))
+        found = self._table.get_interface(*args, **kwargs)
+        return self._copies.get(found, found)
 
 
 def _is_table(value: Any) -> bool:
