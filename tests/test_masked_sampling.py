@@ -405,6 +405,7 @@ def test_maskbit():
         (lambda: methods.LLaDA(order="height"), "order='height'"),
         (lambda: methods.LLaDA(order="scores"), "order='scores'"),
         (lambda: methods.LLaDA(temperature=-0.1), "temperature=-0.1"),
+        (lambda: methods.LLaDA(threshold=math.nan), "threshold=nan must be a number, or None"),
         (lambda: methods.MaskBit(bits=7, groups=2), "groups=2 must divide bits=7"),
         (lambda: methods.MDLM(finish="none"), "finish='none'"),
         (lambda: methods.GenMD4(torch.tensor([1.0, 0.0])), "powers"),
@@ -454,3 +455,20 @@ def test_calls_that_make_no_sense():
     with pytest.raises(ValueError, match="hold a NaN"):
         sampler.sample(lambda tokens: torch.full((2, N, V), math.nan), masked(), V)
     assert sampler.sample(Toy(), masked() - 1, V).equal(masked() - 1)  # nothing is masked: nothing to do
+
+
+def test_what_a_model_returns_is_checked():
+    sampler = methods.MaskGIT(steps=2)
+    for output, error, message in (
+        (
+            (torch.randn(2, N, V),),
+            TypeError,
+            "the model returned a tuple; it must be a tensor, or have one as `logits`",
+        ),
+        (torch.randn(2, 8, V), ValueError, r"the model's logits have shape \(2, 8, 11\); they must be \(2, 24, ...\)"),
+        (torch.randn(2, V), ValueError, r"logits have shape \(2, 11\)"),
+    ):
+        with pytest.raises(error, match=message):
+            sampler.sample(lambda tokens, output=output: output, masked(), V)
+    with pytest.raises(ValueError, match=r"hidden rows have shape \(1, 24, 4\)"):
+        sampler.sample(lambda tokens: torch.randn(1, N, 4), masked(), V, head=torch.nn.Linear(4, V))

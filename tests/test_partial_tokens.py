@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import diffusers
 import pytest
@@ -13,6 +14,7 @@ from zoo.common import as_dtype
 from zoo.pipelines import PIPELINES, sample
 
 import maskaccel
+from maskaccel import methods
 from maskaccel.masks import DenseAt, TokenIndex
 from maskaccel.methods import RAS, FusedAdaLN
 from maskaccel.models._tokens import tokens_of
@@ -111,11 +113,30 @@ def test_gradients_and_calls_outside_of_a_run_are_left_alone():
         with torch.no_grad():
             before = outputs(model, kwargs)[0]
             assert torch.equal(outputs(model, kwargs)[0], before)
+        assert "calls as without a patch 2, since no run was begun" in str(patch.report())
         with patch.generation(3) as run:
             for _ in range(3):
                 outputs(model, kwargs)[0].sum().backward()
                 run.step()
-        assert patch.report().activity["Fixed"] == {"computed": 0, "in part": 0, "bytes held": 0, "peak bytes": 0}
+        found = patch.report().activity["Fixed"]
+        assert (found["computed"], found["in part"], found["calls as without a patch"]) == (0, 0, 5)
+        assert "gradients were on" in found["since"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "cache", [methods.FORA(), methods.FORA(level="stack"), methods.FBCache()], ids=["module", "stack", "signal"]
+)
+def test_features_of_some_tokens_are_not_kept_for_others(cache, first):
+    model, _ = MODELS["DiTTransformer2DModel"]()
+    before = {id(m): dict(m.__dict__) for m in model.modules()}
+    for one in (Fixed(some), maskaccel.TokenRoute(0, 1, when="always")):
+        text = re.escape(f"{cache.name} keeps features from step to step, and {one.name} runs the blocks of")
+        with pytest.raises(maskaccel.PatchError, match=text):
+            maskaccel.patch(model, [cache, one] if first else [one, cache])
+    assert {id(m): dict(m.__dict__) for m in model.modules()} == before
+    with maskaccel.patch(model, [cache, maskaccel.TokenRoute(0, 1)]):
+        pass  # of training: a run is dense
 
 
 def test_calls_of_another_shape_are_computed():

@@ -48,6 +48,7 @@ BAD = {
     "offset": (lambda: _draw(sample_offset=-1), ValueError, r"sample_offset=-1 must be"),
     "seed": (lambda: _draw(seed=0.5), ValueError, r"seed=0.5 must be an integer of 64 bits"),
     "step": (lambda: _draw(step=torch.tensor([1.0])), TypeError, r"step is a tensor of torch.float32"),
+    "step of 65 bits": (lambda: _draw(step=1 << 63), ValueError, r"step=9223372036854775808 must be an integer, 0 to"),
     "negative step": (lambda: _draw(step=-1), ValueError, r"step=-1 must be"),
     "forced": (lambda: _draw(force=MASK), ValueError, r"force names 12 tokens, more than the 5 that are kept"),
     "forced in a row": (
@@ -77,6 +78,11 @@ BAD = {
     "ids range": (lambda: TokenIndex.from_keep(torch.tensor([1, 5]), 5), ValueError, r"from 1 to 5; allowed are 0 to "),
     "ids dtype": (lambda: TokenIndex.from_keep(torch.tensor([1.0]), 5), TypeError, r"keep must be a tensor of int32"),
     "too many ids": (lambda: TokenIndex.from_keep(torch.arange(3), 2), ValueError, r"K from 1 to n=2"),
+    "number of tokens": (
+        lambda: TokenIndex.from_keep(torch.tensor([1]), 5.0), ValueError, r"n=5.0 must be an integer, 1 or more",
+    ),
+    "all of none": (lambda: TokenIndex.all(0), ValueError, r"n=0 must be an integer, 1 or more"),
+    "no such dim": (lambda: INDEX.gather(X, 3), ValueError, r"dim=3; a tensor \(2, 12, 8\) has 3 dims"),
     "mask dtype": (lambda: TokenIndex.from_mask(torch.ones(4)), TypeError, r"mask must be a bool tensor, got"),
     "nothing kept": (lambda: TokenIndex.from_mask(~MASK), ValueError, r"would have 0 slots"),
     "capacity": (lambda: TokenIndex.from_mask(MASK, capacity=13), ValueError, r"13 slots a sample; allowed are 1 to 1"),
@@ -192,3 +198,10 @@ def test_a_nan_where_nothing_is_masked_is_not_read():
     tokens[0, 2] = 4
     out, confidence = ops.confidence_unmask(logits, tokens, 9, 100)
     assert out[0, 2] == 4 and confidence[0, 2] == torch.inf and (out != 9).all()
+
+
+def test_numbers_of_numpy_are_numbers():
+    np = pytest.importorskip("numpy")
+    index = _draw(batch=np.int64(2), n=np.int64(12), keep=np.float32(0.5), seed=np.int64(1), step=np.int32(0))
+    assert torch.equal(index.keep, _draw(keep=0.5).keep)
+    assert _draw(keep=np.int64(5)).kept == 5

@@ -9,10 +9,10 @@ from _raw_cases import Draw
 from torch.testing import assert_close
 
 from maskaccel import ops
-from maskaccel.masks import TokenIndex
+from maskaccel.masks import TokenIndex, TokenOrder
 from maskaccel.ops import _registry
 from maskaccel.ops.adaln import fallback
-from maskaccel.ops.tokens import autograd, philox, reference
+from maskaccel.ops.tokens import autograd, draw, philox, reference
 
 F64 = torch.float64
 ZERO = torch.zeros(1, dtype=torch.int64)
@@ -359,6 +359,24 @@ def test_opcheck(op):
 def test_every_op_has_a_reference_and_a_draw():
     names = {name for name in _registry.SPECS if name in reference.KERNELS}
     assert names == set(reference.KERNELS) == set(_raw_tokens.DRAWS)
+
+
+def test_cells_compile_without_a_break():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def both(x, step):
+        index = ops.random_keep(2, 24, 6, seed=1, step=step, scheme="cell", grid=(4, 6))
+        match = ops.match_tokens(x, 0.5, grid=(4, 6))
+        return index.keep, ops.unmerge_tokens(ops.merge_tokens(x, match), match)
+
+    x, step = torch.randn(2, 24, 8), torch.tensor([3])
+    for got, want in zip(both(x, step), both._torchdynamo_orig_callable(x, step), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("grid", "cell"), [((4, 6), (2, 3)), ((4, 4, 2), (2, 2, 2)), ((6,), (2,)), ((3, 4), (1, 2))])
+def test_tokens_cell_by_cell(grid, cell):
+    order = draw._cell_order(grid, cell, torch.device("cpu"))
+    assert torch.equal(order.long(), TokenOrder(grid, cell).permutation)
 
 
 def test_a_routed_step_compiles_without_a_break():

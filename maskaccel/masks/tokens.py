@@ -54,6 +54,7 @@ class TokenIndex:
         if not isinstance(keep, Tensor) or keep.dtype not in (torch.int32, torch.int64):
             found = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
             raise TypeError(f"keep must be a tensor of int32 or int64, got {found}")
+        n = _count("n", n)
         keep = keep[None] if keep.dim() == 1 else keep
         if keep.dim() != 2 or not 1 <= keep.shape[1] <= n:
             raise ValueError(f"keep has shape {tuple(keep.shape)}; it must be (K,) or (B, K) with K from 1 to n={n}")
@@ -103,7 +104,12 @@ class TokenIndex:
 
     @classmethod
     def all(cls, n: int, device: Any = None) -> TokenIndex:
-        """Every one of n tokens, for all samples."""
+        """Every one of n tokens, for all samples.
+
+        Raises:
+            ValueError: `n` is no integer of 1 or more.
+        """
+        n = _count("n", n)
         ids = torch.arange(n, dtype=torch.int32, device=device)[None]
         return cls(ids, ids.clone())
 
@@ -212,6 +218,8 @@ class TokenIndex:
         Raises:
             ValueError: `x` has another number of rows, or another batch.
         """
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"dim={dim}; a tensor {tuple(x.shape)} has {x.dim()} dims")
         dim = dim % x.dim()
         if x.shape[dim] != self.n:
             raise ValueError(
@@ -241,6 +249,12 @@ class TokenIndex:
         from ..ops.tokens import scatter_merge
 
         return scatter_merge(full, rows, self)
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer, 1 or more")
+    return value
 
 
 def inverse_of(keep: Tensor, n: int) -> Tensor:

@@ -230,7 +230,10 @@ class MaskedSampling:
         on_step: Callable[[int, Tensor], None] | None = None,
         cache: nn.Module | None = None,
     ) -> Tensor:
-        """Reveal the masked tokens. Those whose logits hold a NaN stay masked.
+        """Reveal the masked tokens.
+
+        A model whose vocabulary holds the mask token may predict it: such a position stays masked. Set its logit to
+        -inf where that is not wanted.
 
         Args:
             model: Given int64 tokens `(B, N)`, the logits `(B, N, V)`, or an object that has them as `logits`. With
@@ -251,9 +254,11 @@ class MaskedSampling:
             int64 `(B, N)`.
 
         Raises:
-            TypeError: `tokens` is no int64 tensor, or `hold` not bool.
+            TypeError: `tokens` is no int64 tensor, `hold` not bool, or the model returns neither logits nor what has
+                them.
             ValueError: Shapes do not fit, `mask_id` is negative, `hold` holds all masked tokens, there is a `head` or a
-                `cache` and the method ranks by scores, or `cache` is not patched.
+                `cache` and the method ranks by scores, or `cache` is not patched; the model's output does not fit the
+                tokens; on a CPU also logits of a masked token with a NaN or +inf (on a GPU it stays masked).
         """
         check_tokens(tokens, mask_id)
         computed = None if cache is None else _computed_rows(cache)
@@ -303,6 +308,7 @@ class _Step:
     def revealed(self, model: Model, tokens: Tensor, hold: Tensor | None) -> Tensor:
         """The tokens after it."""
         mask_id, output = self.mask_id, logits_of(model(tokens))
+        _check_output("logits" if self.head is None else "hidden rows", output, tokens)
         if self.head is None:
             return reveal_step(self.reveal, output, tokens, mask_id, hold=hold, step=self.step, **vars(self.draw))
         return _on_rows(self.reveal, output, self.head, tokens, mask_id, hold, self.draw, self.step)
@@ -355,7 +361,16 @@ def _on_rows(reveal: Reveal, hidden: Tensor, head: Head, tokens: Tensor, mask_id
 
 def logits_of(output: Any) -> Tensor:
     """Logits of a model's output: a tensor, or what has one as `logits`."""
-    return output if isinstance(output, Tensor) else output.logits
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the model returned a {type(output).__name__}; it must be a tensor, or have one as `logits`")
+    return logits
+
+
+def _check_output(name: str, output: Tensor, tokens: Tensor) -> None:
+    if output.dim() != 3 or output.shape[:2] != tokens.shape:
+        batch, n = tokens.shape
+        raise ValueError(f"the model's {name} have shape {tuple(output.shape)}; they must be ({batch}, {n}, ...)")
 
 
 def check_tokens(tokens: Tensor, mask_id: int) -> None:

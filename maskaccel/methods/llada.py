@@ -8,6 +8,7 @@ are finished from left to right (semi-autoregressive). With a threshold, every t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,9 @@ class LLaDA(_masked.MaskedSampling):
         for field in ("temperature", "guidance"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field}={getattr(self, field)!r} must be a number, 0 or more")
+        threshold = self.threshold
+        if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
+            raise ValueError(f"threshold={threshold!r} must be a number, or None")
         self._reveal(0)  # order and scores go together
 
     def _reveal(self, count: int | tuple[int, ...], **options: Any) -> Reveal:

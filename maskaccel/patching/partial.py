@@ -37,6 +37,8 @@ from .transaction import PatchError
 
 ACTIVE = "_maskaccel_active_tokens"
 
+_NO_RUN = "no run was begun: `with patch.generation(steps) as run` in a loop of your own"
+_GRADIENTS = "gradients were on: call the model under torch.no_grad()"
 _TIMES = ("timestep", "timesteps", "t")
 
 
@@ -46,6 +48,8 @@ class Counts:
 
     dense: int = 0
     partial: int = 0
+    outside: int = 0
+    why_outside: str = ""
     tokens: int = 0
     all_tokens: int = 0
     letters: dict[str, list[str]] = field(default_factory=dict)
@@ -119,6 +123,8 @@ class ActiveTokens:
         """One call of the model, as a wrapper of its forward."""
         at = self.generation
         if not at.active or torch.is_grad_enabled():
+            self.counts.outside += 1
+            self.counts.why_outside = _GRADIENTS if at.active else _NO_RUN
             return inner(*args, **kwargs)
         if self._calls.key(0) is None:
             return inner(*args, **kwargs)
@@ -338,6 +344,8 @@ def attach_active(
     if selector.level and levels is None:
         raise PatchError(f"{method}: a call at noise level {selector.level} needs a scheduler for flow matching, or "
                          f"DDIM; {type(context.scheduler).__name__} scales latents before the model")  # fmt: skip
+    if selector.stale:
+        context.drops = method
     generation = context.track_generation(method)
     generation.rules.setdefault(method, []).append(rule)
     run = ActiveTokens(method, generation, layout_of(context), rule, selector, grid)
@@ -375,6 +383,8 @@ def activity(model: nn.Module) -> dict[str, Any]:
         return {}
     counts, at = run.counts, run.generation
     found: dict[str, Any] = {"computed": counts.dense, "in part": counts.partial}
+    if counts.outside:
+        found |= {"calls as without a patch": counts.outside, "since": counts.why_outside}
     if counts.all_tokens:
         found |= {"tokens in part": counts.tokens, "tokens in all": counts.all_tokens}  # of the calls in part
     for branch, line in counts.letters.items():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..ops._backends import KERNEL_DTYPES, select
+from ..state.feature import Feature
 from ..state.follow import follow_pipeline, is_followed
 from ..state.generation import Generation, Run, track
 from .report import PatchReport
@@ -45,6 +46,8 @@ class Context:
         self.scheduler = scheduler  # of the pipeline, if there is one
         self.planned = 0
         self.tracked = False
+        self.drops: str | None = None  # the method that runs blocks on tokens that change from step to step
+        self.remembers: str | None = None  # the one that keeps features for later steps
 
     def done(self, method: str, module: Any, action: str) -> None:
         """Count a patched site."""
@@ -200,7 +203,7 @@ def patch(target: Any, methods: Method | Sequence[Method] | None = None) -> Patc
             names = ", ".join(method.name for method in held.methods)
             raise PatchError(f"{type(model).__name__} is already patched with [{names}]; remove() that patch first")
 
-    transaction, report = Transaction(), PatchReport()
+    transaction, report = Transaction(), PatchReport()  # nothing is changed before its commit
     generations = [Generation() for _ in models]
     scheduler = getattr(pipeline, "scheduler", None)
     contexts = [Context(m, transaction, report, g, scheduler) for m, g in zip(models, generations, strict=True)]
@@ -208,6 +211,7 @@ def patch(target: Any, methods: Method | Sequence[Method] | None = None) -> Patc
         before = sum(context.planned for context in contexts)
         for context in contexts:
             method.attach(context)
+            _keep_apart(context, method.name)
         if sum(context.planned for context in contexts) == before:
             raise PatchError(_nothing_matched(method, models, report))
     report.models = [type(model).__name__ for model in models]
@@ -220,6 +224,17 @@ def patch(target: Any, methods: Method | Sequence[Method] | None = None) -> Patc
         transaction.set(model, OWNER, result, "maskaccel")
     transaction.commit()
     return result
+
+
+def _keep_apart(context: Context, method: str) -> None:
+    """Features of some tokens are no features of those of the next step, which may be as many: nothing would tell."""
+    if context.remembers is None and any(isinstance(memory, Feature) for memory in context.generation.memories):
+        context.remembers = method
+    if context.drops and context.remembers:
+        raise PatchError(
+            f"{context.remembers} keeps features from step to step, and {context.drops} runs the blocks of "
+            f"{type(context.model).__name__} on other tokens at every step; use one of them"
+        )
 
 
 def _as_methods(methods: Method | Sequence[Method] | None) -> tuple[Method, ...]:

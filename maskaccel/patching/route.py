@@ -213,6 +213,8 @@ class TokenRoute(nn.Module):
     def attach(self, context: Context) -> None:
         """Plan the route on a model."""
         attach_span(context, self.name, self.start, self.end, self)
+        if self.when == "always":
+            context.drops = self.name
         if self.reenter_with == "mask_token":
             self.reenter_with = MaskToken(width_of(context.model, self.name)).to(like_of(context.model))
         elif isinstance(self.reenter_with, MaskToken):

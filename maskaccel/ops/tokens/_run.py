@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,9 @@ def run(name: str, args: tuple, device: torch.device, backend: str | None, dtype
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """An int from `low` to `high`."""
+    """An int from `low` to `high`; integers of numpy are taken too."""
+    if not isinstance(value, int) and isinstance(value, numbers.Integral):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         allowed = f"{low} or more" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}={value!r} must be an integer, {allowed}")
@@ -47,6 +50,8 @@ def number(name: str, value: object, low: float, high: float) -> float:
 
 def kept_count(name: str, value: object, n: int) -> int:
     """A count of 1 to n, or a fraction above 0 up to 1 of n, rounded up as in TREAD (`n - floor(n * dropped)`)."""
+    if not isinstance(value, int | float) and isinstance(value, numbers.Real):  # of numpy
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, float):
         if not 0.0 < value <= 1.0:
             raise ValueError(f"{name}={value} must be a fraction above 0 up to 1, or a count of 1 to {n}")
@@ -64,7 +69,7 @@ def step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
             raise TypeError(f"step is a tensor of {step.dtype} {tuple(step.shape)}; it must be int64 of one element")
         _on("step", step, device)
         return step.reshape(1)
-    integer("step", step, 0)
+    integer("step", step, 0, (1 << 63) - 1)
     return torch.full((1,), step, dtype=torch.int64, device=device)
 
 
@@ -76,6 +81,8 @@ def _on(name: str, t: Tensor, device: torch.device) -> None:
 
 def seed_of(seed: object) -> int:
     """A key of 64 bits, as the signed integer that schemas take."""
+    if not isinstance(seed, int) and isinstance(seed, numbers.Integral):
+        seed = int(seed)
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed={seed!r} must be an integer of 64 bits")
     return seed - (1 << 64) if seed >= 1 << 63 else seed

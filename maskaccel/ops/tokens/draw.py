@@ -244,9 +244,14 @@ def _cells(keep: Any, n: int, sizes: tuple[int, ...], cell: Sequence[int] | None
 
 @functools.lru_cache(maxsize=64)
 def _cell_order(sizes: tuple[int, ...], cell: tuple[int, ...], device: torch.device) -> Tensor:
-    from ...masks.order import TokenOrder
+    """int32 `(n,)`: the tokens of the first cell, those of the second, ...; cells and tokens in raster order.
 
-    return TokenOrder(sizes, cell).permutation.to(torch.int32).to(device)
+    `TokenOrder(sizes, cell).permutation`, in a form that `torch.compile` traces.
+    """
+    split = [part for size, side in zip(sizes, cell, strict=True) for part in (size // side, side)]
+    raster = torch.arange(math.prod(sizes), dtype=torch.int32).view(split)
+    axes = range(len(split))
+    return raster.permute(*axes[::2], *axes[1::2]).reshape(-1).to(device)
 
 
 def _forced_fit(forced: Tensor | None, n: int, keep: int, groups: int, order: Tensor | None) -> None:
