@@ -517,3 +517,11 @@ def test_a_patched_model_cannot_be_pickled(dit) -> None:
         pytest.raises(maskaccel.PatchError, match="a patched model cannot be pickled"),
     ):
         pickle.dumps(dit[0])
+
+
+def test_what_wraps_a_model_is_refused_with_what_to_patch(dit) -> None:
+    class Wrapped(nn.parallel.DataParallel):  # as DistributedDataParallel, which needs a process group
+        pass
+
+    with pytest.raises(maskaccel.PatchError, match="Wrapped wraps a DiTTransformer2DModel: patch that one, before it"):
+        maskaccel.patch(Wrapped(dit[0]), [TokenRoute(1, 2)])

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .transaction import PatchError
 
@@ -17,7 +18,7 @@ def find_models(target: Any) -> tuple[list[nn.Module], Any | None]:
         The models, and the pipeline (None for a module).
 
     Raises:
-        PatchError: The target is neither, the pipeline holds no transformer, or a model is compiled.
+        PatchError: The target is neither, the pipeline holds no transformer, or a model is compiled or wrapped.
     """
     if isinstance(target, nn.Module):
         return [_not_compiled(target)], None
@@ -37,7 +38,12 @@ def find_models(target: Any) -> tuple[list[nn.Module], Any | None]:
 
 
 def _not_compiled(model: nn.Module) -> nn.Module:
-    """The model, or PatchError: compiled code does not see a patch that comes after it."""
+    """The model, or PatchError: compiled code does not see a patch that comes after it, and wrappers have no blocks."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise PatchError(
+            f"{type(model).__name__} wraps a {type(model.module).__name__}: patch that one, before it is wrapped where "
+            "a method has parameters: they are to be wrapped with it"
+        )
     for module in model.modules():
         if _is_optimized(module) or module._compiled_call_impl is not None:
             raise PatchError(f"{type(model).__name__}: {type(module).__name__} is compiled; patch first, compile after")
