@@ -6,6 +6,7 @@ import _raw_tokens
 import pytest
 import torch
 from _raw_cases import Draw
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from maskaccel import ops
@@ -354,6 +355,38 @@ def test_opcheck(op):
     for seed in range(6):
         args = _raw_tokens.DRAWS[op](Draw(seed, torch.float32))
         torch.library.opcheck(getattr(torch.ops.maskaccel, op).default, args, test_utils=kinds)
+
+
+@pytest.mark.parametrize("op", _raw_tokens.DRAWS)
+def test_fakes_tell_shape_dtype_and_strides(op):
+    call = getattr(torch.ops.maskaccel, op).default
+    for seed in range(6):
+        args = _raw_tokens.DRAWS[op](Draw(seed, torch.float32))
+        with torch.no_grad():
+            real = call(*args)
+            with FakeTensorMode() as mode:
+                fake = call(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in args))
+        for r, f in zip(*((v if isinstance(v, tuple) else (v,)) for v in (real, fake)), strict=True):
+            assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+@pytest.mark.parametrize("op", [n for n in _raw_tokens.DRAWS if _registry.SPECS[n].backward is None])
+def test_ops_without_a_derivative_refuse_gradients(op):
+    """A caller of `torch.ops` must not get zeros in silence."""
+    args = tuple(
+        t.detach().clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for t in _raw_tokens.DRAWS[op](Draw(3, torch.float32))
+    )
+    leaves = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
+    fake = _registry.SPECS[op].fake(*args)
+    if not any(t.is_floating_point() for t in (fake if isinstance(fake, tuple) else (fake,))):
+        out = getattr(torch.ops.maskaccel, op)(*args)  # integers have no gradient to lose
+        assert not any(t.requires_grad for t in (out if isinstance(out, tuple) else (out,)))
+        return
+    with pytest.raises((RuntimeError, NotImplementedError), match="has no derivative"):
+        out = getattr(torch.ops.maskaccel, op)(*args)
+        real = [t for t in (out if isinstance(out, tuple) else (out,)) if t.is_floating_point()]
+        torch.autograd.grad(real[0].sum(), leaves)
 
 
 def test_every_op_has_a_reference_and_a_draw():
