@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import diffusers
@@ -109,13 +110,27 @@ def test_a_loop_of_ones_own_tells_what_the_solver_is_given():
         for tells, line in ((True, "Cpp"), (False, "CCC")):
             with patch.generation(3) as run:
                 for given in steps_of(model, kwargs):
-                    v = outputs(model, given)[0].chunk(2, 1)[0]
+                    v = outputs(model, given)[0]
                     if tells:
                         assert torch.equal(run.output(v, given["hidden_states"], 0.5), v)
                     run.step()
             assert patch.report().activity["RAS"]["steps"] == line
-        with patch.generation(3) as run, pytest.raises(ValueError, match=r"sigma=0 must be above 0"):
-            run.output(v, v, 0)
+        with patch.generation(3) as run:
+            for sigma in (0, 700.0, "a", torch.ones(2)):
+                with pytest.raises(ValueError, match=re.escape(f"sigma={sigma!r} must be a number above 0")):
+                    run.output(v, v, sigma)
+            with pytest.raises(ValueError, match=r"output has shape .*; it must be that of the latents"):
+                run.output(v[:, :2], v, 0.5)
+
+
+def test_a_loop_that_shows_nothing_is_told_so():
+    model, kwargs = MODELS["DiTTransformer2DModel"]()
+    with maskaccel.patch(model, RAS(first=1, dense=(), multiple=1)) as patch, torch.no_grad():
+        with patch.generation(3) as run:
+            for given in steps_of(model, kwargs):
+                outputs(model, given)
+                run.step()
+        assert "no step of a solver was seen; a loop of your own shows it" in str(patch.report())
 
 
 # ----------------------------------------------------------------------------------------------------------- SpotEdit
@@ -413,16 +428,15 @@ def test_merging_in_pipelines(name):
 
 def test_calls_that_cannot_be_merged_stay_dense():
     model, q = Model(), randn(2, 3, 15, 16)
-    for method, reason in ((ToMe(grid=(3, 5)), r"no whole number of cells"), (ToMe(), "not known"),
-                           (ToMe(0.9, (1, 5), grid=(3, 5)), "no destination")):  # fmt: skip
+    for method, reason in ((ToMe(grid=(3, 5)), r"no whole number of cells"), (ToMe(), "not known")):
         with maskaccel.patch(model, method) as patch, torch.no_grad():
             assert torch.equal(model(q, q, q), F.scaled_dot_product_attention(q, q, q))
             activity = patch.report().activity["ToMe"]
         assert activity["warning"] and any(reason in key for key in activity)
 
 
-@pytest.mark.parametrize("settings", [{"ratio": 1}, {"ratio": -0.1}, {"cell": (1, 1)}, {"cell": [2, 2]},
-                                      {"dense_layers": -1}, {"seed": None}])  # fmt: skip
+@pytest.mark.parametrize("settings", [{"ratio": 1}, {"ratio": -0.1}, {"ratio": 0.76}, {"cell": (1, 1)},
+                                      {"cell": [2, 2]}, {"dense_layers": -1}, {"seed": None}])  # fmt: skip
 def test_settings_of_tome(settings):
     (name,) = settings
     with pytest.raises(ValueError, match=f"{name}="):

@@ -19,7 +19,8 @@ def reference_like(given: Given, sample: Tensor) -> Tensor:
     if reference.shape[1:] != sample.shape[1:] or reference.shape[0] not in (1, sample.shape[0]):
         raise ValueError(
             f"reference has shape {tuple(reference.shape)}; it must be that of the latents, {tuple(sample.shape)}, or "
-            "have a batch of 1"
+            "have a batch of 1. They are those that the solver is given, in some pipelines (DiTPipeline) of both "
+            "guidance branches: reference.repeat(2, 1, 1, 1)"
         )
     return reference.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
 

@@ -18,7 +18,6 @@ normalised input.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +68,11 @@ class ToMe:
             raise ValueError(f"cell={cell!r} must be two integers, 1 or more")
         if cell == (1, 1):
             raise ValueError("cell=(1, 1) leaves nothing to merge")
+        most = 1 - 1 / (cell[0] * cell[1])
+        if self.ratio > most:
+            raise ValueError(
+                f"ratio={self.ratio} is more than cells of {cell} can merge, which keep a token each: {most:g}"
+            )
         check_count("dense_layers", self.dense_layers)
         check_count("seed", self.seed)
 
@@ -158,8 +162,6 @@ class Merging:
             return "the model runs in another order of tokens"
         if len(grid) < 2 or any(n % c for n, c in zip(grid, self.cell(grid), strict=True)):
             return f"grid {grid} is no whole number of cells"
-        if int(math.prod(grid) * self.method.ratio) > math.prod(grid) - math.prod(grid) // math.prod(self.method.cell):
-            return f"ratio={self.method.ratio} is more than the tokens that are no destination"
         return None
 
 

@@ -89,6 +89,7 @@ class ActiveTokens:
         self._calls = OncePerStep(generation, "nothing is computed in part")
         self._called = -1
         self._run = -1
+        self.watched = 0  # steps of the solver that were seen
         generation.memories.append(self)
         if selector.stale:
             generation.watchers.append(self)
@@ -278,6 +279,7 @@ class ActiveTokens:
     def seen(self, output: Tensor, sample: Tensor, point: Point) -> Tensor:
         """Choose the tokens of the next step."""
         at, where = self.generation, self.where
+        self.watched += 1
         if self._called != at.index or where is None:
             return output
         seen = Seen(output, sample, point, where, at.index, at.num_steps, self.entered)
@@ -395,4 +397,9 @@ def activity(model: nn.Module) -> dict[str, Any]:
     }
     if counts.dense and not counts.partial:
         found["warning"] = "never computed anything in part"
+        if run.selector.stale and not run.selector.static and not run.watched:
+            found["warning"] += (
+                ": no step of a solver was seen; a loop of your own shows it by "
+                "`output = run.output(output, latents, sigma)`"
+            )
     return found

@@ -229,25 +229,29 @@ class Run:
         for one in self._members:
             one.step()
 
-    def output(self, output: Tensor, sample: Tensor, sigma: float) -> Tensor:
+    def output(self, output: Tensor, sample: Tensor, sigma: float | Tensor) -> Tensor:
         """Tell the methods what the solver is about to be given; some choose tokens by it.
 
         Args:
             output: The model's guided output `eps - clean` (flow matching).
             sample: The latents `(1 - sigma) * clean + sigma * eps` of this step.
-            sigma: Their noise level, above 0 to 1.
+            sigma: Their noise level, above 0 to 1; a tensor of one element is read on the host.
 
         Returns:
             What the solver is to be given in its place.
 
         Raises:
-            ValueError: `sigma` is out of range.
+            ValueError: `sigma` is out of range, or output and latents are of different shapes.
         """
-        if not 0 < sigma <= 1:
-            raise ValueError(f"sigma={sigma!r} must be above 0 and at most 1")
+        number = sigma.item() if isinstance(sigma, Tensor) and sigma.numel() == 1 else sigma
+        if not isinstance(number, int | float) or not 0 < number <= 1:
+            raise ValueError(f"sigma={sigma!r} must be a number above 0, at most 1")
+        if output.shape != sample.shape:
+            raise ValueError(f"output has shape {tuple(output.shape)}; it must be that of the latents, "
+                             f"{tuple(sample.shape)}: what the solver's step is given")  # fmt: skip
         for one in self._members:
             for watcher in one.watchers:
-                output = watcher.seen(output, sample, Point(1 - sigma, sigma))
+                output = watcher.seen(output, sample, Point(1 - number, number))
         return output
 
     @contextlib.contextmanager
