@@ -26,8 +26,11 @@ def explain(op: str, *args: Any) -> dict[str, str | None]:
     Raises:
         ValueError: `op` names no op.
     """
-    if op not in ops.__all__:
-        raise ValueError(f"op={op!r} is not known; allowed are {', '.join(ops.__all__)}")
+    names = [
+        name for name in ops.__all__ if not isinstance(getattr(ops, name), type)
+    ]  # without MergeIndex and the like
+    if op not in names:
+        raise ValueError(f"op={op!r} is not known; allowed are {', '.join(names)}")
     first = next((a for a in args if isinstance(a, Tensor)), None)
     if first is None:
         return reasons(torch.empty(0).device, torch.float32, op)

@@ -300,3 +300,9 @@ def test_parse_shape():
     assert parse_shape("2,4096,1152") == parse_shape("2x4096x1152") == (2, 4096, 1152)
     with pytest.raises(ValueError, match="list of sizes"):
         parse_shape("2,-1")
+
+
+def test_explain_offers_ops_alone():
+    with pytest.raises(ValueError, match="op='MergeIndex' is not known") as found:
+        maskaccel.explain("MergeIndex", torch.randn(1))
+    assert "merge_tokens" in str(found.value) and "RelativePosition" not in str(found.value)

@@ -84,6 +84,9 @@ BAD = {
     "all of none": (lambda: TokenIndex.all(0), ValueError, r"n=0 must be an integer, 1 or more"),
     "no such dim": (lambda: INDEX.gather(X, 3), ValueError, r"dim=3; a tensor \(2, 12, 8\) has 3 dims"),
     "mask dtype": (lambda: TokenIndex.from_mask(torch.ones(4)), TypeError, r"mask must be a bool tensor, got"),
+    "capacity of no integer": (
+        lambda: TokenIndex.from_mask(MASK, capacity=2.0), ValueError, r"capacity=2.0 must be an integer, 1 or more",
+    ),
     "nothing kept": (lambda: TokenIndex.from_mask(~MASK), ValueError, r"would have 0 slots"),
     "capacity": (lambda: TokenIndex.from_mask(MASK, capacity=13), ValueError, r"13 slots a sample; allowed are 1 to 1"),
     "no complement": (lambda: TokenIndex.all(4).complement(), ValueError, r"all 4 tokens are kept"),

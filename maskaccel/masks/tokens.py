@@ -88,6 +88,8 @@ class TokenIndex:
         mask = mask[None] if mask.dim() == 1 else mask
         if mask.dim() != 2 or 0 in mask.shape:
             raise ValueError(f"mask has shape {tuple(mask.shape)}; it must be (N,) or (B, N)")
+        if capacity is not None:
+            _count("capacity", capacity)
         n, counts = mask.shape[1], mask.sum(1, dtype=torch.int32)
         ragged = capacity is not None
         if capacity is None:
