@@ -172,6 +172,12 @@ def test_plan_warns_where_nothing_can_be_reused(arguments):
     assert f"warning: {data['warning']}" in result.output
 
 
+def test_plan_of_a_training_method_and_of_one_that_needs_tensors():
+    assert "every step is computed with all tokens" in runner.invoke(app, ["plan", "TREAD", "--set", "seed=3"]).output
+    result = runner.invoke(app, ["plan", "SpotEdit"])
+    assert result.exit_code != 0 and "SpotEdit needs reference" in result.output
+
+
 def test_plan_as_text():
     text = runner.invoke(app, ["plan", "TeaCache", "--steps", "4", "--set", "polynomial=(1.0, 0.0)"]).output
     assert "TeaCache(polynomial=(1.0, 0.0)), 4 steps" in text and "C??C  2 computed, 2 undecided" in text

@@ -10,6 +10,7 @@ from .. import methods, state
 from ..masks.schedule import StepRule, Window, render
 from ..masks.signal import Signal
 from ..methods._attention import SparseAttention
+from ..patching import TokenRoute
 from ._settings import settings
 
 # What a method calls its step mask.
@@ -28,9 +29,19 @@ def make_method(name: str, texts: Sequence[str]) -> Any:
     cls = getattr(methods, found)
     calls = {one: getattr(state, one) for one in state.__all__ if one[:1].isupper()}
     given, parameters = settings(texts, calls=calls), inspect.signature(cls).parameters
+    open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     for argument in given:
-        if argument not in parameters:
+        if argument not in parameters and not open_ended:
             raise ValueError(f"{found} has no argument {argument}; it has {', '.join(parameters)}")
+    needed = [
+        one.name
+        for one in parameters.values()
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) and one.name not in given
+    ]
+    if needed:
+        raise ValueError(
+            f"{found} needs {', '.join(needed)}: give it with --set if it can be written, or plan in Python"
+        )
     try:
         return cls(**given)
     except (TypeError, OSError) as error:
@@ -65,6 +76,8 @@ def describe_plan(
     method = make_method(name, texts)
     found: dict[str, Any] = {"method": _shown(method, texts), "kind": method.kind, "steps": steps, "rules": {}}
     found["within"] = ", with attention over some of its tiles" if isinstance(method, SparseAttention) else ""
+    if isinstance(method, TokenRoute):
+        found["within"] = " with all tokens; some are dropped in training alone"
     for label, rule in rules_of(method).items():
         actions = rule.plan(steps, timesteps) if timesteps is not None else rule.plan(steps)
         how = at_run_time(rule)
