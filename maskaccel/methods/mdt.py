@@ -38,7 +38,7 @@ from ..masks import TokenIndex
 from ..models import stack_of
 from ..ops.attention import RelativePosition
 from ..patching import Context, PatchError, TokenRoute
-from ..patching.route import like_of, moved_along, same_width, width_of
+from ..patching._fit import like_of, moved_along, same_width, width_of
 from ..patching.span import SpanCall, blocks_left
 from ._layers import check_tokens, remembered, sizes
 from ._masked_rows import kind_of, partial_block

@@ -33,7 +33,8 @@ from .. import ops
 from ..masks import TokenIndex
 from ..models import stack_of, streams_of
 from ..patching import Context, TokenRoute
-from ..patching.route import RouteFrame, like_of, moved_along, same_width, width_of
+from ..patching._fit import like_of, moved_along, same_width, width_of
+from ..patching.route import RouteFrame
 from ..patching.span import SpanCall
 from ._ratios import uniform
 from ._transformer import learned_token, touched

@@ -26,11 +26,11 @@ from ..masks import TokenIndex
 from ..ops import tokens as token_ops
 from ..ops.tokens._run import seed_of
 from ..ops.tokens.philox import words
+from ._fit import like_of, same_width, width_of
 from ._follow import Rows
 from ._spans import SpanCall, span_activity
 from .patch import Context
 from .span import attach_span
-from .transaction import PatchError
 
 Select = Callable[[SpanCall], TokenIndex]
 Reenter = Callable[[SpanCall, Tensor], Tensor]
@@ -494,45 +494,3 @@ def _cut(value: Any, index: TokenIndex, shape: Sequence[int]) -> Any:
             return value.index_select(1, index.keep[0])
         return index.gather(value, 1)
     return index.gather(value, 0)
-
-
-def width_of(model: nn.Module, method: str) -> int:
-    """The width of a model's stream, as its config tells."""
-    inner = getattr(model, "inner_dim", None)
-    if isinstance(inner, int):
-        return inner
-    config: Any = getattr(model, "config", None) or {}
-    for name in ("hidden_size", "inner_dim", "dim", "hidden_dim", "model_dim"):
-        if isinstance(config.get(name), int):
-            return config[name]
-    heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
-    if isinstance(heads, int) and isinstance(width, int):
-        return heads * width
-    raise PatchError(
-        f"{method}: the width of {type(model).__name__} is not known; give reenter=maskaccel.patching.MaskToken(width)"
-    )
-
-
-def same_width(model: nn.Module, method: str, what: str, width: int) -> None:
-    """What a method was given, or made for another model, fits the stream of this one, where its width is known."""
-    try:
-        found = width_of(model, method)
-    except PatchError:
-        return
-    if found != width:
-        raise PatchError(f"{method}: its {what} is {width} wide; the stream of {type(model).__name__} is {found}")
-
-
-def moved_along(method: str, what: str, parameter: Tensor, rows: Tensor) -> None:
-    """A method's own modules were cast and moved with the model, of which they are no part; autocast needs no cast."""
-    cast = parameter.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type)
-    if not cast or parameter.device != rows.device:
-        raise ValueError(
-            f"{method}: its {what} is {parameter.dtype} on {parameter.device}, the stream {rows.dtype} on {rows.device}"
-            ". It is no part of the model: cast and move the method too, with .to(...)"
-        )
-
-
-def like_of(model: nn.Module) -> Tensor:
-    """A tensor of the device and dtype of a model's parameters."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
