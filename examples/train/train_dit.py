@@ -146,6 +146,8 @@ class Run:
         }
         if self.where.first:
             save_atomically(state, self.options.folder / "checkpoint.pt")
+        if self.where.world > 1:
+            torch.distributed.barrier()  # a run that goes on at once must find it on every rank
 
     def load(self) -> None:
         """Go on from the checkpoint of the folder.
