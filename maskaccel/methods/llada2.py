@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +90,7 @@ class BlockStep(SamplingStep):
         if not self._counts:
             return torch.zeros_like(tokens, dtype=torch.bool)
         # The scheduler's "above" as the op's "at least": the next number of fp32.
-        above = float(np.nextafter(np.float32(threshold), np.float32(np.inf)))
+        above = torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(torch.inf)).item()
         # A sampled token may be the mask's own id; so who took a token is asked with one that no token has.
         flag = torch.full_like(tokens, -1)
         count = self._counts[min(index, len(self._counts) - 1)]
