@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 
 def put(page: str, name: str, text: str) -> str:
@@ -17,3 +19,14 @@ def put(page: str, name: str, text: str) -> str:
 def update(path: Path, name: str, text: str) -> None:
     """Put a table into a file."""
     path.write_text(put(path.read_text(encoding="utf-8"), name, text), encoding="utf-8")
+
+
+def store(data: Any, file: Path) -> None:
+    """Keep what was measured as JSON."""
+    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def show(path: Path, name: str, text: str) -> None:
+    """Print a table, and put it into a file."""
+    print(text)
+    update(path, name, text)

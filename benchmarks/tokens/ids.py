@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,8 @@ def run(rounds: int, results: Path, docs: Path) -> None:
     """Measure, store and write the table of docs/tokens.md."""
     cases = [{"shape": list(shape), "seconds": timed(_calls(*shape), rounds)} for shape in SHAPES]
     data = {"fingerprint": fingerprint(), "rounds": rounds, "cases": cases}
-    (results / "tokens_ids.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    text = table(data)
-    print(text)
-    page.update(docs / "tokens.md", "ids", text)
+    page.store(data, results / "tokens_ids.json")
+    page.show(docs / "tokens.md", "ids", table(data))
 
 
 def table(data: dict[str, Any]) -> str:

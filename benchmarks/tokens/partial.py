@@ -6,7 +6,6 @@ the queries of their attention are those of a quarter of the tokens. A block's p
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +69,9 @@ def run(lengths: list[int], batch: int, rounds: int, results: Path, docs: Path) 
     steps = [guided(lengths[0], batch, rounds, *one) for one in tqdm(STACKS, unit="stack")]
     data = {"fingerprint": fingerprint(), "rounds": rounds, "active": ACTIVE, "depth": DEPTH, "cases": cases}
     data["guided"] = steps
-    (results / "tokens_partial.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    text = table(data)
-    print(text)
-    page.update(docs / "partial-tokens.md", "partial", text)
-    text = guided_table(data)
-    print(text)
-    page.update(docs / "tokens.md", "guided", text)
+    page.store(data, results / "tokens_partial.json")
+    page.show(docs / "partial-tokens.md", "partial", table(data))
+    page.show(docs / "tokens.md", "guided", guided_table(data))
 
 
 def table(data: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,10 +50,8 @@ def run(rounds: int, results: Path, docs: Path) -> None:
     """Measure, store and write the table of docs/tokens.md."""
     cases = [{"masked": masked, "seconds": timed(_calls(masked), rounds)} for masked in MASKED]
     data = {"fingerprint": fingerprint(), "rounds": rounds, "cases": cases}
-    (results / "tokens_side.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    text = table(data)
-    print(text)
-    page.update(docs / "tokens.md", "side", text)
+    page.store(data, results / "tokens_side.json")
+    page.show(docs / "tokens.md", "side", table(data))
 
 
 def table(data: dict[str, Any]) -> str:

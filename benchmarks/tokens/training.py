@@ -8,7 +8,6 @@ with the square of the kept tokens, so a step may cost less than that ideal.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,10 +144,8 @@ def run(lengths: list[int], batch: int, rounds: int, results: Path, docs: Path) 
     """Measure, store and write the table of docs/tokens.md."""
     cases = [measure(tokens, batch, rounds) for tokens in tqdm(lengths, unit="length")]
     data = {"fingerprint": fingerprint(), "rounds": rounds, "span": list(SPAN), "depth": DEPTH, "cases": cases}
-    (results / "tokens_training.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    text = table(data)
-    print(text)
-    page.update(docs / "tokens.md", "training", text)
+    page.store(data, results / "tokens_training.json")
+    page.show(docs / "tokens.md", "training", table(data))
 
 
 def table(data: dict[str, Any]) -> str:

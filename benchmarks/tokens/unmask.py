@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,8 @@ def run(rounds: int, results: Path, docs: Path) -> None:
                 seconds = timed(_calls(shape, dtype), rounds)
                 cases.append({"shape": list(shape), "dtype": name, "seconds": seconds})
     data = {"fingerprint": fingerprint(), "rounds": rounds, "masked": MASKED, "cases": cases}
-    (results / "tokens_unmask.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    text = table(data)
-    print(text)
-    page.update(docs / "masked-models.md", "unmask", text)
+    page.store(data, results / "tokens_unmask.json")
+    page.show(docs / "masked-models.md", "unmask", table(data))
 
 
 def table(data: dict[str, Any]) -> str:

@@ -67,13 +67,13 @@ def step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.numel() != 1:
             raise TypeError(f"step is a tensor of {step.dtype} {tuple(step.shape)}; it must be int64 of one element")
-        _on("step", step, device)
+        same_place("step", step, device)
         return step.reshape(1)
     integer("step", step, 0, (1 << 63) - 1)
     return torch.full((1,), step, dtype=torch.int64, device=device)
 
 
-def _on(name: str, t: Tensor, device: torch.device) -> None:
+def same_place(name: str, t: Tensor, device: torch.device) -> None:
     """A tensor on a device; a device without an index is any of its type."""
     if t.device.type != device.type or (device.index is not None and t.device.index != device.index):
         raise ValueError(f"{name} is on {t.device}; it must be on {device}")
@@ -103,7 +103,7 @@ def flags_of(name: str, mask: object, batch: int, n: int, device: torch.device) 
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} has dtype {mask.dtype}; it must be bool")
     mask = _as_rows(name, mask, batch, n)
-    _on(name, mask, device)
+    same_place(name, mask, device)
     return mask.to(torch.uint8).contiguous()
 
 
@@ -113,7 +113,7 @@ def rows_of(name: str, value: object, batch: int, n: int, device: torch.device) 
     if t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {t.dtype}; it must be int32 or int64")
     t = _as_rows(name, t, batch, n)
-    _on(name, t, device)
+    same_place(name, t, device)
     return t.to(torch.int32).contiguous()
 
 

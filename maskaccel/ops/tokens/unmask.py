@@ -265,7 +265,7 @@ def _counts(n: int | Sequence[int] | Tensor, batch: int, grouped: bool, device: 
         if n.dtype not in (torch.int32, torch.int64) or n.dim() > 2:
             raise TypeError(f"n is {n.dtype} {tuple(n.shape)}; it must be integers (B,) or (B, G)")
         counts = n.reshape(1, 1) if n.dim() == 0 else n[:, None] if n.dim() == 1 else n
-        _checks_device("n", n, device)
+        _run.same_place("n", n, device)
     elif isinstance(n, Sequence):
         counts = torch.tensor(list(n))
         counts = counts[:, None] if counts.dim() == 1 else counts
@@ -281,11 +281,6 @@ def _counts(n: int | Sequence[int] | Tensor, batch: int, grouped: bool, device: 
     return counts.to(device=device, dtype=torch.int32).contiguous()
 
 
-def _checks_device(name: str, t: Tensor, device: torch.device) -> None:
-    if t.device != device:
-        raise ValueError(f"{name} is on {t.device}; it must be on {device}")
-
-
 def _noise(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     if t is None:
         return
@@ -294,4 +289,4 @@ def _noise(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.de
         raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be float32 {shape}")
     if not t.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
-    _checks_device(name, t, device)
+    _run.same_place(name, t, device)
