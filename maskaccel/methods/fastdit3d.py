@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..masks import TokenIndex
 from ._layers import check_tokens, sizes
-from ._transformer import AdaLNBlock, AdaLNLinear, learned_token, padding_bias, sincos
+from ._transformer import AdaLNBlock, AdaLNLinear, padding_bias, sincos
 from .dit3d import DiT3DAttention
+from .maskdit import MaskDiTDecoder
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class VoxelAware:
         )  # fmt: skip
 
 
-class FastDiT3DDecoder(nn.Module):
-    """The decoder over all voxel tokens.
+class FastDiT3DDecoder(MaskDiTDecoder):
+    """The decoder over all voxel tokens: MaskDiT's, some of its blocks with windows.
 
     Args:
         dim: Channels of the encoder.
@@ -114,25 +115,13 @@ class FastDiT3DDecoder(nn.Module):
         window: int = 4,
         windowed: Sequence[int] = (0, 2),
     ) -> None:
-        super().__init__()
-        x, y, z = self.grid = sizes("grid", tuple(grid), 3)  # type: ignore[assignment]
+        x, y, z = sizes("grid", tuple(grid), 3)
+        super().__init__(dim, (x, y, z), out, width=width, depth=depth, heads=heads)
         self.decoder_layer = AdaLNLinear(dim, width, zero=False)
-        self.mask_token = learned_token(width)
-        self.register_buffer("decoder_pos_embed", sincos(self.grid, width), persistent=False)
-        self.decoder_blocks = nn.ModuleList(AdaLNBlock(width, heads, condition=dim) for _ in range(depth))
         for i in windowed:
             block = self.decoder_blocks[i]
             assert isinstance(block, AdaLNBlock)
             block.attn = DiT3DAttention(width, heads, (x, y, z), window)
-        self.final_layer = AdaLNLinear(width, out, condition=dim)
-
-    def forward(self, x: Tensor, c: Tensor, index: TokenIndex) -> Tensor:
-        """Kept tokens `(B, capacity, dim)` and condition `(B, dim)` to patches of all tokens `(B, N, out)`."""
-        x, pos = self.decoder_layer(x, c), self.get_buffer("decoder_pos_embed")
-        x = ops.scatter_merge(None, x, index, mode="mask_token", mask_token=self.mask_token, pos=pos)
-        for block in self.decoder_blocks:
-            x = block(x, c)
-        return self.final_layer(x, c)
 
 
 class FastDiT3DTransformer(nn.Module):
