@@ -6,7 +6,7 @@ A stage is a module of this folder with
     def items(context: Context) -> list[str]           the pieces of work, most important first; touches no device
     def run(item: str, context: Context) -> Record     one piece, in a worker process; returns what JSON can hold
 
-The runner gives every stage worker processes of its own, because a kernel that faults or hangs takes its process with it:
+The runner gives every stage worker processes of its own, because a kernel that faults or hangs takes its process along:
 the item is then recorded as failed, with the reason, and the next one starts in a fresh process.
 """
 
