@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from maskaccel import ops
 from maskaccel._native import native
-from maskaccel.ops import _call
+from maskaccel.ops import _call, _registry
 from maskaccel.ops.adaln import check, flags, schema
 from maskaccel.ops.attention import check as attention_check
 
@@ -175,3 +175,28 @@ def test_one_meta_tensor_among_others_is_an_error(call):
     """torch would run the shape function in place of the kernel, and return memory that nobody wrote."""
     with pytest.raises(ValueError, match=r"is on (cpu|meta), .* on (cpu|meta); they must be on one device"):
         call()
+
+
+def test_schemas_name_tensors_before_numbers():
+    """The numbers that a derivative reads are the inputs after the tensors."""
+    assert _registry._leading_tensors("(Tensor x, Tensor? y, int n, float e) -> Tensor") == 2
+    assert _registry._leading_tensors("(Tensor(a!) x, Tensor(b!)? y) -> (Tensor, Tensor)") == 2
+    with pytest.raises(AssertionError):
+        _registry._leading_tensors("(Tensor x, int n, Tensor y) -> Tensor")
+
+
+def test_derivatives_inside_and_after_a_transform():
+    """The short way to autograd is for calls outside of `torch.func`; a tensor that leaked out of it is one too."""
+    leaked = []
+
+    def loss(x: Tensor) -> Tensor:
+        leaked.append(x)
+        return ops.norm_modulate(x, M, M).square().sum()
+
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(ops.norm_modulate(x, M, M).square().sum(), x)
+    torch.testing.assert_close(torch.func.grad(loss)(X), expected)
+    scale = M.clone().requires_grad_()
+    for t in (leaked[0], X):
+        (got,) = torch.autograd.grad(ops.norm_modulate(t, scale).square().sum(), scale)
+        torch.testing.assert_close(got, torch.autograd.grad(ops.norm_modulate(X, scale).square().sum(), scale)[0])

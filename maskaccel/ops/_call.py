@@ -22,6 +22,7 @@ tracing = torch.compiler.is_dynamo_compiling
 # Looked up once: a name with a dot in it costs as much as a test.
 _compiler = torch.compiler
 _is_grad_enabled = torch.is_grad_enabled
+_transformed = torch._C._are_functorch_transforms_active
 _cpu: dict[str, Callable[..., Any]] = {}  # what the automatic backend calls for CPU tensors, by op
 
 
@@ -31,8 +32,11 @@ def wants_grad(args: tuple) -> bool:
         return True
     if not _is_grad_enabled():
         return False
-    # no isinstance: for what is no tensor it costs more than all the rest
-    return any(t is not None and getattr(t, "requires_grad", False) for t in args)
+    # A loop costs half of `any` over a generator; isinstance, for what is no tensor, more than all the rest.
+    for t in args:  # noqa: SIM110
+        if t is not None and getattr(t, "requires_grad", False):
+            return True
+    return False
 
 
 def fast(name: str, x: Tensor, args: tuple) -> Any:
@@ -44,7 +48,9 @@ def fast(name: str, x: Tensor, args: tuple) -> Any:
     if _compiler._is_compiling_flag:  # an export that traces by running, which `tracing` does not see
         raise LookupError
     if (_is_grad_enabled() or forward_ad._current_level >= 0) and wants_grad(args):
-        return _registry.autograd_function(_automatic(name, x.device), name).apply(*args)
+        if _transformed():
+            return _registry.differentiable(_automatic(name, x.device), name, args)
+        return _derived(name, x.device)(*args)
     kernel = _cpu.get(name) if x.is_cpu else None
     return (kernel or _kernel(name, x.device))(*args)
 
@@ -75,11 +81,16 @@ def _automatic(name: str, device: torch.device) -> str:
 
 @functools.cache
 def _kernel(name: str, device: torch.device) -> Callable[..., Any]:
-    overload = _registry.op(_automatic(name, device), name)
-    kernel = getattr(overload, "_op", overload)  # what calling the overload calls, one Python frame further
+    kernel = _registry.quick(_registry.op(_automatic(name, device), name))
     if device.type == "cpu":
         _cpu[name] = kernel
     return kernel
+
+
+@functools.cache
+def _derived(name: str, device: torch.device) -> Callable[..., Any]:
+    """The call of the automatic backend under autograd."""
+    return _registry.direct(_automatic(name, device), name)
 
 
 def checked(name: str, x: Tensor, args: tuple, backend: str | None, reference: Callable[[], Any]) -> Any:
@@ -92,5 +103,5 @@ def checked(name: str, x: Tensor, args: tuple, backend: str | None, reference: C
     if chosen == "reference":
         return reference()
     if wants_grad(args):
-        return _registry.autograd_function(namespace(chosen), name).apply(*args)
+        return _registry.differentiable(namespace(chosen), name, args)
     return _registry.op(namespace(chosen), name)(*args)

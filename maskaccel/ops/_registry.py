@@ -131,6 +131,11 @@ def op(namespace: str, name: str) -> Any:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
+def quick(overload: Any) -> Callable[..., Any]:
+    """What calling an overload calls, one Python frame further."""
+    return getattr(overload, "_op", overload)  # type: ignore[no-any-return]
+
+
 class _Once(torch.autograd.Function):
     """A backward pass whose own derivative is refused. Cut off from the graph it would count as zero instead."""
 
@@ -156,11 +161,13 @@ class _Parts:
 def _autograd_parts(spec: OpSpec, namespace: str) -> _Parts:
     save, backward = spec.save, spec.backward
     assert save is not None and backward is not None
+    tensors = _leading_tensors(spec.schema)
+    no_tensors = (None,) * tensors
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.save_for_backward(*save(inputs, output))
         # Saving the inputs as such would keep tensors alive that the backward does not read.
-        ctx.plain = tuple(None if isinstance(value, torch.Tensor) else value for value in inputs)
+        ctx.plain = no_tensors + inputs[tensors:]
         ctx.set_materialize_grads(False)
 
     def backward_rule(ctx: Any, *grads: Any) -> tuple:
@@ -177,13 +184,21 @@ def _autograd_parts(spec: OpSpec, namespace: str) -> _Parts:
     return _Parts(setup, backward_rule)
 
 
+def _leading_tensors(schema: str) -> int:
+    """How many arguments are tensors; all of them come before the numbers."""
+    kinds = [part.strip().startswith("Tensor") for part in schema[: schema.index("->")].split(",")]
+    kinds[0] = schema.startswith("(Tensor")
+    assert kinds == sorted(kinds, reverse=True), schema
+    return sum(kinds)
+
+
 @functools.cache
 def autograd_function(namespace: str, name: str) -> type[torch.autograd.Function]:
     """The op of `namespace` as an autograd function (half the cost of the dispatcher's autograd key)."""
     spec = SPECS[name]
     if spec.backward is None:
         raise RuntimeError(f"{name} has no derivative; call it under torch.no_grad()")
-    parts, kernel = _autograd_parts(spec, namespace), op(namespace, name)
+    parts, kernel = _autograd_parts(spec, namespace), quick(op(namespace, name))
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -195,3 +210,19 @@ def autograd_function(namespace: str, name: str) -> type[torch.autograd.Function
 
     Function.__name__ = Function.__qualname__ = f"{name}_{namespace}"
     return Function
+
+
+@functools.cache
+def direct(namespace: str, name: str) -> Callable[..., Any]:
+    """`autograd_function(...).apply` where nothing traces or transforms the call.
+
+    What `apply` does beside is to bind arguments by their names, which these have none of: 10 us.
+    """
+    return super(torch.autograd.Function, autograd_function(namespace, name)).apply  # type: ignore[misc,no-any-return]
+
+
+def differentiable(namespace: str, name: str, args: tuple) -> Any:
+    """The call of an op of `namespace` under autograd."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return autograd_function(namespace, name).apply(*args)
+    return direct(namespace, name)(*args)

@@ -194,7 +194,7 @@ def _run(name: str, q: Tensor, args: tuple, backend: str | None, wants_grad: boo
     if chosen == "reference":
         return reference.KERNELS[name](*args)
     if wants_grad:
-        return _registry.autograd_function(namespace(chosen), name).apply(*args)
+        return _registry.differentiable(namespace(chosen), name, args)
     return _registry.op(namespace(chosen), name)(*args)
 
 

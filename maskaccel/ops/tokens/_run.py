@@ -25,7 +25,7 @@ def run(name: str, args: tuple, device: torch.device, backend: str | None, dtype
     if chosen == "reference":
         return reference.KERNELS[name](*args)
     if _registry.SPECS[name].backward is not None and _call.wants_grad(args):
-        return _registry.autograd_function(namespace(chosen), name).apply(*args)
+        return _registry.differentiable(namespace(chosen), name, args)
     return _registry.op(namespace(chosen), name)(*args)
 
 
