@@ -6,18 +6,32 @@ A stage is a module of this folder with
     def items(context: Context) -> list[str]           the pieces of work, most important first; touches no device
     def run(item: str, context: Context) -> Record     one piece, in a worker process; returns what JSON can hold
 
-The runner gives every stage worker processes of its own, because a kernel that faults or hangs takes its process along:
-the item is then recorded as failed, with the reason, and the next one starts in a fresh process.
+and, where they apply,
+
+    EXPECTED: float = SECONDS / 4                      usual seconds of an item; none is begun with less time left
+    PARALLEL: int = 1                                  workers at once: above 1 only where nothing is timed
+    def warm(item: str, context: Context) -> Record    compiles what the item will compile; several run at once
+    def finish() -> None                               after the last item, in the runner
+    def targets(records: dict[str, Record]) -> list[Target]   goals, and what was reached
+    def table(records: dict[str, Record]) -> str       Markdown of the records, by item, for docs/performance.md
+
+A worker serves one stage: a kernel that faults or hangs takes its process along. The item is then recorded as failed,
+with the reason and the last lines of output, and the next one starts in a fresh process. An item whose `run` raises has
+failed too: an assertion is how a check says so. The key "summary" of a record is printed beside the item's name.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+import paths  # noqa: F401
 import torch
+
+import interleaved  # isort: skip
 
 Record = dict[str, Any]
 
@@ -54,7 +68,8 @@ class Context:
         tiny: Sizes for a dry run: every path, in seconds, on a CPU.
         rounds: Interleaved rounds of a timing.
         seeds: Random calls of a correctness check.
-        earlier: Records of the stages before, by stage and item.
+        earlier: Records of the stages before, by stage and item; of this build of the library on this device only.
+        pending: Items that this run has yet to do, by stage; for the stage that compiles them.
     """
 
     device: str = "cuda"
@@ -62,15 +77,52 @@ class Context:
     rounds: int = 15
     seeds: int = 45
     earlier: dict[str, dict[str, Record]] = field(default_factory=dict)
+    pending: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def timer(self) -> Timer:
         """A timer for the device."""
         return Timer(self.device)
 
+    def samples(self, calls: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, list[float]]:
+        """Milliseconds of one call, for each round, interleaved: as many calls in a row as take about 2 ms."""
+        timer = self.timer
+        measures = {}
+        for name, call in calls.items():
+            call()
+            count = max(1, min(50, int(2.0 / max(timer(call, 1), 1e-3))))
+            measures[name] = partial(timer, call, count)
+        return interleaved.samples(measures, rounds or self.rounds)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal of the project, and the figure that was measured.
+
+    Attributes:
+        what: Op, shape and peer.
+        goal: The figure to reach.
+        got: The figure measured; None where nothing was.
+        unit: What both count.
+        at_most: The goal is not to be exceeded, instead of reached.
+    """
+
+    what: str
+    goal: float
+    got: float | None
+    unit: str = "x"
+    at_most: bool = False
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the goal was reached; None where nothing was measured."""
+        if self.got is None:
+            return None
+        return self.got <= self.goal if self.at_most else self.got >= self.goal
+
 
 class Stage(Protocol):
-    """The module of a stage."""
+    """The module of a stage; what is optional is not listed."""
 
     SECONDS: float
 
