@@ -29,7 +29,7 @@ class Quantised(nn.Module):
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        # Values, not gradients, are rounded; in float64 whatever the dtype, so that rounding falls alike in all of them.
+        # Values, not gradients, are rounded; in float64 whatever the dtype, so that rounding falls alike in all.
         step = x.detach().double().abs().amax(dim=-1, keepdim=True).clamp_min(1e-9) / 127
         rounded = x + ((x.detach().double() / step).round() * step).to(x.dtype) - x.detach()
         return functional.linear(rounded, self.codes.to(x.dtype) * self.scale.to(x.dtype), self.bias)
