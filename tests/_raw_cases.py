@@ -328,10 +328,11 @@ STEPS: dict[str, Callable[[Draw], tuple]] = {
 OPS = (*ADALN, *STEPS, *_raw_attention.DRAWS, *_raw_tokens.DRAWS)
 
 
-def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = WIDTHS) -> tuple:
-    """Arguments of one random call of a raw op."""
+def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = WIDTHS,
+         lengths: tuple[int, ...] = _raw_attention.LENGTHS) -> tuple:  # fmt: skip
+    """Arguments of one random call of a raw op; `lengths` are of attention, `widths` of the others."""
     if op in _raw_attention.DRAWS:
-        return _raw_attention.draw(op, seed, dtype, device)
+        return _raw_attention.draw(op, seed, dtype, device, lengths)
     d = Draw(seed, dtype, device, widths)
     if op in STEPS or op in _raw_tokens.DRAWS:
         return (STEPS.get(op) or _raw_tokens.DRAWS[op])(d)

@@ -11,7 +11,7 @@ import torch
 from _numerics import assert_all_close_to_truth
 from _raw_cases import ADALN, STEPS, describe, draw, draw_bare, run, run_plain, wanted, widened
 
-from maskaccel.ops.adaln.schema import BARE
+from maskaccel.ops.adaln.schema import BARE, NEED_SCALE, NEED_SHIFT, NEED_X
 
 pytestmark = pytest.mark.skipif(cuda_emulator.missing() is not None, reason=f"no emulation: {cuda_emulator.missing()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,6 +62,17 @@ def test_accumulators_beyond_shared_memory(emulated, monkeypatch):
     monkeypatch.setenv("MASKACCEL_EMULATE_SHARED", "2048")
     for seed in range(3):
         _check(emulated, "gate_residual_norm_modulate_backward", seed, torch.float32, widths=(256, 1152))
+
+
+def test_accumulators_of_all_unasked_shared_memory(emulated):
+    """Accumulators of exactly 48 KB, beside which the kernel's static shared memory no longer fits unasked."""
+    x, dy = torch.randn(2, 1, 3, 6144)
+    scale = torch.randn(1, 6144)
+    args = (dy, None, x, scale, scale, *[None] * 7, 1e-6, 1.0, 0, NEED_X | NEED_SCALE | NEED_SHIFT)
+    _, dscale, dshift, *_ = emulated.norm_modulate_backward(*args)
+    hat = torch.nn.functional.layer_norm(x, (6144,), eps=1e-6)
+    assert torch.allclose(dshift, dy.sum(1, keepdim=True), atol=1e-5)
+    assert torch.allclose(dscale, (dy * hat).sum(1, keepdim=True), atol=1e-4)
 
 
 def test_backward_is_deterministic(emulated):

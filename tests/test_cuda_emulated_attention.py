@@ -62,6 +62,23 @@ def test_matches_reference(emulated, op, seed):
     assert_all_close_to_truth(*results, f"{op} seed {seed} ({describe(args)})")
 
 
+def test_one_row_at_an_odd_stride(emulated):
+    """The stride of a dim of one element is arbitrary: no address of a copy may be made with it."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, 4 * 64 + 3, generator=gen).bfloat16()[:, :1, :256].unflatten(2, (4, 64)) for _ in "qkv"
+    )
+    out, lse, _ = emulated.tile_attention(q, k, v, *NO_LISTS, *[None] * 9, 64, 64, 0.125, 0.0, 0)
+    assert torch.equal(out, v)
+    grads = emulated.tile_attention_backward(
+        q, None, q, k, v, out, lse, *NO_LISTS, *[None] * 6, 64, 64, 0.125, NEED_Q | NEED_K | NEED_V
+    )
+    torch.testing.assert_close(grads[2], q)
+    torch.testing.assert_close(
+        emulated.attention_column_sums(q, k, lse, *[None] * 9, 64, 64, 0.125), torch.ones(1, 4, 1)
+    )
+
+
 def test_empty_small_ops(emulated):
     """No rows, no tiles, no samples."""
     for shape in ((0, 3, 2, 8), (1, 0, 2, 8), (1, 3, 2, 0)):

@@ -196,8 +196,8 @@ struct Segment {
     const int64_t index = blockIdx.x;
     const int inside = static_cast<int>(index % per_sample);
     const int start = inside / p.runs_per_block * p.block, begin = start + inside % p.runs_per_block * p.run;
-    const int end = begin + p.run < start + p.block ? begin + p.run : start + p.block;
-    return Segment{static_cast<int>(index / per_sample), begin, end};
+    const int left = p.block - (begin - start);  // no sum of row numbers: it may pass 2^31
+    return Segment{static_cast<int>(index / per_sample), begin, begin + (left < p.run ? left : p.run)};
   }
 };
 

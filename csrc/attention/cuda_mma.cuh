@@ -57,7 +57,7 @@ template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
 #ifdef MASKACCEL_EMULATE
   const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
-  emulation::Mail<const void*> rows(row);
+  emulation::Mail<const void*> rows(emulation::aligned(row));
   for (int m = 0; m < 4; ++m) {
     uint16_t pair[2];
     for (int i = 0; i < 2; ++i) {
@@ -79,7 +79,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
 /// Starts a copy of 16 bytes to shared memory; zeros where it is not `valid`.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
 #ifdef MASKACCEL_EMULATE
-  emulation::start_copy(to, valid ? from : nullptr);
+  emulation::start_copy(to, from, valid);
 #else
   cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*static_cast<const cute::uint128_t*>(from),
                                                                *static_cast<cute::uint128_t*>(to), valid);

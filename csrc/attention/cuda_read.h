@@ -52,7 +52,9 @@ struct AttentionReader {
     call.check(dtype == a.dtype || (wide && dtype == Dtype::f32), t.name, " must have the dtype of q",
                wide ? " or float32" : "");
     call.check(t.dense_last(), t.name, " must have a contiguous last dim, got stride ", t.stride(-1));
-    return Rows{t.data, t.stride(0), t.stride(1), t.stride(2), rows_aligned(t), dtype == Dtype::f32};
+    // Copies of rows past the last are switched off, but their addresses must lie on 16 bytes too.
+    const int64_t step = t.size(1) > 1 ? t.stride(1) : 0;
+    return Rows{t.data, t.stride(0), step, t.stride(2), rows_aligned(t), dtype == Dtype::f32};
   }
 
   void tiles(int64_t bm, int64_t bn) {

@@ -128,8 +128,7 @@ class Result {
     (void)call;
     std::memset(data_, 0, static_cast<size_t>(bytes_));
 #else
-    const cudaError_t error = cudaMemsetAsync(data_, 0, static_cast<size_t>(bytes_), call.stream());
-    call.check(error == cudaSuccess, cudaGetErrorString(error));
+    if (cudaMemsetAsync(data_, 0, static_cast<size_t>(bytes_), call.stream()) != cudaSuccess) check_launch(call.op());
 #endif
   }
   StableIValue release() {

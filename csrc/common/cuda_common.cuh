@@ -74,7 +74,7 @@ __device__ __forceinline__ Floats zeros() {
 template <typename T>
 __device__ __forceinline__ Pack<T> load_words(const T* from) {
 #ifdef MASKACCEL_EMULATE
-  return *reinterpret_cast<const Pack<T>*>(from);
+  return *static_cast<const Pack<T>*>(emulation::aligned(from));
 #else
   union {
     uint4 words[sizeof(Pack<T>) / 16];
@@ -109,6 +109,9 @@ __device__ __forceinline__ Pack<T> load_pack(const T* row, int d, int width, boo
 template <typename T>
 __device__ __forceinline__ void store_pack(T* row, int d, int width, bool vec, const Pack<T>& pack) {
   if (vec) {
+#ifdef MASKACCEL_EMULATE
+    emulation::aligned(row + (d < width ? d : 0));
+#endif
     if (d < width) *reinterpret_cast<Pack<T>*>(row + d) = pack;
   } else {
 #pragma unroll
@@ -264,15 +267,18 @@ Stream current_stream(int device);
 void check_launch(const char* op);
 void set_shared_limit(const void* kernel, int bytes);
 
+/// Dynamic shared memory that a kernel gets without asking: 48 KB hold its static shared memory too.
+constexpr size_t kUnaskedShared = 40 * 1024;
+
 /// Launches and reports a refused launch under the name of the op.
 template <typename Kernel, typename... Args>
 void launch(const char* op, Kernel kernel, dim3 grid, int threads, size_t shared, Stream stream, const Args&... args) {
+  if (shared > kUnaskedShared) set_shared_limit(reinterpret_cast<const void*>(kernel), static_cast<int>(shared));
 #ifdef MASKACCEL_EMULATE
   (void)op;
   (void)stream;
   emulation::run_grid(grid, threads, shared, [&] { kernel(args...); });
 #else
-  if (shared > 48 * 1024) set_shared_limit(reinterpret_cast<const void*>(kernel), static_cast<int>(shared));
   kernel<<<grid, threads, shared, stream>>>(args...);
   check_launch(op);
 #endif

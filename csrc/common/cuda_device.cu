@@ -25,13 +25,14 @@ extern "C" int maskaccel_emulated_threads() { return static_cast<int>(emulation:
 
 Stream current_stream(int) { return nullptr; }
 void check_launch(const char*) {}
-void set_shared_limit(const void*, int) {}
+void set_shared_limit(const void*, int bytes) { emulation::machine().shared_limit = static_cast<size_t>(bytes); }
 
 #else
 
 namespace {
 
 void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, and not by the next launch too
   STD_TORCH_CHECK(error == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(error));
 }
 

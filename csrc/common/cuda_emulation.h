@@ -9,6 +9,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -39,6 +40,7 @@ struct Machine {
   uint3 thread{0, 0, 0}, block{0, 0, 0};
   dim3 block_dim, grid_dim;
   std::vector<float> dynamic_shared;
+  size_t shared_limit = 0;  // what the next launch asked for beyond `kUnasked`
   std::vector<Fiber> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<char> done;
@@ -124,7 +126,19 @@ inline bool sync_threads_or(bool value) {
   return result;
 }
 
-inline void start_copy(void* to, const void* from) { machine().copies[current()].back().push_back(Copy{to, from}); }
+/// A device faults where a word of 16 bytes does not lie on them, also where the copy is switched off.
+inline const void* aligned(const void* word) {
+  if (reinterpret_cast<uintptr_t>(word) % 16 != 0) {
+    std::fprintf(stderr, "emulation: a word of 16 bytes at %p\n", word);
+    std::abort();
+  }
+  return word;
+}
+
+inline void start_copy(void* to, const void* from, bool valid) {
+  aligned(to), aligned(from);
+  machine().copies[current()].back().push_back(Copy{to, valid ? from : nullptr});
+}
 inline void close_copies() { machine().copies[current()].emplace_back(); }
 inline void wait_copies(size_t open) {
   auto& groups = machine().copies[current()];
@@ -202,8 +216,16 @@ inline void run_cta(int threads) {
   }
 }
 
+/// Dynamic shared memory that a device gives unasked to a kernel with 2 KB of static shared memory.
+constexpr size_t kUnasked = 46 * 1024;
+
 inline void run_grid(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body) {
   Machine& m = machine();
+  if (shared_bytes > std::max(kUnasked, m.shared_limit)) {
+    std::fprintf(stderr, "emulation: launch with %zu bytes of shared memory that were not asked for\n", shared_bytes);
+    std::abort();
+  }
+  m.shared_limit = 0;
   m.grid_dim = grid;
   m.block_dim = dim3(threads);
   m.body = std::move(body);
