@@ -1,7 +1,7 @@
-"""The attention kernel of sm_90a on the host: everything but what wgmma, TMA and their descriptors do.
+"""The attention kernel of sm_90a on the host, over the documented behaviour of wgmma, TMA and their descriptors.
 
 Products are formed when they are waited for, loads land early or late at random, barriers count as on the device: a
-buffer that is given away too early shows in the result, a barrier that nobody completes aborts.
+buffer that is given away too early stops the emulation, and so does a barrier that nobody completes.
 """
 
 from __future__ import annotations

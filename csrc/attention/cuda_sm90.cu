@@ -24,47 +24,6 @@ bool readable(const Rows& rows, const Sizes& n) {
   return rows.vec && good(n.batch, rows.stride_b) && good(n.tokens, rows.stride_s) && good(n.heads, rows.stride_h);
 }
 
-#ifdef MASKACCEL_EMULATE
-
-bool has_descriptors() { return true; }
-
-TensorMap describe(const char*, const Rows& rows, const Sizes& n, const AttentionArgs& a, int slab, int box) {
-  return TensorMap{static_cast<const char*>(rows.data),
-                   a.dim,
-                   n.tokens,
-                   n.heads,
-                   n.batch,
-                   rows.stride_s,
-                   rows.stride_h,
-                   rows.stride_b,
-                   slab,
-                   box};
-}
-
-#else
-
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// Asked of the driver that is loaded: linking it would keep this library from loading where there is none.
-Encode encoder() {
-  static const Encode found = [] {
-    void* symbol = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &symbol, cudaEnableDefault, &result);
-#endif
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(symbol) : nullptr;
-  }();
-  return found;
-}
-
-bool has_descriptors() { return encoder() != nullptr; }
-
 /// Boxes of `box` rows and `slab` columns of one head. What lies outside the tensor arrives as zeros.
 TensorMap describe(const char* name, const Rows& rows, const Sizes& n, const AttentionArgs& a, int slab, int box) {
   const auto bytes = [](int64_t size, int64_t stride) { return static_cast<cuuint64_t>(size == 1 ? 16 : stride * 2); };
@@ -86,8 +45,6 @@ TensorMap describe(const char* name, const Rows& rows, const Sizes& n, const Att
                   int{result});
   return map;
 }
-
-#endif
 
 /// Without lists and keep bits the tiles of the call do not matter: the kernel takes its own.
 bool uses_mask_tiles(const AttentionArgs& a) { return a.lists.index != nullptr || a.flags != 0; }
@@ -149,7 +106,7 @@ bool sm90_serves(const AttentionArgs& a) {
   if (lines > kMostInt / 2 || schedule(a).items() > kMostInt / 2) return false;
   if (int64_t{a.keys} + keys_of_tile(a) > kMostInt || int64_t{a.queries} + rows_of_tile(a) > kMostInt) return false;
   const Sizes queries{a.batch, a.queries, a.heads}, keys{a.batch, a.keys, a.key_heads};
-  return readable(a.q, queries) && readable(a.k, keys) && readable(a.v, keys) && has_descriptors();
+  return readable(a.q, queries) && readable(a.k, keys) && readable(a.v, keys) && encoder() != nullptr;
 }
 
 void launch_sm90(const AttentionArgs& a, Stream stream) {

@@ -35,8 +35,8 @@
 //   is loaded meanwhile.
 #pragma once
 
-#include "cuda_sm90_machine.cuh"
 #include "cuda_schedule.h"
+#include "cuda_sm90_products.cuh"
 
 namespace maskaccel::cuda::sm90 {
 
@@ -93,7 +93,7 @@ constexpr int kSharedBytes = sizeof(Storage<S>) + 1024;
 template <typename S>
 __device__ __forceinline__ Storage<S>& storage() {
   char* bytes = reinterpret_cast<char*>(dynamic_shared());
-  return *reinterpret_cast<Storage<S>*>(bytes + (1024 - reinterpret_cast<uintptr_t>(bytes) % 1024) % 1024);
+  return *reinterpret_cast<Storage<S>*>(bytes + (1024 - shared_address(bytes) % 1024) % 1024);
 }
 
 /// A place in a ring of stages, and the parity of its present round.

@@ -1,32 +1,34 @@
 // The machine of cuda_sm90_machine.cuh on the host, for fibers (../common/cuda_emulation.h).
 //
-// Products are formed when they are waited for, so a buffer or register that is given away before shows in the result.
-// Loads arrive at once. Swizzles are left out on both sides, and what the descriptors of TMA and wgmma say is not
-// tested.
+// wgmma takes the descriptors and registers that CuTe gives it on a device, and TMA the tensor maps
+// (cuda_sm90_memory.h). Products are formed when they are waited for, from what shared memory and registers hold then;
+// if that is not what they held at the start, or a load is still to write there, the emulation stops. Registers of
+// results hold NaN meanwhile. Loads land early or late.
 #pragma once
 
+#include "cuda_sm90_memory.h"
+
+/// For CuTe's descriptors: the address of a pointer to shared memory.
+inline size_t __cvta_generic_to_shared(const void* pointer) { return maskaccel::cuda::sm90::shared_address(pointer); }
+#define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
 #include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <cute/tensor.hpp>
 #include <functional>
+#include <map>
 #include <utility>
 #include <vector>
 
 namespace maskaccel::cuda::sm90 {
 
-/// A (B, S, H, D) tensor of 2-byte elements and the box that is loaded of it. Strides in elements.
-struct TensorMap {
-  const char* data;
-  int64_t columns, rows, heads, batch, stride_row, stride_head, stride_batch;
-  int slab, box;
-};
+inline Encode encoder() { return &encode_tiled; }
 
 /// mbarrier: arrivals and bytes of the present phase.
 struct Barrier {
-  int expected, pending, bytes;
-  unsigned phase;
+  int bytes;
+  int16_t pending;
+  uint8_t expected, phase;
 
-  void init(int count) { *this = Barrier{count, count, 0, 0}; }
+  void init(int count) { *this = Barrier{0, static_cast<int16_t>(count), static_cast<uint8_t>(count), 0}; }
   void wait(uint32_t parity);
   void arrive() { --pending, settle(); }
   void arrive_and_expect_tx(int count) { bytes += count, arrive(); }
@@ -40,29 +42,118 @@ struct Barrier {
     ++emulation::machine().progress;
   }
 };
+static_assert(sizeof(Barrier) == 8);
 
-/// Barriers and unfinished products of the CTA.
-struct Consumers {
+/// A wgmma.mma_async of 64 x n x 16 for the 16 rows of one warp. Descriptors are of all lanes, registers of each.
+struct Product {
+  int n;
+  bool fresh, a_across, b_across;
+  uint64_t a, b;
+  float (*widen)(const char*);
+  const char* registers[32];  // A, 8 elements of a lane; null: in shared memory
+  float* c[32];               // n / 2 elements of a lane
+  std::vector<float> operands;
+
+  /// Rows of A, 16 x 16, and of B, n x 16, as they are now.
+  std::vector<float> read(int warp) const {
+    std::vector<float> values(16 * (16 + n));
+    const auto of_shared = [&](const Matrix& m, int row, int k) { return widen(shared_pointer(m.address(row, k), 2)); };
+    if (registers[0] != nullptr) {
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 8; ++i)
+          values[fragment_row(lane, i) * 16 + fragment_column(lane, i)] = widen(registers[lane] + 2 * i);
+    } else {
+      const Matrix matrix(a, a_across);
+      for (int i = 0; i < 256; ++i) values[i] = of_shared(matrix, warp % 4 * 16 + i / 16, i % 16);
+    }
+    const Matrix matrix(b, b_across);
+    for (int i = 0; i < 16 * n; ++i) values[256 + i] = of_shared(matrix, i / 16, i % 16);
+    return values;
+  }
+};
+
+/// Unfinished products of a warp, in groups of one commit, and the results they go to.
+struct TensorCore {
+  struct Group {
+    std::vector<Product> products;
+    int lanes = 0;  // that have started it
+  };
+  struct Result {  // registers of a lane that products are still to write
+    int unfinished = 0;
+    std::vector<float> values;
+  };
+  std::vector<Group> groups;
+  std::map<float*, Result> results;
+  size_t started[32] = {}, finished = 0;  // groups since the CTA began
+
+  void start(int warp, int lane, const std::vector<Product>& products) {
+    const size_t at = started[lane]++ - finished;
+    if (at == groups.size()) groups.push_back(Group{products});
+    Group& group = groups[at];
+    for (size_t i = 0; i < products.size(); ++i) {
+      Product& all = group.products.at(i);
+      const Product& mine = products[i];
+      if (all.n != mine.n || all.a != mine.a || all.b != mine.b) stop("lanes of a warp start different products");
+      all.registers[lane] = mine.registers[lane];
+      all.c[lane] = mine.c[lane];
+      Result& result = results[mine.c[lane]];
+      if (result.unfinished++ > 0) continue;
+      result.values.assign(mine.c[lane], mine.c[lane] + mine.n / 2);
+      std::fill_n(mine.c[lane], mine.n / 2, std::nanf(""));
+    }
+    if (++group.lanes < 32) return;
+    for (Product& p : group.products) p.operands = p.read(warp);
+  }
+  void finish(int warp, size_t pending) {
+    for (; groups.size() > pending; ++finished) {
+      for (const Product& p : groups.front().products) {
+        const std::vector<float> now = p.read(warp);
+        if (std::memcmp(now.data(), p.operands.data(), now.size() * sizeof(float)) != 0)
+          stop("an operand of wgmma changed before the product was waited for");
+        multiply(p);
+      }
+      groups.erase(groups.begin());
+    }
+  }
+
+ private:
+  void multiply(const Product& p) {
+    for (int lane = 0; lane < 32; ++lane) {
+      Result& result = results[p.c[lane]];
+      for (int i = 0; i < p.n / 2; ++i) {
+        const float* a = &p.operands[fragment_row(lane, i) * 16];
+        const float* b = &p.operands[256 + fragment_column(lane, i) * 16];
+        float sum = p.fresh ? 0.f : result.values[i];
+        for (int k = 0; k < 16; ++k) sum += a[k] * b[k];
+        result.values[i] = sum;
+      }
+      if (--result.unfinished > 0) continue;
+      std::copy(result.values.begin(), result.values.end(), p.c[lane]);
+      results.erase(p.c[lane]);
+    }
+  }
+};
+
+/// Barriers, loads and products of the CTA.
+struct Cta {
   struct Named {
     int arrived = 0;
     unsigned generation = 0;
     bool any = false, result = false;
   };
   Named named[16];
-  emulation::Barrier groups[2];
-  std::vector<std::function<void()>> products[kThreads];
+  std::vector<TensorCore> warps;
   std::vector<std::pair<const Barrier*, std::function<void()>>> loads;  // on their way
-  float weights[2][64][128];
 };
 
-inline Consumers& consumers() {
-  static Consumers c;
+inline Cta& cta() {
+  static Cta c;
   return c;
 }
 
 inline void Barrier::wait(uint32_t parity) {
   while ((phase & 1) == parity) {
-    auto& loads = consumers().loads;
+    auto& loads = cta().loads;
     for (size_t i = 0; i < loads.size();) {
       if (loads[i].first == this) {
         loads[i].second();
@@ -77,69 +168,71 @@ inline void Barrier::wait(uint32_t parity) {
 
 /// By one thread, before the CTA begins.
 inline void publish_barriers() {
-  for (auto& n : consumers().named) n = {};
-  for (auto& g : consumers().groups) g = emulation::Barrier{kGroup, 0, 0};
+  cta() = Cta{};
+  cta().warps.resize(emulation::machine().warps.size());
 }
 
 inline void load_box(const TensorMap& map, Barrier& full, bool, void* to, int column, int row, int head, int batch) {
-  const auto land = [&map, &full, to, column, row, head, batch] {
-    for (int r = 0; r < map.box; ++r) {
-      for (int c = 0; c < map.slab; ++c) {
-        char* element = static_cast<char*>(to) + 2 * (r * map.slab + c);
-        const bool inside = row + r < map.rows && column + c < map.columns;
-        const int64_t at = batch * map.stride_batch + (row + r) * map.stride_row + head * map.stride_head + column + c;
-        if (inside) std::memcpy(element, map.data + 2 * at, 2);
-        if (!inside) std::memset(element, 0, 2);
-      }
-    }
-    full.complete(2 * map.box * map.slab);
+  const auto land = [f = fields(map), &full, to = shared_address(to), column, row, head, batch] {
+    for_each_element(f, to, {column, row, head, batch}, [](uint32_t address, const char* from) {
+      char* element = shared_pointer(address, 2);
+      if (from != nullptr) std::memcpy(element, from, 2);
+      if (from == nullptr) std::memset(element, 0, 2);
+    });
+    full.complete(box_bytes(f));
   };
   static unsigned state = 0;
   state = state * 1664525u + 1013904223u;
   if (state >> 31) return land();
-  consumers().loads.emplace_back(&full, land);
+  cta().loads.emplace_back(&full, land);
 }
 
-inline int of_slabs(int row, int column, int slab, int rows) {
-  return column / slab * slab * rows + row * slab + column % slab;
-}
-/// Row within the group and column of element i of this thread.
-inline int row_of(int i) {
-  return emulation::current() % kGroup / 32 * 16 + emulation::current() % 32 / 4 + i / 2 % 2 * 8;
-}
-inline int column_of(int i) { return i / 4 * 8 + emulation::current() % 4 * 2 + i % 2; }
+/// Whether M or N is contiguous in an operand of this kind of fragment.
+template <typename Fragment>
+constexpr bool kAcross = false;
+template <>
+constexpr bool kAcross<cute::SM90::GMMA::smem_desc<cute::SM90::GMMA::Major::MN>> = true;
 
-template <typename S, typename T = typename S::T>
-void start_scores(const T* query, const T* keys, int group, float (&scores)[S::kScores]) {
-  consumers().products[emulation::current()].push_back([query, keys, group, &scores] {
-    for (int i = 0; i < S::kScores; ++i) {
-      float sum = 0.f;
-      for (int c = 0; c < S::kDim; ++c) {
-        sum += static_cast<float>(query[of_slabs(group * 64 + row_of(i), c, S::kSlab, kRows)]) *
-               static_cast<float>(keys[of_slabs(column_of(i), c, S::kSlab, S::kKeys)]);
+template <int kSteps, typename Mma, typename A, typename B, typename C>
+void start(Mma, const A& a, const B& b, C& c, bool fresh) {
+  using namespace cute;
+  using T = typename Mma::ValTypeB;
+  constexpr bool kRegisters = !has_dereference<typename Mma::FrgTypeA>::value;
+  constexpr int kSize = size<1>(typename Mma::AtomShape_MNK{});
+  const int warp = emulation::current() / 32, lane = emulation::current() % 32;
+  // As a CUTE_UNROLLed gemm would read them: descriptors of slices, or 16-bit elements side by side.
+  const auto registers = [](const auto& fragment, int count) {
+    for (int i = 1; i < count; ++i)
+      if (&fragment(i) != &fragment(0) + i) stop("registers of wgmma that do not lie side by side");
+    return &fragment(0);
+  };
+  std::vector<Product> products;
+  for (int step = 0; step < kSteps; ++step)
+    for (int m = 0; m < size<1>(c); ++m)
+      for (int n = 0; n < size<2>(c); ++n) {
+        Product p{};
+        p.n = kSize;
+        p.fresh = fresh && step == 0;
+        p.b_across = kAcross<typename Mma::FrgTypeB>;
+        p.b = uint64_t{*b(_, n, step).data()};
+        p.widen = [](const char* bytes) {
+          T value;
+          std::memcpy(&value, bytes, sizeof value);
+          return static_cast<float>(value);
+        };
+        if constexpr (kRegisters) {
+          p.registers[lane] = reinterpret_cast<const char*>(registers(a(_, m, step), 8));
+        } else {
+          p.a_across = kAcross<typename Mma::FrgTypeA>;
+          p.a = uint64_t{*a(_, m, step).data()};
+        }
+        p.c[lane] = registers(c(_, m, n), kSize / 2);
+        products.push_back(std::move(p));
       }
-      scores[i] = sum;
-    }
-  });
+  cta().warps[warp].start(warp, lane, products);
 }
 
-template <typename S, typename T = typename S::T>
-void start_values(const T (&weights)[S::kScores], const T* values, float (&out)[S::kOut]) {
-  consumers().products[emulation::current()].push_back([&weights, values, &out] {
-    const int group = emulation::current() / kGroup - 1;
-    auto& all = consumers().weights[group];
-    for (int i = 0; i < S::kScores; ++i) all[row_of(i)][column_of(i)] = static_cast<float>(weights[i]);
-    emulation::wait(consumers().groups[group]);
-    for (int i = 0; i < S::kOut; ++i) {
-      float sum = out[i];
-      for (int key = 0; key < S::kKeys; ++key) {
-        sum += all[row_of(i)][key] * static_cast<float>(values[of_slabs(key, column_of(i), S::kSlabV, S::kKeys)]);
-      }
-      out[i] = sum;
-    }
-    emulation::wait(consumers().groups[group]);
-  });
-}
+inline void sync_warp() { emulation::wait(emulation::machine().warps[emulation::current() / 32]); }
 
 template <int kPending, int kSize>
 void finish(float (&)[kSize]) {
@@ -147,17 +240,16 @@ void finish(float (&)[kSize]) {
     ++emulation::machine().progress;
     emulation::yield();
   }
-  auto& products = consumers().products[emulation::current()];
-  while (products.size() > kPending) {
-    products.front()();
-    products.erase(products.begin());
-  }
+  sync_warp();
+  const int warp = emulation::current() / 32;
+  if (emulation::current() % 32 == 0) cta().warps[warp].finish(warp, kPending);
+  sync_warp();
 }
 template <int kSize>
 void pin(float (&)[kSize]) {}
 
 inline void named_arrive(int id) {
-  Consumers::Named& n = consumers().named[id];
+  Cta::Named& n = cta().named[id];
   if (++n.arrived < 2 * kGroup) return;
   n.arrived = 0;
   n.result = n.any, n.any = false;
@@ -165,16 +257,15 @@ inline void named_arrive(int id) {
   ++emulation::machine().progress;
 }
 inline void named_wait(int id) {
-  const unsigned generation = consumers().named[id].generation;
+  const unsigned generation = cta().named[id].generation;
   named_arrive(id);
-  while (consumers().named[id].generation == generation) emulation::yield();
+  while (cta().named[id].generation == generation) emulation::yield();
 }
 inline bool named_any(int id, bool mine) {
-  consumers().named[id].any |= mine;
+  cta().named[id].any |= mine;
   named_wait(id);
-  return consumers().named[id].result;
+  return cta().named[id].result;
 }
-inline void sync_warp() { emulation::wait(emulation::machine().warps[emulation::current() / 32]); }
 inline int warp_group() { return emulation::current() / kGroup; }
 template <int kRegisters>
 void give_registers() {}
