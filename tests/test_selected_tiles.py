@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from _sparse_methods import CELLS, GRID, TOKENS, Model, check, masked, qkv
+from _sparse_methods import CELLS, GRID, TOKENS, Block, Model, check, masked, qkv
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import maskaccel
@@ -145,3 +146,20 @@ def test_sparse_videogen_heads() -> None:
     torch.testing.assert_close(got[:, :2].double(), want[:, :2], atol=2e-5, rtol=1e-5)
     either = [(got[:, 2].double() - masked(q, k, v, mask)[:, 2]).abs().amax((1, 2)) for mask in (spatial, temporal)]
     assert (torch.minimum(*either) < 1e-5).all()
+
+
+def test_blocks_and_steps_share_a_graph() -> None:
+    """What depends on the places of tokens is made outside of graphs, and a step that is not asked for is not seen."""
+    inputs, model, counter = qkv(), Model(), CompileCounterWithBackend("eager")
+    model.blocks.append(Block())
+    torch._dynamo.reset()
+    with maskaccel.patch(model, [m.DraftAttention(0.5, (2, 16), grid=GRID)]) as patch, torch.no_grad():
+        want = model.blocks[0](*inputs)
+        for block in model.blocks:
+            block.compile(backend=counter)
+        with patch.generation(3) as run:
+            for _ in range(3):
+                for block in model.blocks:
+                    assert torch.equal(block(*inputs), want)
+                run.step()
+    assert counter.frame_count == 1

@@ -100,8 +100,8 @@ class SelectingAttention(SparseAttention):
         """The attention of one module."""
         return SelectedTiles(self, site, generation)
 
-    def token_order(self, call: AttentionCall) -> TokenOrder | str | None:
-        """The order of a call's tokens, None for as they are, or why the call stays dense."""
+    def token_order(self, places: Places) -> TokenOrder | str | None:
+        """The order of the tokens at these places, None for as they are, or why the call stays dense."""
         return None
 
     def options(self) -> dict[str, Any]:
@@ -211,7 +211,8 @@ class SitePolicy:
     def dense_step(self) -> str | None:
         """Why this step stays dense, or None."""
         steps, at = getattr(self.method, "dense_steps", 0), self.generation
-        return "dense_steps" if at.active and at.index < steps else None
+        # Without any the step is not looked at: a graph that did would hold for that step alone.
+        return "dense_steps" if steps and at.active and at.index < steps else None
 
     def leave(self, reason: str) -> Tensor | None:
         """Note that a call stays dense; None, as the bridge expects then."""
@@ -274,60 +275,55 @@ class FixedMask(SitePolicy):
         return attend(call, mask, order)
 
 
+def _selected(method: Any, places: Places) -> tuple[TokenOrder | None, TileMask | None] | str:
+    """The order of the tokens at these places and the tiles that hold text, or why a call stays dense."""
+    order = method.token_order(places)
+    if order is not None and places.queries != places.keys:
+        return _UNLIKE
+    if isinstance(order, str):
+        return order
+    return None if order is None else order.to(places.device), text_tiles(places, method.block)
+
+
 class SelectedTiles(SitePolicy):
     """Attention over tiles that are chosen anew at every call, from the queries and keys themselves.
 
-    The method gives `token_order(call)`, how tokens are ordered (None: as they are) or why a call stays dense, and
+    The method gives `token_order(places)`, how tokens are ordered (None: as they are) or why a call stays dense, and
     `select(q, k, beside)`, the mask of queries and keys in that order; `beside` are the tiles that hold text.
     """
 
-    def __init__(self, method: Any, site: AttentionSite, generation: Generation) -> None:
-        super().__init__(method, site, generation)
-        self._orders: dict[tuple, TokenOrder | str | None] = {}
-        self._beside: dict[tuple, TileMask | None] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_orders": {}, "_beside": {}}
-
-    def order(self, call: AttentionCall) -> TokenOrder | str | None:
-        """The order of a call's tokens; made once for each shape."""
-        key = (call.grid, call.text, call.q.shape[1], call.k.shape[1])
-        if key not in self._orders:
-            self._orders[key] = self.method.token_order(call)
-        order = self._orders[key]
-        return _UNLIKE if order is not None and call.q.shape[1] != call.k.shape[1] else order
-
-    def text_tiles(self, call: AttentionCall) -> TileMask | None:
-        """The tiles that hold text, as queries or keys; made once for each shape."""
-        if not call.text or not call.text[1]:
-            return None
-        key = (call.text, call.q.shape[1], call.k.shape[1], call.q.device)
-        if key not in self._beside:
-            self._beside[key] = text_tiles(call, self.method.block)
-        return self._beside[key]
+    making = staticmethod(_selected)
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
         """Select and attend."""
         why = call.refusal() or self.dense_step()
-        order = why if why is not None else self.order(call)
-        if isinstance(order, str):
-            return self.leave(order)
+        found = why if why is not None else self.made(call)
+        if isinstance(found, str):
+            return self.leave(found)
+        order, beside = found
         q, k, v, bias, back = in_order(call, order)
         with torch.no_grad():
-            mask = self.method.select(q, k, self.text_tiles(call))
+            mask = self.method.select(q, k, beside)
         self.count(mask, call)
-        return back(tile_attention(q, k, v, mask, scale=call.scale, bias=bias, **self.method.options()))
+        return back(self.attend(q, k, v, mask, call.scale, bias))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float | None, bias: Tensor | None
+    ) -> Tensor:
+        """The result over the selected tiles."""
+        return tile_attention(q, k, v, mask, scale=scale, bias=bias, **self.method.options())
 
 
-def text_tiles(call: AttentionCall, block: tuple[int, int]) -> TileMask:
-    """The tiles of a call that hold text, as queries or as keys."""
-    assert call.text is not None
-    start, end = call.text[0], call.text[0] + call.text[1]
-    shape = (call.q.shape[1], call.k.shape[1])
+def text_tiles(places: Places, block: tuple[int, int]) -> TileMask | None:
+    """The tiles that hold text, as queries or as keys; None where there is no text."""
+    if not places.text or not places.text[1]:
+        return None
+    start, end = places.text[0], sum(places.text)
+    shape = (places.queries, places.keys)
     tiles = torch.zeros([-(-n // b) for n, b in zip(shape, block, strict=True)], dtype=torch.bool)
     tiles[:, start // block[1] : -(-end // block[1])] = True
     tiles[start // block[0] : -(-end // block[0])] = True
-    return TileMask.from_tiles(tiles, shape, block).to(call.q.device)
+    return TileMask.from_tiles(tiles, shape, block).to(places.device)
 
 
 def attend(call: AttentionCall, mask: TileMask, order: TokenOrder | None = None, **options: Any) -> Tensor:

@@ -15,7 +15,7 @@ from ..masks import TileMask, TokenOrder
 from ..ops import tile_pool, tile_scores, tile_select
 from ..ops._checks import count as check_count
 from ..ops.attention.check import number as check_number
-from ..patching.attention import AttentionCall
+from ..patching.attention import Places
 from ._attention import SelectingAttention, beside
 
 
@@ -63,11 +63,11 @@ class DraftAttention(SelectingAttention):
         """The patch, in every frame."""
         return (*(1,) * (len(grid) - 2), *self.patch) if len(grid) >= 2 else None
 
-    def token_order(self, call: AttentionCall) -> TokenOrder | str:
+    def token_order(self, places: Places) -> TokenOrder | str:
         """The order of patches within frames."""
-        if call.grid is None or call.text is None or len(call.grid) < 2:
+        if places.grid is None or places.text is None or len(places.grid) < 2:
             return "the token grid is not known"
-        return beside(call.grid, call.text, self.patch_for(call.grid))
+        return beside(places.grid, places.text, self.patch_for(places.grid))
 
     def select(self, q: Tensor, k: Tensor, beside: TileMask | None) -> TileMask:
         """The mask of these queries and keys."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..masks import TileMask, TokenOrder
@@ -18,9 +17,9 @@ from ..ops import tile_attention, tile_pool, tile_scores, tile_select
 from ..ops._checks import count as check_count
 from ..ops.attention.check import number as check_number
 from ..ops.attention.select import check_top_k
-from ..patching.attention import AttentionCall, AttentionSite
+from ..patching.attention import AttentionSite, Places
 from ..state.generation import Generation
-from ._attention import SelectedTiles, SelectingAttention, beside, in_order
+from ._attention import SelectedTiles, SelectingAttention, beside
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,13 @@ class VSA(SelectingAttention):
         """The attention of one module."""
         return _Cubes(self, site, generation)
 
-    def token_order(self, call: AttentionCall) -> TokenOrder | str:
+    def token_order(self, places: Places) -> TokenOrder | str:
         """The order of cubes."""
-        if call.grid is None or call.text is None:
+        if places.grid is None or places.text is None:
             return "the token grid is not known"
-        if len(call.grid) != len(self.cube):
-            return f"cube={self.cube} is not for the grid {call.grid}"
-        return beside(call.grid, call.text, self.cube)
+        if len(places.grid) != len(self.cube):
+            return f"cube={self.cube} is not for the grid {places.grid}"
+        return beside(places.grid, places.text, self.cube)
 
     def select(self, q: Tensor, k: Tensor, beside: TileMask | None) -> TileMask:
         """The mask of these queries and keys."""
@@ -81,19 +80,12 @@ class VSA(SelectingAttention):
 
 
 class _Cubes(SelectedTiles):
-    def __call__(self, call: AttentionCall) -> Tensor | None:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float | None, bias: Tensor | None
+    ) -> Tensor:
+        fine = super().attend(q, k, v, mask, scale, bias)
         if not self.method.coarse:
-            return super().__call__(call)
-        why = call.refusal() or self.dense_step()
-        order = why if why is not None else self.order(call)
-        if isinstance(order, str):
-            return self.leave(order)
+            return fine
         size = self.method.block[0]
-        q, k, v, bias, back = in_order(call, order)
-        with torch.no_grad():
-            mask = self.method.select(q, k, self.text_tiles(call))
-        self.count(mask, call)
-        fine = tile_attention(q, k, v, mask, scale=call.scale, bias=bias)
-        rough = tile_attention(tile_pool(q, size), tile_pool(k, size), tile_pool(v, size), scale=call.scale)
-        spread = rough.repeat_interleave(size, dim=1)[:, : q.shape[1]]
-        return back(fine + self.method.coarse * spread)
+        rough = tile_attention(tile_pool(q, size), tile_pool(k, size), tile_pool(v, size), scale=scale)
+        return fine + self.method.coarse * rough.repeat_interleave(size, dim=1)[:, : q.shape[1]]
