@@ -26,45 +26,48 @@ TOKENS, WIDTH, HEADS, DIM = 32, 64, 2, 32
 
 
 class Operands:
-    """What the calls share: made once for a device and dtype, leaves of a graph where `grad` is set."""
+    """What the calls share: made once for a device and dtype, leaves of a graph where `grad` is set.
 
-    def __init__(self, device: str, dtype: torch.dtype, grad: bool) -> None:
-        self.device, self.dtype, self.grad = torch.device(device), dtype, grad
+    With `batch` 0 kernels have no work, and what is left of a call is the host's.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype, grad: bool, batch: int = 1) -> None:
+        self.device, self.dtype, self.grad, self.batch = torch.device(device), dtype, grad, batch
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int, dtype: torch.dtype = dtype, leaf: bool = grad) -> Tensor:
             made = torch.randn(shape, generator=generator).to(self.device, dtype)
             return made.requires_grad_() if leaf else made
 
-        self.x, self.a = randn(1, TOKENS, WIDTH), randn(1, TOKENS, WIDTH)
-        self.mods = [randn(1, WIDTH) for _ in range(5)]
+        self.x, self.a = randn(batch, TOKENS, WIDTH), randn(batch, TOKENS, WIDTH)
+        self.mods = [randn(batch, WIDTH) for _ in range(5)]
         self.table, self.weight = randn(WIDTH), randn(WIDTH)
-        self.q, self.k, self.v = (randn(1, TOKENS, HEADS, DIM) for _ in range(3))
+        self.q, self.k, self.v = (randn(batch, TOKENS, HEADS, DIM) for _ in range(3))
         self.head_weight = randn(DIM)
         self.cos, self.sin = (randn(TOKENS, DIM // 2, dtype=torch.float32, leaf=False) for _ in range(2))
-        self.lse = randn(1, HEADS, TOKENS, dtype=torch.float32)
+        self.lse = randn(batch, HEADS, TOKENS, dtype=torch.float32)
         tiles = torch.ones(2, 1, dtype=torch.bool, device=self.device)
         self.mask = TileMask.from_tiles(tiles, (TOKENS, TOKENS), (16, 32))
         self.mask.lists(), self.mask.transposed_lists()
         self.index = TokenIndex.from_keep(torch.arange(0, TOKENS, 2, device=self.device), TOKENS)
-        self.rows = randn(1, TOKENS // 2, WIDTH)
-        self.history = randn(3, 1, TOKENS, WIDTH, leaf=False)
+        self.rows = randn(batch, TOKENS // 2, WIDTH)
+        self.history = randn(3, batch, TOKENS, WIDTH, leaf=False)
         self.sites = self.history[None]
         self.weights = randn(3, dtype=torch.float32, leaf=False)
         self.fresh, self.ids = (
-            randn(1, 4, WIDTH, leaf=False),
+            randn(batch, 4, WIDTH, leaf=False),
             torch.arange(4, dtype=torch.int32, device=self.device)[None],
         )
-        self.labels = torch.zeros(1, TOKENS, dtype=torch.int32, device=self.device)
-        self.heads = [randn(1, TOKENS // 2, HEADS, DIM, leaf=False) for _ in range(3)]
-        self.caches = [randn(1, TOKENS, HEADS, DIM, leaf=False) for _ in range(2)]
-        self.score, self.age = randn(1, TOKENS, dtype=torch.float32, leaf=False), self.labels
-        self.logits = randn(1, TOKENS, 40, leaf=False)
-        self.masked = torch.full((1, TOKENS), 40, device=self.device)
+        self.labels = torch.zeros(batch, TOKENS, dtype=torch.int32, device=self.device)
+        self.heads = [randn(batch, TOKENS // 2, HEADS, DIM, leaf=False) for _ in range(3)]
+        self.caches = [randn(batch, TOKENS, HEADS, DIM, leaf=False) for _ in range(2)]
+        self.score, self.age = randn(batch, TOKENS, dtype=torch.float32, leaf=False), self.labels
+        self.logits = randn(batch, TOKENS, 40, leaf=False)
+        self.masked = torch.full((batch, TOKENS), 40, device=self.device)
         self.step = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.merge = ops.match_tokens(self.x.detach(), 0.5, grid=(4, TOKENS // 4), seed=0)
+        self.merge = ops.match_tokens(randn(1, TOKENS, WIDTH, leaf=False), 0.5, grid=(4, TOKENS // 4), seed=0)
         self.fp8 = self.caches[0].to(torch.float8_e4m3fn)
-        self.fp8_scale = torch.ones(1, TOKENS, HEADS, device=self.device)
+        self.fp8_scale = torch.ones(batch, TOKENS, HEADS, device=self.device)
 
 
 def peers(o: Operands) -> dict[str, Call]:
@@ -129,7 +132,7 @@ def others(o: Operands) -> dict[str, Call]:
             ops.combine_history_norm_modulate, o.history, o.weights, scale, shift, x=x, gate=gate
         ),
         "norm_modulate_difference": partial(ops.norm_modulate_difference, x, a, scale, shift),
-        "random_keep": partial(ops.random_keep, 1, TOKENS, 16, seed=0, step=o.step),
+        "random_keep": partial(ops.random_keep, o.batch, TOKENS, 16, seed=0, step=o.step),
         "select_active": partial(ops.select_active, o.score, o.age, 16),
         "write_kv_rows": partial(
             ops.write_kv_rows, k, v, *o.caches, o.index, q=q, q_weight=o.head_weight.detach(),
@@ -138,12 +141,10 @@ def others(o: Operands) -> dict[str, Call]:
         "read_kv_rows": partial(ops.read_kv_rows, o.fp8, o.fp8_scale, o.dtype),
         "sample_logits": partial(ops.sample_logits, o.logits, o.masked, 40, temperature=0.0, step=o.step),
         "unmask_select": partial(
-            ops.unmask_select, o.score, o.masked, o.masked, 40, torch.ones(1, 1, dtype=torch.int32, device=o.device),
-            step=o.step,
+            ops.unmask_select, o.score, o.masked, o.masked, 40, 1, step=o.step
         ),
         "confidence_unmask": partial(
-            ops.confidence_unmask, o.logits, o.masked, 40, torch.ones(1, 1, dtype=torch.int32, device=o.device),
-            temperature=0.0, step=o.step,
+            ops.confidence_unmask, o.logits, o.masked, 40, 1, temperature=0.0, step=o.step
         ),
     }  # fmt: skip
 
@@ -164,18 +165,19 @@ def microseconds(call: Call, calls: int = 200, rounds: int = 25) -> float:
 def main(names: list[str]) -> None:
     """Print the table for this CPU."""
     torch.set_num_threads(1)
-    plain, grad = Operands("cpu", torch.float32, False), Operands("cpu", torch.float32, True)
-    with torch.no_grad():
-        calls = {**peers(plain), **differentiable(plain), **others(plain)}
-    trained = {**peers(grad), **differentiable(grad)}
-    print(f"{'':40} {'no_grad':>9} {'autograd':>9}")
-    for name, call in calls.items():
+    columns: dict[str, dict[str, Call]] = {}
+    for title, batch, grad in (("no_grad", 1, False), ("no work", 0, False), ("autograd", 1, True)):
+        o = Operands("cpu", torch.float32, grad, batch)
+        columns[title] = {**peers(o), **differentiable(o), **({} if grad else others(o))}
+    print(f"{'':40}" + "".join(f"{title:>10}" for title in columns))
+    for name in columns["no_grad"]:
         if names and not any(part in name for part in names):
             continue
-        with torch.no_grad():
-            inference = microseconds(call)
-        training = f"{microseconds(trained[name]):9.2f}" if name in trained else ""
-        print(f"{name:40} {inference:9.2f} {training}", flush=True)
+        line = f"{name:40}"
+        for title, calls in columns.items():
+            with torch.set_grad_enabled(title == "autograd"):
+                line += f"{microseconds(calls[name]):10.2f}" if name in calls else ""
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from maskaccel.ops.adaln import fallback
+from maskaccel.ops.adaln import schema as adaln_schema
 from maskaccel.ops.adaln.flags import packed
-from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL, SCHEMAS
+from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL
 from maskaccel.ops.attention import reference as attention_reference
+from maskaccel.ops.attention import schema as attention_schema
 from maskaccel.ops.steps import reference as steps_reference
 from maskaccel.ops.tokens import reference as tokens_reference
+from maskaccel.ops.tokens import schema as tokens_schema
 
 WIDTHS = (3, 7, 8, 24, 72, 130, 256, 520, 1000, 1024, 1032, 1152, 1536)
 ADALN = (
@@ -341,26 +344,63 @@ def draw(op: str, seed: int, dtype: torch.dtype, device: str = "cpu", widths: tu
     return _activation(op, d) if op.startswith("gated_activation") else _adaln(op, d)
 
 
-_RARE = {
-    "gate_table", "post_weight", "weight", "bias", "scale_table", "shift_table", "rows",
-    "q_bias", "k_bias", "positions",
-}  # fmt: skip
+# The ops for calls without rare operands, by name: the schemas of the whole ops, and the operands that a call lacks.
+_FAMILIES = (
+    (adaln_schema, {"gate_table", "post_weight", "weight", "bias", "scale_table", "shift_table", "rows", "q_bias",
+                    "k_bias", "positions"}),
+    (attention_schema, {"index_t", "count_t", "order_t", "bias", "relpos_table", "relpos_q", "relpos_k",
+                        "reference_lse", "out_scale", "out_add"}),
+    (tokens_schema, {"weight", "bias", "k_scale", "v_scale", "positions"}),
+)  # fmt: skip
+BARE = {name: (family.SCHEMAS[name.removesuffix("_bare")], rare) for family, rare in _FAMILIES for name in family.BARE}
+_NUMBERS = {"eps", "post_eps", "offset", "flags", "bm", "bn", "scale", "skip_threshold"}
+
+
+def bare_differs(name: str, seed: int, dtype: torch.dtype, kernel: Callable[..., Any], whole: Callable[..., Any],
+                 device: str = "cpu") -> str:  # fmt: skip
+    """Where a random call of a bare op does not give the bits of the whole op; empty where it does."""
+    if device == "cuda" and name in attention_schema.BARE and dtype == torch.float32:
+        return ""  # which the CUDA kernels do not take
+    args, rest = draw_bare(name, seed, dtype, device)
+    written = [_cloned(args), _cloned(rest)]
+    got, want = (t if isinstance(t, tuple) else (t,) for t in (kernel(*written[0]), whole(*written[1])))
+    if name.startswith("write_kv_rows"):
+        got, want = (*got, *written[0][3:5]), (*want, *written[1][3:5])
+    same = all(map(torch.equal, got, want)) and len(got) in (len(want), len(want) - 1)
+    return "" if same else f"seed {seed} is not {name.removesuffix('_bare')}: {describe(args)}"
+
+
+def _cloned(args: tuple) -> tuple:
+    return tuple(t.clone(memory_format=torch.preserve_format) if isinstance(t, Tensor) else t for t in args)
 
 
 def draw_bare(name: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, tuple]:
     """Arguments of one random call of a bare op, and of the whole op for the same results."""
     op = name.removesuffix("_bare")
-    names = [part.split()[-1] for part in SCHEMAS[op].split(")")[0].split(",")]
+    schema, rare = BARE[name]
+    names = [part.split()[-1] for part in schema[1 : schema.index(") ->")].split(",")]
     whole = dict(zip(names, draw(op, seed, dtype, device), strict=True))
-    absent = set(_RARE)
+    absent = set(rare)
     if whole.get("rows") is not None:  # (R, D) operands mean something else without the index
         absent |= {"gate", "scale", "shift", "scale2", "shift2"}
     if whole.get("positions") is not None:  # and these tables have rows of their own
         absent |= {"cos", "sin"}
     whole |= dict.fromkeys(absent & whole.keys())
-    whole |= dict.fromkeys({"eps", "post_eps"} & whole.keys(), 1e-5)
-    tensors = [value for key, value in whole.items() if key not in _RARE | {"eps", "post_eps", "offset", "flags"}]
-    return (*tensors, packed(whole["flags"], 1e-5, whole.get("offset", 0.0))), tuple(whole.values())
+    if name in attention_schema.BARE:
+        whole |= {"flags": 0, "skip_threshold": 0.0}
+        numbers = attention_schema.packed(whole["bm"], whole["bn"], whole["scale"])
+        operands = rare | _NUMBERS
+    else:
+        whole |= dict.fromkeys({"eps", "post_eps"} & whole.keys(), 1e-5)
+        numbers = packed(whole["flags"], 1e-5, whole.get("offset", 0.0))
+        operands = rare | (_NUMBERS - {"scale"})
+    if op == "write_kv_rows":  # whose ids are distinct, and caches not fp8
+        size = whole["k_cache"].shape[1]
+        drawn = torch.rand(whole["ids"].shape[0], size, generator=torch.Generator().manual_seed(seed)).argsort(1)
+        whole["ids"] = drawn[:, : whole["k"].shape[1]].to(torch.int32).contiguous().to(device)
+        for cache in ("k_cache", "v_cache"):
+            whole[cache] = whole[cache].to(dtype)
+    return (*(value for key, value in whole.items() if key not in operands), numbers), tuple(whole.values())
 
 
 def describe(args: tuple) -> str:

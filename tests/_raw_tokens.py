@@ -167,7 +167,8 @@ def _gather_modulate(d: Draw) -> tuple:
     ids, inverse = index(d, batch, n)
 
     def modulation() -> Tensor:
-        return d.tensor((d.rng.choice([1, batch]), d.rng.choice([1, n]), width), d.other, 0.5)
+        drawn = d.tensor((d.rng.choice([1, batch]), d.rng.choice([1, n]), width), d.other, 0.5)
+        return drawn[:, 0] if drawn.shape[1] == 1 and d.rng.random() < 0.5 else drawn
 
     scale, shift = d.maybe(modulation), d.maybe(modulation)
     weight, bias = d.maybe(d.vector, width, d.affine, p=0.4), d.maybe(d.vector, width, d.affine, p=0.3)

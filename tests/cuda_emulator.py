@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 
-from maskaccel.ops.adaln.schema import BARE
-from maskaccel.ops.adaln.schema import SCHEMAS as ADALN
-from maskaccel.ops.attention.schema import SCHEMAS as ATTENTION
-from maskaccel.ops.steps.schema import SCHEMAS as STEPS
-from maskaccel.ops.tokens.schema import SCHEMAS as TOKENS
+from maskaccel.ops.adaln import schema as adaln
+from maskaccel.ops.attention import schema as attention
+from maskaccel.ops.steps import schema as steps
+from maskaccel.ops.tokens import schema as tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").rglob("cuda*.cu"))
@@ -88,6 +87,7 @@ def build(folder: Path) -> Path:
 def load(folder: Path) -> None:
     """Build, define the ops and load the library, once a process."""
     library = build(folder)
-    for name, schema in {**ADALN, **ATTENTION, **BARE, **STEPS, **TOKENS}.items():
-        _LIBRARY.define(name + schema)
+    for family in (adaln, attention, steps, tokens):
+        for name, schema in {**family.SCHEMAS, **getattr(family, "BARE", {})}.items():
+            _LIBRARY.define(name + schema)
     torch.ops.load_library(str(library))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from maskaccel import ops
 from maskaccel._native import native
+from maskaccel.masks import TileMask, TokenIndex
 from maskaccel.ops import _call, _registry
 from maskaccel.ops.adaln import check, flags, schema
 from maskaccel.ops.attention import check as attention_check
+from maskaccel.ops.attention import quick
+from maskaccel.ops.attention import schema as attention_schema
+from maskaccel.ops.tokens import _run
 
 pytestmark = pytest.mark.skipif(not native.has_cpu, reason=f"native library {native.state}: {native.reason}")
 D = 16
@@ -24,6 +30,12 @@ X, A, M, V, ROWS = randn(2, 6, D), randn(2, 6, D, seed=1), randn(2, D, seed=2), 
 ROWS = ROWS.to(torch.int32)
 Q, C = randn(2, 6, 3, 8), randn(6, 4, seed=4)
 HEADS, LSE = randn(2, 6, 3, 16, seed=5), randn(2, 3, 6, seed=6)
+Q16, C8, BIAS = randn(2, 3, 3, 16, seed=7), randn(6, 8, seed=8), randn(1, 3, 6, 6, seed=9)
+MASK = TileMask.from_tiles(torch.ones(1, 1, dtype=torch.bool), (6, 6), (16, 32))
+PATTERN = TileMask.from_bool(torch.ones(6, 6, dtype=torch.bool).tril(), (16, 32))
+INDEX, MASKED = TokenIndex.from_keep(torch.tensor([0, 2, 5]), 6), torch.tensor([[20, 3, 20, 20, 4, 20]]).expand(2, -1)
+MASKED = MASKED.contiguous()
+MERGE = ops.match_tokens(X, 0.5, grid=(2, 3), cell=(2, 3), seed=0)
 CALLS = {
     "norm_modulate": lambda: ops.norm_modulate(X, M, M),
     "norm_modulate, no operand": lambda: ops.norm_modulate(X),
@@ -55,9 +67,57 @@ CALLS = {
     "relative_difference": lambda: ops.relative_difference(X, A),
     "relative_difference, base": lambda: ops.relative_difference(X, A, base=X),
     "combine_history": lambda: ops.combine_history(X[None], torch.ones(1), x=X, gate=M),
+    "tile_attention": lambda: ops.tile_attention(HEADS, HEADS, HEADS, scale=-0.3),
+    "tile_attention, mask, lse": lambda: ops.tile_attention(HEADS, HEADS, HEADS, MASK, return_lse=True),
+    "tile_attention, pattern": lambda: ops.tile_attention(HEADS, HEADS, HEADS, PATTERN),
+    "tile_attention, bias": lambda: ops.tile_attention(HEADS, HEADS, HEADS, bias=BIAS),
+    "tile_attention, epilogue": lambda: ops.tile_attention(HEADS, HEADS, HEADS, MASK, out_scale=LSE, out_add=HEADS),
+    "tile_attention, keep": lambda: ops.tile_attention(
+        HEADS, HEADS, HEADS, PATTERN, skip_threshold=-3, reference_lse=LSE, prune=True, return_keep=True
+    ),
+    "attention_column_sums": lambda: ops.attention_column_sums(HEADS, HEADS, LSE, PATTERN, bias=BIAS),
     "merge_attention": lambda: ops.merge_attention(HEADS, LSE, HEADS + 1, -LSE),
     "linear_attention": lambda: ops.linear_attention(HEADS, HEADS, HEADS, feature_map="elu1"),
+    "gather_rows": lambda: ops.gather_rows(X, INDEX),
+    "gather_modulate": lambda: ops.gather_modulate(X, INDEX, M, M[:, None]),
+    "gather_modulate, tokens": lambda: ops.gather_modulate(X, INDEX, A, M, offset=0.5),
+    "gather_modulate, no rows": lambda: ops.gather_modulate(X, INDEX, M, weight=V, return_rows=False),
+    "scatter_merge": lambda: ops.scatter_merge(X, A[:, :3], INDEX),
+    "scatter_merge, add_gated": lambda: ops.scatter_merge(X, A[:, :3], INDEX, mode="add_gated", gate=M),
+    "scatter_merge, mask_token": lambda: ops.scatter_merge(
+        None, A[:, :3], INDEX, mode="mask_token", mask_token=V[None], pos=X[0]
+    ),
+    "scatter_merge, blend": lambda: ops.scatter_merge(X, A[:, :3], INDEX, mode="blend", lam=0.3),
+    "scatter_merge, zero": lambda: ops.scatter_merge(None, A[:, :3], INDEX, mode="zero"),
+    "merge_tokens": lambda: ops.merge_tokens(X, MERGE),
+    "unmerge_tokens": lambda: ops.unmerge_tokens(X[:, : MERGE.merged], MERGE),
+    "random_keep": lambda: ops.random_keep(2, 6, 3, seed=5, step=7),
+    "random_keep, shared": lambda: ops.random_keep(2, 6, 0.5, seed=-5, step=torch.tensor([7]), shared=True),
+    "select_active": lambda: ops.select_active(LSE[:, 0].contiguous(), None, 3),
+    "select_active, age": lambda: ops.select_active(LSE[:, 0].contiguous(), ROWS.expand(2, -1).contiguous(), 0.5),
+    "write_kv_rows": lambda: written(False),
+    "write_kv_rows, pre": lambda: written(True),
+    "read_kv_rows": lambda: ops.read_kv_rows(HEADS.to(torch.float8_e4m3fn), LSE.mT.contiguous(), torch.float32),
+    "sample_logits": lambda: ops.sample_logits(X, MASKED, 20, seed=3, step=2, confidence="margin", scaled=True),
+    "unmask_select": lambda: ops.unmask_select(LSE[:, 0].contiguous(), MASKED, MASKED, 20, 2, temperature=0.5),
+    "unmask_select, counts": lambda: ops.unmask_select(
+        LSE[:, 0].contiguous(), MASKED, MASKED, 20, torch.ones(2, 1, dtype=torch.int32)
+    ),
+    "confidence_unmask": lambda: ops.confidence_unmask(X, MASKED, 20, 2, threshold=0.1, order="entropy"),
 }
+
+
+def written(pre: bool) -> tuple:
+    """Caches are written in place."""
+    caches = [HEADS.clone(), HEADS.clone() + 1]
+    store = "pre" if pre else "post"
+    q = ops.write_kv_rows(Q16, HEADS[:, :3], *caches, INDEX, q=Q16, k_weight=V, cos=C8, sin=C8, norm="rms", store=store)
+    return q, *caches
+
+
+def tensors(result) -> list[Tensor]:
+    """The tensors of a result, those of an index too."""
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad mode"])
@@ -74,13 +134,12 @@ def test_common_calls_skip_the_checks(call, grad, monkeypatch):
             (check, ("norm_arguments", "qk_arguments", "activation_arguments")),
             (_call, ("checked",)),
             (attention_check, ("qkv",)),
+            (_run, ("run", "index_fits", "rows_of")),
         ):
             for name in names:
                 monkeypatch.setattr(module, name, slow)
         got = call()
-    if isinstance(got, Tensor):
-        got, expected = (got,), (expected,)
-    assert all(map(torch.equal, got, expected))
+    assert all(map(torch.equal, tensors(got), tensors(expected)))
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -93,11 +152,50 @@ def test_fast_calls_equal_the_checked_ones(call, monkeypatch):
 
     monkeypatch.setattr("maskaccel.ops.adaln.api.fast", no_fast_path)
     monkeypatch.setattr("maskaccel.ops.adaln.api.bare", lambda *args: None)
-    monkeypatch.setattr(_call, "fast", no_fast_path)
+    monkeypatch.setattr(_call, "bare", lambda *args: None)
+    monkeypatch.setattr(quick, "attention", no_fast_path)
+    monkeypatch.setattr(quick, "column_sums", no_fast_path)
+    for name in ("fast", "undifferentiated"):
+        monkeypatch.setattr(_call, name, no_fast_path)
     checked = call()
-    if isinstance(fast, Tensor):
-        fast, checked = (fast,), (checked,)
-    assert all(map(torch.equal, fast, checked))
+    assert len(tensors(fast)) == len(tensors(checked))
+    assert all(map(torch.equal, tensors(fast), tensors(checked)))
+
+
+def test_gradients_are_the_same_on_both_ways(monkeypatch):
+    """Under autograd too the fast path leaves out checks alone."""
+    calls = {
+        "tile_attention": lambda t: ops.tile_attention(t, t, t, PATTERN, bias=BIAS.clone().requires_grad_()),
+        "gather_modulate": lambda t: ops.gather_modulate(t[:, :, 0], INDEX, t[:, 0, 0], t[:1, 1, 0])[1],
+        "scatter_merge": lambda t: ops.scatter_merge(t[:, :, 0], t[:, :3, 1], INDEX, mode="add_gated", gate=t[:, 0, 0]),
+        "merge_tokens": lambda t: ops.merge_tokens(t[:, :, 0], MERGE),
+    }
+
+    def gradients() -> dict[str, Tensor]:
+        leaf = HEADS.clone().requires_grad_()
+        return {name: torch.autograd.grad(call(leaf).square().sum(), leaf)[0] for name, call in calls.items()}
+
+    fast = gradients()
+    monkeypatch.setattr(_call, "tracing", lambda: True)  # no call is quick then
+    checked = gradients()
+    for name in calls:
+        assert torch.equal(fast[name], checked[name]), name
+
+
+def test_packed_numbers_of_attention():
+    assert attention_schema.packed(128, 64, 0.125) == 8 | 2 << 16 | 0x3E000000 << 32
+    assert attention_schema.packed(16, 32, -1.0) == 1 | 1 << 16 | (0xBF800000 - (1 << 32)) << 32
+    for numbers in ((16 << 16, 32, 1.0), (16, 32 << 16, 1.0), (16, 32, 1e39), (16, 32, float("nan"))):
+        assert attention_schema.packed(*numbers) is None
+
+
+def test_constants_are_held_where_that_is_safe():
+    """One tensor for a number and a place; none of a mode that makes tensors of no memory."""
+    place = torch.device("cpu")
+    assert _run.constant(3, (1,), torch.int64, place) is _run.constant(3, (1,), torch.int64, place)
+    with FakeTensorMode():
+        assert type(_run.constant(77, (1,), torch.int64, place)) is FakeTensor
+    assert type(_run.constant(77, (1,), torch.int64, place)) is Tensor
 
 
 def test_numbers_that_do_not_fit_one_integer():

@@ -119,9 +119,7 @@ def check_all(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool]
 
 def check_bare(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool]:
     """The ops that calls without rare operands take: the same bits as the whole ops."""
-    from _raw_cases import describe, draw_bare
-
-    from maskaccel.ops.adaln.schema import BARE
+    from _raw_cases import BARE, bare_differs
 
     report: dict[str, dict[str, str]] = {}
     backend = "cuda" if device == "cuda" else "cpu"
@@ -130,10 +128,9 @@ def check_bare(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool
         kernel, whole = find(name), find(name.removesuffix("_bare"))
         state = "absent" if kernel is None or whole is None else "ok"
         for seed in range(seeds if state == "ok" else 0):
-            args, rest = draw_bare(name, seed, (torch.float32, torch.bfloat16, torch.float16)[seed % 3], device)
-            got, want = (t if isinstance(t, tuple) else (t,) for t in (kernel(*args), whole(*rest)))
-            if not all(map(torch.equal, got, want)):
-                state = f"seed {seed} is not {name.removesuffix('_bare')} | {describe(args)}"
+            dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
+            state = bare_differs(name, seed, dtype, kernel, whole, device) or "ok"
+            if state != "ok":
                 break
         report.setdefault(backend, {})[name] = state
         print(f"  {backend:9} {name:42} {state[:160]}", flush=True)

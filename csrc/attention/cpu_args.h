@@ -7,6 +7,7 @@
 
 #include "../common/stable.h"
 #include "cpu_problem.h"
+#include "packed.h"
 
 namespace maskaccel {
 
@@ -24,16 +25,20 @@ struct AttentionArgs {
   double scale = 0;
 
   void read_lists(Inputs& in) { lists = {in.optional("index"), in.optional("count"), in.optional("order")}; }
-  void read_lists_t(Inputs& in) {
-    lists_t = {in.optional("index_t"), in.optional("count_t"), in.optional("order_t")};
-  }
+  void read_lists_t(Inputs& in) { lists_t = {in.rare("index_t"), in.rare("count_t"), in.rare("order_t")}; }
   void read_elements_and_scores(Inputs& in) {
     pattern_of = in.optional("pattern_of");
     patterns = in.optional("patterns");
-    bias = in.optional("bias");
-    relpos_table = in.optional("relpos_table");
-    relpos_q = in.optional("relpos_q");
-    relpos_k = in.optional("relpos_k");
+    bias = in.rare("bias");
+    relpos_table = in.rare("relpos_table");
+    relpos_q = in.rare("relpos_q");
+    relpos_k = in.rare("relpos_k");
+  }
+  void read_packed(Inputs& in) {
+    const PackedTiles packed(in.integer());
+    bm = packed.bm;
+    bn = packed.bn;
+    scale = packed.scale;
   }
   void read_tiles_and_scale(Inputs& in) {
     bm = in.integer();

@@ -130,8 +130,8 @@ void attend(AttentionForward& s) {
   }
 }
 
-void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
+void forward(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
   AttentionArgs a;
   a.q = in.tensor("q");
   a.k = in.tensor("k");
@@ -139,11 +139,16 @@ void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
   a.read_lists(in);
   a.read_lists_t(in);
   a.read_elements_and_scores(in);
-  const Arg reference_lse = in.optional("reference_lse"), out_scale = in.optional("out_scale"),
-            out_add = in.optional("out_add");
-  a.read_tiles_and_scale(in);
-  const double threshold = in.number();
-  const int64_t flags = in.integer();
+  const Arg reference_lse = in.rare("reference_lse"), out_scale = in.rare("out_scale"), out_add = in.rare("out_add");
+  double threshold = 0;
+  int64_t flags = 0;
+  if (bare) {
+    a.read_packed(in);
+  } else {
+    a.read_tiles_and_scale(in);
+    threshold = in.number();
+    flags = in.integer();
+  }
   AttentionForward s;
   static_cast<AttentionProblem&>(s) = check_attention(a);
   STD_TORCH_CHECK(flags >= 0 && flags <= (kKeep | kPrune), "flags is ", flags, "; allowed are 0 to ", kKeep | kPrune);
@@ -162,18 +167,25 @@ void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
   const bool with_keep = (flags & kKeep) != 0;
   s.keep_words = tiles_of(s.Nk, 32);
   const int64_t keep_sizes[] = {with_keep ? s.B : 0, s.H, s.Mq, s.keep_words};
-  keep = Output(keep_sizes, with_keep ? 4 : 1, codes().i32, int64_t{sizeof(int32_t)});
+  if (!bare) keep = Output(keep_sizes, with_keep ? 4 : 1, codes().i32, int64_t{sizeof(int32_t)});
   if (with_keep) s.keep = static_cast<int32_t*>(keep.data());
   if (s.B * s.H * s.Sq > 0) attend(s);
   stack[0] = out.release();
   stack[1] = lse.release();
-  stack[2] = keep.release();
+  if (!bare) stack[2] = keep.release();
 }
 
+void tile_attention(StableIValue* stack, uint64_t, uint64_t) { forward(stack, false); }
+void tile_attention_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, true); }
+
 void implement(torch::stable::detail::StableLibrary& m) { m.impl("tile_attention", tile_attention); }
+void implement_bare(torch::stable::detail::StableLibrary& m) { m.impl("tile_attention_bare", tile_attention_bare); }
 
 }  // namespace
 }  // namespace maskaccel
 
 STABLE_TORCH_LIBRARY_IMPL(maskaccel, CPU, m) { maskaccel::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) { maskaccel::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) {
+  maskaccel::implement(m);
+  maskaccel::implement_bare(m);
+}

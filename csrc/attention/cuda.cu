@@ -1,5 +1,6 @@
 // Binding of tile_attention, its backward and attention_column_sums to CUDA.
 #include "cuda_read.h"
+#include "packed.h"
 
 namespace maskaccel::cuda {
 namespace {
@@ -16,16 +17,16 @@ void launch_forward(const Call& call, AttentionArgs& a) {
   launch_sm80(a, call.stream());
 }
 
-void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
+void forward(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
   const Arg q = in.tensor("q"), k = in.tensor("k"), v = in.tensor("v");
   const ListInputs lists(in, false), unread(in, true);
   const ScoreInputs scores(in);
-  const Arg reference = in.optional("reference_lse"), out_scale = in.optional("out_scale"),
-            out_add = in.optional("out_add");
-  const int64_t bm = in.integer(), bn = in.integer();
-  const double scale = in.number(), threshold = in.number();
-  const int64_t flags = in.integer();
+  const Arg reference = in.rare("reference_lse"), out_scale = in.rare("out_scale"), out_add = in.rare("out_add");
+  const PackedTiles packed(bare ? in.integer() : 0);
+  const int64_t bm = bare ? packed.bm : in.integer(), bn = bare ? packed.bn : in.integer();
+  const double scale = bare ? packed.scale : in.number(), threshold = bare ? 0 : in.number();
+  const int64_t flags = bare ? 0 : in.integer();
 
   const Call call("tile_attention", q);
   AttentionReader r(call);
@@ -45,8 +46,10 @@ void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
   a.reference_lse = r.statistics(reference);
   a.keep_words = static_cast<int>(ceil_div(a.tile_columns, 32));
   Result out(call, {a.batch, a.queries, a.heads, a.dim}, a.dtype), lse(call, {a.batch, a.heads, a.queries}, Dtype::f32);
-  Result keep = flags & kKeep ? integers(call, {a.batch, a.heads, a.tile_rows, a.keep_words}) : integers(call, {0});
+  Result keep;
+  if (!bare && !(flags & kKeep)) keep = integers(call, {0});
   if (flags & kKeep) {
+    keep = integers(call, {a.batch, a.heads, a.tile_rows, a.keep_words});
     a.keep = static_cast<int*>(keep.data());
     keep.clear(call);
   }
@@ -55,8 +58,11 @@ void tile_attention(StableIValue* stack, uint64_t, uint64_t) {
   if (int64_t{a.batch} * a.heads * a.queries > 0) launch_forward(call, a);
   stack[0] = out.release();
   stack[1] = lse.release();
-  stack[2] = keep.release();
+  if (!bare) stack[2] = keep.release();
 }
+
+void tile_attention(StableIValue* stack, uint64_t, uint64_t) { forward(stack, false); }
+void tile_attention_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, true); }
 
 void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
@@ -140,6 +146,7 @@ void attention_column_sums(StableIValue* stack, uint64_t, uint64_t) {
 
 void register_ops(Library& m) {
   m.impl("tile_attention", &tile_attention);
+  m.impl("tile_attention_bare", &tile_attention_bare);
   m.impl("tile_attention_backward", &tile_attention_backward);
   m.impl("attention_column_sums", &attention_column_sums);
 }

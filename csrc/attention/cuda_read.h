@@ -12,9 +12,9 @@ constexpr int64_t kMostIndex = (int64_t{1} << 30) - 1;  // of tokens, so that th
 struct ListInputs {
   Arg index, count, order;
   ListInputs(Inputs& in, bool transposed)
-      : index(in.optional(transposed ? "index_t" : "index")),
-        count(in.optional(transposed ? "count_t" : "count")),
-        order(in.optional(transposed ? "order_t" : "order")) {}
+      : index(transposed ? in.rare("index_t") : in.optional("index")),
+        count(transposed ? in.rare("count_t") : in.optional("count")),
+        order(transposed ? in.rare("order_t") : in.optional("order")) {}
 };
 
 struct AttentionReader {
@@ -177,10 +177,10 @@ struct ScoreInputs {
   explicit ScoreInputs(Inputs& in)
       : pattern_of(in.optional("pattern_of")),
         patterns(in.optional("patterns")),
-        bias(in.optional("bias")),
-        table(in.optional("relpos_table")),
-        relpos_q(in.optional("relpos_q")),
-        relpos_k(in.optional("relpos_k")) {}
+        bias(in.rare("bias")),
+        table(in.rare("relpos_table")),
+        relpos_q(in.rare("relpos_q")),
+        relpos_k(in.rare("relpos_k")) {}
   void read(AttentionReader& r) const {
     r.elements(pattern_of, patterns);
     r.scores(bias, table, relpos_q, relpos_k);

@@ -26,7 +26,7 @@ inline std::string shape_text(const Arg& a) {
   return text + ")";
 }
 
-/// One call of one op: its name, device and stream. Makes the device current while it lives.
+/// One call of one op: its name, device and stream. Makes the device current while it lives, where there are others.
 class Call {
  public:
   Call(const char* op, const Arg& first) : op_(op) {
@@ -34,7 +34,7 @@ class Call {
     MASKACCEL_SHIM(aoti_torch_get_device_index(first.handle, &device_));
 #ifndef MASKACCEL_EMULATE
     check(device_type_ == aoti_torch_device_type_cuda(), first.name, " must be a CUDA tensor");
-    MASKACCEL_SHIM(aoti_torch_create_device_guard(device_, &guard_));
+    if (several_devices()) MASKACCEL_SHIM(aoti_torch_create_device_guard(device_, &guard_));
     stream_ = current_stream(device_);
 #endif
   }
@@ -102,6 +102,9 @@ class Result {
     }
     MASKACCEL_SHIM(
         aoti_torch_empty_strided(dim, sizes, strides, code, call.device_type(), call.device(), &handle_));
+#ifdef MASKACCEL_EMULATE
+    ++emulation::machine().allocations;
+#endif
     MASKACCEL_SHIM(aoti_torch_get_data_ptr(handle_, &data_));
     bytes_ = count * item;
   }
@@ -126,6 +129,7 @@ class Result {
     if (bytes_ == 0) return;
 #ifdef MASKACCEL_EMULATE
     (void)call;
+    ++emulation::machine().memsets;
     std::memset(data_, 0, static_cast<size_t>(bytes_));
 #else
     if (cudaMemsetAsync(data_, 0, static_cast<size_t>(bytes_), call.stream()) != cudaSuccess) check_launch(call.op());

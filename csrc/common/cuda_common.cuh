@@ -265,7 +265,9 @@ DeviceInfo device_info(int device);
 /// Torch's current stream of a device.
 Stream current_stream(int device);
 void check_launch(const char* op);
+/// Allows a kernel so much dynamic shared memory on the current device; asks CUDA only where it was allowed less.
 void set_shared_limit(const void* kernel, int bytes);
+bool several_devices();
 
 /// Dynamic shared memory that a kernel gets without asking: 48 KB hold its static shared memory too.
 constexpr size_t kUnaskedShared = 40 * 1024;

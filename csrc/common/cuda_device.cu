@@ -1,12 +1,59 @@
 // Device properties and launch errors. The CUDA runtime is linked statically and shares torch's primary context.
 #include <dlfcn.h>
 
+#include <atomic>
 #include <mutex>
 #include <torch/headeronly/util/Exception.h>
 
 #include "cuda_common.cuh"
 
 namespace maskaccel::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+/// How much dynamic shared memory each kernel was allowed on each device. Reading takes no lock; whoever raises a limit
+/// holds one, so that no thread lowers what another has just asked for.
+class SharedLimits {
+ public:
+  template <typename Ask>
+  void raise(const void* kernel, int device, int bytes, const Ask& ask) {
+    std::atomic<int>* const limit = find(kernel, device);
+    if (limit != nullptr && limit->load(std::memory_order_acquire) >= bytes) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (limit != nullptr && limit->load(std::memory_order_relaxed) >= bytes) return;
+    ask();
+    if (limit != nullptr) limit->store(bytes, std::memory_order_release);
+  }
+
+ private:
+  static constexpr size_t kSlots = 1024;  // kernels that ask are fewer by far; one without a slot asks every time
+  struct Slot {
+    std::atomic<const void*> kernel{nullptr};
+    std::atomic<int> bytes[kMaxDevices] = {};
+  };
+
+  std::atomic<int>* find(const void* kernel, int device) {
+    const size_t start = reinterpret_cast<uintptr_t>(kernel) / 16;
+    for (size_t i = 0; i < kSlots; ++i) {
+      Slot& slot = slots_[(start + i) % kSlots];
+      const void* owner = slot.kernel.load(std::memory_order_acquire);
+      if (owner == nullptr && slot.kernel.compare_exchange_strong(owner, kernel)) owner = kernel;
+      if (owner == kernel) return &slot.bytes[device];
+    }
+    return nullptr;
+  }
+
+  Slot slots_[kSlots];
+  std::mutex mutex_;
+};
+
+SharedLimits& shared_limits() {
+  static SharedLimits limits;
+  return limits;
+}
+
+}  // namespace
 
 #ifdef MASKACCEL_EMULATE
 
@@ -25,7 +72,16 @@ extern "C" int maskaccel_emulated_threads() { return static_cast<int>(emulation:
 
 Stream current_stream(int) { return nullptr; }
 void check_launch(const char*) {}
-void set_shared_limit(const void*, int bytes) { emulation::machine().shared_limit = static_cast<size_t>(bytes); }
+void set_shared_limit(const void* kernel, int bytes) {
+  shared_limits().raise(kernel, 0, bytes, [] { ++emulation::machine().attributes; });
+  emulation::machine().shared_limit = static_cast<size_t>(bytes);
+}
+
+/// Launches, memsets, attribute calls and allocations so far.
+extern "C" void maskaccel_emulated_counts(long* counts) {
+  const emulation::Machine& m = emulation::machine();
+  counts[0] = m.launches, counts[1] = m.memsets, counts[2] = m.attributes, counts[3] = m.allocations;
+}
 
 #else
 
@@ -39,7 +95,6 @@ void check(cudaError_t error, const char* what) {
 }  // namespace
 
 DeviceInfo device_info(int device) {
-  constexpr int kMaxDevices = 64;
   static DeviceInfo known[kMaxDevices];
   static std::once_flag once[kMaxDevices];
   STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "device index out of range: ", device);
@@ -82,7 +137,21 @@ void check_launch(const char* op) {
 }
 
 void set_shared_limit(const void* kernel, int bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory limit");
+  int device = 0;
+  if (several_devices()) check(cudaGetDevice(&device), "device query");
+  STD_TORCH_CHECK(device < kMaxDevices, "device index out of range: ", device);
+  shared_limits().raise(kernel, device, bytes, [&] {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory limit");
+  });
+}
+
+bool several_devices() {
+  static const bool several = [] {
+    int count = 0;
+    check(cudaGetDeviceCount(&count), "device query");
+    return count > 1;
+  }();
+  return several;
 }
 
 #endif

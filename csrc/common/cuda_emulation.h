@@ -40,6 +40,7 @@ struct Machine {
   uint3 thread{0, 0, 0}, block{0, 0, 0};
   dim3 block_dim, grid_dim;
   std::vector<float> dynamic_shared;
+  long launches = 0, memsets = 0, attributes = 0, allocations = 0;  // what a call would ask of CUDA and of torch
   size_t shared_limit = 0;  // what the next launch asked for beyond `kUnasked`
   std::vector<Fiber> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;
@@ -226,6 +227,7 @@ inline void run_grid(dim3 grid, int threads, size_t shared_bytes, std::function<
     std::abort();
   }
   m.shared_limit = 0;
+  ++m.launches;
   m.grid_dim = grid;
   m.block_dim = dim3(threads);
   m.body = std::move(body);

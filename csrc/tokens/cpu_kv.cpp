@@ -119,14 +119,14 @@ bool interleaved(const Arg& a, const Arg& b, int64_t item) {
   return (apart < 0 ? -apart : apart) >= a.size(3) * item;
 }
 
-void write_kv_rows(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
+void write(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
   const Arg q = in.optional("q"), k = in.tensor("k"), v = in.tensor("v"), k_cache = in.tensor("k_cache"),
-            v_cache = in.tensor("v_cache"), k_scale = in.optional("k_scale"), v_scale = in.optional("v_scale"),
+            v_cache = in.tensor("v_cache"), k_scale = in.rare("k_scale"), v_scale = in.rare("v_scale"),
             ids = in.tensor("ids"), q_weight = in.optional("q_weight"), k_weight = in.optional("k_weight"),
-            cos = in.optional("cos"), sin = in.optional("sin"), positions = in.optional("positions");
-  const double eps = in.number();
-  const int64_t flags = in.integer();
+            cos = in.optional("cos"), sin = in.optional("sin"), positions = in.rare("positions");
+  const Numbers given = bare ? unpacked(in.integer()) : Numbers{in.number(), 0.0, 0.0, in.integer()};
+  const int64_t flags = given.flags;
   STD_TORCH_CHECK(flags >= 0 && flags < 2 * kPreRope && (flags & kNormMask) != 3, "unknown flags ", flags);
   STD_TORCH_CHECK(k.dim == 4, "k must be (B, M, Hk, Dh), got ", k.dim, " dimensions");
   WriteKv s;
@@ -134,7 +134,7 @@ void write_kv_rows(StableIValue* stack, uint64_t, uint64_t) {
   qk.dtype = qk.affine_dtype = dtype_of_arg(k);
   qk.B = k.size(0);
   qk.Dh = k.size(3);
-  qk.eps = static_cast<float>(eps);
+  qk.eps = static_cast<float>(given.eps);
   qk.flags = static_cast<int>(flags & ~int64_t{kPreRope});
   STD_TORCH_CHECK(qk.Dh > 0, "k must have a head size of at least 1");
   s.M = k.size(1);
@@ -216,6 +216,9 @@ void write_kv_rows(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = out.release();
 }
 
+void write_kv_rows(StableIValue* stack, uint64_t, uint64_t) { write(stack, false); }
+void write_kv_rows_bare(StableIValue* stack, uint64_t, uint64_t) { write(stack, true); }
+
 void read_kv_rows(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
   const Arg cache = in.tensor("cache"), scale = in.tensor("scale");
@@ -249,4 +252,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }  // namespace maskaccel
 
 STABLE_TORCH_LIBRARY_IMPL(maskaccel, CPU, m) { maskaccel::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) { maskaccel::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) {
+  maskaccel::implement(m);
+  m.impl("write_kv_rows_bare", maskaccel::write_kv_rows_bare);
+}

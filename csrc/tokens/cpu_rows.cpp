@@ -264,20 +264,20 @@ void scatter_merge_backward(StableIValue* stack, uint64_t, uint64_t) {
 
 // --------------------------------------------------------------------------------------------- gather_modulate
 
-void gather_modulate(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
+void modulated(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
   const Arg x = in.tensor("x"), ids = in.tensor("ids"), inverse = in.tensor("inverse"), scale = in.optional("scale"),
-            shift = in.optional("shift"), weight = in.optional("weight"), bias = in.optional("bias");
-  const double eps = in.number(), offset = in.number();
-  const int64_t flags = in.integer();
+            shift = in.optional("shift"), weight = in.rare("weight"), bias = in.rare("bias");
+  const Numbers given = bare ? unpacked(in.integer()) : Numbers{in.number(), 0.0, in.number(), in.integer()};
+  const int64_t flags = given.flags;
   GatherModulate g;
   AdalnForward& f = g.norm;
   Checked check(f, x);
-  check.numbers({eps, 0.0, offset, flags & ~int64_t{kNoRows}});
+  check.numbers({given.eps, 0.0, given.offset, flags & ~int64_t{kNoRows}});
   f.x = check.activation(x);
   for (const Arg* a : {&scale, &shift}) {
-    STD_TORCH_CHECK(!*a || (a->dim == 3 && (a->size(1) == 1 || a->size(1) == f.N)), a->name,
-                    " must be (B|1, 1, D) or (B|1, N, D)");
+    STD_TORCH_CHECK(!*a || a->dim == 2 || (a->dim == 3 && (a->size(1) == 1 || a->size(1) == f.N)), a->name,
+                    " must be (B|1, D), (B|1, 1, D) or (B|1, N, D)");
   }
   f.scale = check.modulation(scale);
   f.shift = check.modulation(shift);
@@ -297,6 +297,9 @@ void gather_modulate(StableIValue* stack, uint64_t, uint64_t) {
   stack[1] = y.release();
 }
 
+void gather_modulate(StableIValue* stack, uint64_t, uint64_t) { modulated(stack, false); }
+void gather_modulate_bare(StableIValue* stack, uint64_t, uint64_t) { modulated(stack, true); }
+
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("gather_rows", gather_rows);
   m.impl("unmerge_rows", unmerge_rows);
@@ -310,4 +313,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }  // namespace maskaccel
 
 STABLE_TORCH_LIBRARY_IMPL(maskaccel, CPU, m) { maskaccel::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) { maskaccel::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) {
+  maskaccel::implement(m);
+  m.impl("gather_modulate_bare", maskaccel::gather_modulate_bare);
+}

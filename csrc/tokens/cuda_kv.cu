@@ -186,16 +186,15 @@ struct KvOperands {
   }
 };
 
-void write_kv_rows(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
+void write(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
   const Arg q = in.optional("q"), k = in.tensor("k"), v = in.tensor("v"), k_cache = in.tensor("k_cache");
-  const Arg v_cache = in.tensor("v_cache"), k_scale = in.optional("k_scale"), v_scale = in.optional("v_scale");
+  const Arg v_cache = in.tensor("v_cache"), k_scale = in.rare("k_scale"), v_scale = in.rare("v_scale");
   const Arg ids = in.tensor("ids"), q_weight = in.optional("q_weight"), k_weight = in.optional("k_weight");
-  const Arg cos = in.optional("cos"), sin = in.optional("sin"), positions = in.optional("positions");
-  const double eps = in.number();
-  const int64_t flags = in.integer();
+  const Arg cos = in.optional("cos"), sin = in.optional("sin"), positions = in.rare("positions");
+  const Numbers given = bare ? unpacked(in.integer()) : Numbers{in.number(), 0.0, 0.0, in.integer()};
   const Call call("write_kv_rows", k);
-  KvOperands o(call, k, eps, flags);
+  KvOperands o(call, k, given.eps, given.flags);
   const int64_t slots = k_cache.dim == 4 ? k_cache.size(1) : 0;
   if (q) o.input(kQ, q, k);
   o.input(kK, k, k);
@@ -232,11 +231,14 @@ void write_kv_rows(StableIValue* stack, uint64_t, uint64_t) {
   o.p.first_side = q ? kQ : kK;
   if (o.p.total > 0) {
     Result last;
-    if (slots > 0) o.find_last(last, ids.size(0));
+    if (slots > 0 && !bare) o.find_last(last, ids.size(0));  // of a bare call none are equal
     o.run();
   }
   stack[0] = out.release();
 }
+
+void write_kv_rows(StableIValue* stack, uint64_t, uint64_t) { write(stack, false); }
+void write_kv_rows_bare(StableIValue* stack, uint64_t, uint64_t) { write(stack, true); }
 
 void read_kv_rows(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
@@ -283,7 +285,10 @@ void register_ops(Library& m) {
   m.impl("read_kv_rows", &read_kv_rows);
 }
 
+void register_bare(Library& m) { m.impl("write_kv_rows_bare", &write_kv_rows_bare); }
+
 MASKACCEL_CUDA_LIBRARY(register_ops)
+MASKACCEL_CUDA_RAW_LIBRARY(register_bare)
 
 }  // namespace
 }  // namespace maskaccel::cuda

@@ -70,6 +70,7 @@ class TileMask:
         if pattern_of is not None and patterns is not None:
             self._check_patterns(pattern_of, patterns)
         self._lists: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
+        self._operands: dict[bool, tuple[Tensor | None, ...]] = {}
 
     def _check_patterns(self, pattern_of: Tensor, patterns: Tensor) -> None:
         bm, bn = self.block
@@ -135,7 +136,7 @@ class TileMask:
         return self._same(*(None if t is None else t.clone() for t in (self.bits, self.pattern_of, self.patterns)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lists": {}}
+        return {**self.__dict__, "_lists": {}, "_operands": {}}
 
     def _same(self, bits: Any, pattern_of: Tensor | None, patterns: Tensor | None) -> TileMask:
         return TileMask(bits, self.block, self.shape, pattern_of, patterns)
@@ -359,6 +360,21 @@ class TileMask:
                     made = (made[0][..., : max(longest, 1)].contiguous(), *made[1:])
             held = self._lists[transpose] = made
         return held
+
+    def operands(self, wants_grad: bool) -> tuple[Tensor | None, ...]:
+        """The mask as kernels take it: lists, those of the transposed mask (None unless `wants_grad`), patterns."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and wants_grad in self._operands:
+            return self._operands[wants_grad]
+        transposed = self.transposed_lists() if wants_grad else (None, None, None)
+        made = (*self.lists(), *transposed, self.pattern_of, self.patterns)
+        if compiling:
+            return made
+        if wants_grad:  # of a mask that was made in inference mode: its tensors cannot be saved for the backward
+            with torch.inference_mode(False):
+                made = tuple(t.clone() if t is not None and t.is_inference() else t for t in made)
+        self._operands[wants_grad] = made
+        return made
 
     # ------------------------------------------------------------------------------------------------ algebra
     def _codes(self) -> Tensor:

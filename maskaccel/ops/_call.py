@@ -22,7 +22,7 @@ tracing = torch.compiler.is_dynamo_compiling
 # Looked up once: a name with a dot in it costs as much as a test.
 _compiler = torch.compiler
 _is_grad_enabled = torch.is_grad_enabled
-_transformed = torch._C._are_functorch_transforms_active
+transformed = torch._C._are_functorch_transforms_active
 _cpu: dict[str, Callable[..., Any]] = {}  # what the automatic backend calls for CPU tensors, by op
 
 
@@ -48,7 +48,7 @@ def fast(name: str, x: Tensor, args: tuple) -> Any:
     if _compiler._is_compiling_flag:  # an export that traces by running, which `tracing` does not see
         raise LookupError
     if (_is_grad_enabled() or forward_ad._current_level >= 0) and wants_grad(args):
-        if _transformed():
+        if transformed():
             return _registry.differentiable(_automatic(name, x.device), name, args)
         return _derived(name, x.device)(*args)
     kernel = _cpu.get(name) if x.is_cpu else None
@@ -70,6 +70,14 @@ def bare(name: str, x: Tensor, args: tuple) -> Any:
             return None
         kernel = _kernel(name, x.device)
     return kernel(*args)
+
+
+def undifferentiated(name: str, x: Tensor, args: tuple) -> Any:
+    """The unchecked call of the automatic backend for an op of integers, or after a look at what requires grad."""
+    if _compiler._is_compiling_flag:
+        raise LookupError
+    kernel = _cpu.get(name) if x.is_cpu else None
+    return (kernel or _kernel(name, x.device))(*args)
 
 
 def _automatic(name: str, device: torch.device) -> str:

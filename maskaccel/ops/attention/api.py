@@ -11,15 +11,14 @@ from torch import Tensor
 
 from .. import _call, _checks, _registry
 from .._backends import BACKENDS, automatic, call_refusal, namespace, refusal, select, select_while_tracing
-from . import check, reference
+from . import check, quick, reference
+from .quick import BLOCK as _BLOCK
+from .quick import NO_MASK as _NO_MASK
 from .schema import FEATURE_MAPS, KEEP, NORMALIZE, PRUNE
 
 if TYPE_CHECKING:
     from ...masks.tiles import TileMask
     from .relpos import RelativePosition
-
-_NO_MASK: tuple = (None,) * 8
-_BLOCK = (128, 128)  # of keep bits without a mask
 
 
 class Attention(NamedTuple):
@@ -91,6 +90,16 @@ def tile_attention(
         ValueError: Shapes do not fit, a number is not finite, the head dim is not served, or `backend` cannot run the
             call.
     """
+    if backend is None and relpos is None and block is None and not _call.tracing():
+        try:
+            found = quick.attention(q, k, v, mask, scale, bias, out_scale, out_add, skip_threshold, reference_lse,
+                                    prune, return_keep)  # fmt: skip
+        except _call.FAULTS:
+            found = None  # what follows names the fault, or puts the operands right
+        if found is not None:
+            if return_keep:
+                return Attention(found[0], found[1] if return_lse else None, found[2])
+            return found[:2] if return_lse else found[0]
     check.qkv(q, k, v)
     width = q.shape[3]
     if mask is not None:
@@ -123,8 +132,9 @@ def tile_attention(
         raise ValueError(f"block={block} is not that of the mask, {mask.block}")
     bm, bn = check.check_block(block or _BLOCK) if mask is None else mask.block
     compared = None if reference_lse is None else reference_lse.contiguous()
+    operands = _NO_MASK if mask is None else mask.operands(wants_grad)
     args = (
-        q, k, v, *_operands(mask, wants_grad), bias, *table, compared, *epilogue, bm, bn, scale, threshold, flags,
+        q, k, v, *operands, bias, *table, compared, *epilogue, bm, bn, scale, threshold, flags,
     )  # fmt: skip
     out, lse, keep = _run("tile_attention", q, args, backend, wants_grad)
     if wants_grad and out_scale is not None:
@@ -153,17 +163,6 @@ def _dense(t: Tensor) -> Tensor:
 
 def _fp32(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float64 else t.float()
-
-
-def _operands(mask: TileMask | None, wants_grad: bool) -> tuple:
-    if mask is None:
-        return _NO_MASK
-    transposed = mask.transposed_lists() if wants_grad else (None, None, None)
-    operands = (*mask.lists(), *transposed, mask.pattern_of, mask.patterns)
-    if wants_grad and not torch.compiler.is_compiling():
-        # A mask that was made in inference mode: its tensors cannot be saved for the backward.
-        operands = tuple(t.clone() if t is not None and t.is_inference() else t for t in operands)
-    return operands
 
 
 def _choose(name: str, q: Tensor, backend: str | None) -> str:
@@ -228,6 +227,13 @@ def attention_column_sums(
         TypeError: An argument is no tensor, or of a dtype that is not allowed.
         ValueError: Shapes do not fit, an argument requires grad, or `backend` cannot run the call.
     """
+    if backend is None and relpos is None and not _call.tracing():
+        try:
+            sums = quick.column_sums(q, k, lse, mask, scale, bias)
+        except _call.FAULTS:
+            sums = None  # as in tile_attention
+        if sums is not None:
+            return sums
     check.qkv(q, k, k)
     if lse is None:
         raise TypeError("lse must be a torch.Tensor, got None")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._registry import OpSpec, define, op
+from .._registry import OpSpec, define, define_raw, op
 from . import reference
-from .schema import KEEP, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE, SCHEMAS
+from .schema import BARE, KEEP, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE, SCHEMAS
 
 # Arguments of `tile_attention` by position.
 _MASK, _SCORES, _EPILOGUE, _NUMBERS = slice(3, 11), slice(11, 15), slice(16, 18), slice(18, 23)
@@ -30,6 +30,10 @@ def _fake_tile_attention(q, k, v, *args):
         rows, words = math.ceil(q.shape[1] / bm), math.ceil(math.ceil(k.shape[1] / bn) / 32)
         keep = q.new_empty((q.shape[0], q.shape[2], rows, words), dtype=torch.int32)
     return q.new_empty(q.shape), _lse(q), keep
+
+
+def _fake_bare(q, *_):
+    return q.new_empty(q.shape), _lse(q)
 
 
 def _fake_tile_attention_backward(dout, dlse, q, k, v, *args):
@@ -181,3 +185,4 @@ def register() -> None:
     for name, schema in SCHEMAS.items():
         save, backward = _DERIVATIVES.get(name, (None, None))
         define(OpSpec(name, schema, _FAKES[name], save, backward))
+    define_raw("tile_attention_bare", BARE["tile_attention_bare"], _fake_bare)

@@ -62,6 +62,10 @@ fp32.
 
 from __future__ import annotations
 
+import functools
+import math
+import struct
+
 KEEP, PRUNE = 1, 2  # bits of `flags`
 NEED_Q, NEED_K, NEED_V, NEED_S = 1, 2, 4, 8  # bits of `needs`
 FEATURE_MAPS = {"relu": 0, "elu1": 1}
@@ -94,3 +98,22 @@ SCHEMAS = {
     "linear_attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, int feature_map, int normalize,"
     " float eps) -> (Tensor, Tensor, Tensor)",
 }
+
+# The everyday call, in `maskaccel_raw` alone: without scores of its own, keep bits and epilogue, and with the numbers
+# in one (`packed`). An absent tensor costs the dispatcher 0.15 us, a number 0.2 us, a result that nobody reads as much.
+BARE = {
+    # -> (out, lse)
+    "tile_attention_bare": f"(Tensor q, Tensor k, Tensor v, {_LISTS}, {_ELEMENTS}, int packed) -> (Tensor, Tensor)",
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def packed(bm: int, bn: int, scale: float) -> int | None:
+    """Tiles of bm / 16, bn / 32 and the fp32 bits of scale, from bits 0, 16 and 32 on; None where they do not fit."""
+    if bm >= 16 << 16 or bn >= 32 << 16 or not math.isfinite(scale):
+        return None
+    try:
+        (bits,) = struct.unpack("<i", struct.pack("<f", scale))
+    except OverflowError:
+        return None
+    return bits << 32 | (bn // 32) << 16 | bm // 16

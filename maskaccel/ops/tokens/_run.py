@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,14 @@ def run(name: str, args: tuple, device: torch.device, backend: str | None, dtype
     if _registry.SPECS[name].backward is not None and _call.wants_grad(args):
         return _registry.differentiable(namespace(chosen), name, args)
     return _registry.op(namespace(chosen), name)(*args)
+
+
+@functools.cache
+def token_index() -> type[TokenIndex]:
+    """The class, which is made of these ops, for calls that an import of it would cost half a microsecond."""
+    from ...masks.tokens import TokenIndex
+
+    return TokenIndex
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -69,8 +78,25 @@ def step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
             raise TypeError(f"step is a tensor of {step.dtype} {tuple(step.shape)}; it must be int64 of one element")
         same_place("step", step, device)
         return step.reshape(1)
-    integer("step", step, 0, (1 << 63) - 1)
-    return torch.full((1,), step, dtype=torch.int64, device=device)
+    return constant(integer("step", step, 0, (1 << 63) - 1), (1,), torch.int64, device)
+
+
+def constant(value: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one number for kernels to read; held, since making one costs a launch, on the stream that made it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # of a mode its tensors are not of memory
+        return torch.full(shape, value, dtype=dtype, device=device)
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.full(shape, value, dtype=dtype, device=device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        device, stream = torch.device("cuda", index), torch._C._cuda_getCurrentRawStream(index)
+    return _held(value, shape, dtype, device, stream)
+
+
+@functools.lru_cache(maxsize=256)
+def _held(value: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 def same_place(name: str, t: Tensor, device: torch.device) -> None:

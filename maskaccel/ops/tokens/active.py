@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _call, _checks
 from . import _run
 from .schema import THRESHOLD
 
@@ -53,6 +53,11 @@ def select_active(
         TypeError: Another dtype.
         ValueError: Shapes do not fit, numbers out of range, or `score` requires grad.
     """
+    if backend is None and force is threshold is None and high_fraction == 0.0 and not _call.tracing():
+        try:
+            return _by_rank(score, age, keep, beta)
+        except _call.FAULTS:
+            pass  # what follows names the fault, or puts the operands right
     from ...masks.tokens import TokenIndex
 
     score = _checks.floating("score", score)
@@ -80,6 +85,21 @@ def select_active(
             float(threshold or 0.0), flags)  # fmt: skip
     ids, inverse, counts, new_age = _run.run("select_active", args, score.device, backend)
     return TokenIndex(ids, inverse, counts if flags else None), new_age
+
+
+def _by_rank(score: Tensor, age: Tensor | None, keep: Any, beta: float) -> tuple[TokenIndex, Tensor]:
+    """The everyday call, checked by the kernel."""
+    if score.dim() != 2 or (score.requires_grad and torch.is_grad_enabled()):
+        raise LookupError
+    if type(beta) not in (float, int) or not 0.0 <= beta <= 100.0:
+        raise LookupError
+    batch, n = score.shape
+    if type(keep) is not int or not 1 <= keep <= n:
+        keep = _run.kept_count("keep", keep, n)
+    ages = _run.constant(0, (batch, n), torch.int32, score.device) if age is None else age
+    args = (score, ages, _weights(beta, score.device), None, keep, 0, 0.0, 0)
+    ids, inverse, _, new_age = _call.undifferentiated("select_active", score, args)
+    return _run.token_index().of_kernel(ids, inverse), new_age
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .._checks import dense_last
-from .._registry import OpSpec, define, op
+from .._registry import OpSpec, define, define_raw, op
 from ..adaln.schema import NEED_BIAS, NEED_SCALE, NEED_SHIFT, NEED_WEIGHT, NEED_X
 from .schema import (
+    BARE,
     KEEP_CLASSES,
     MERGES,
     NEED_FULL,
@@ -66,9 +67,9 @@ def _fake_scatter_merge_backward(dout, rows, ids, inverse, gate, lam, mode, need
     )
 
 
-def _fake_gather_modulate(x, ids, inverse, scale, shift, weight, bias, eps, offset, flags):
+def _fake_gather_modulate(x, ids, *args):
     y = _fake_gather(x, ids)
-    return (x.new_empty(0) if flags & NO_ROWS else torch.empty_like(y)), y
+    return (x.new_empty(0) if args[-1] & NO_ROWS else torch.empty_like(y)), y
 
 
 def _fake_write_kv_rows(q, k, *_):
@@ -182,9 +183,11 @@ def _backward_modulate(ns: str, plain: tuple, needs: tuple, saved: tuple, grads:
     if dy is not None:
         # Nothing comes back from slots that hold no token.
         dy = dy.masked_fill((ids >= n).unsqueeze(-1), 0).contiguous()
-        own = [
-            t if t is None or t.shape[1] == 1 else gather(t.expand(batch, -1, -1), ids, None) for t in (scale, shift)
-        ]
+
+        def of_tokens(t: Tensor | None) -> bool:
+            return t is not None and t.dim() == 3 and t.shape[1] > 1
+
+        own = [gather(t.expand(batch, -1, -1), ids, None) if of_tokens(t) else t for t in (scale, shift)]
         bits = (
             NEED_X
             | (NEED_SCALE if needs[3] else 0)
@@ -199,11 +202,11 @@ def _backward_modulate(ns: str, plain: tuple, needs: tuple, saved: tuple, grads:
         for i, (grad, value) in enumerate(((ds, scale), (db, shift), (dw, weight), (dbias, bias))):
             if not needs[3 + i]:
                 continue
-            if i < 2 and value.shape[1] > 1:
+            if i < 2 and of_tokens(value):
                 grad = gather(grad, inverse, None)
             if i < 2 and value.shape[0] < grad.shape[0]:
                 grad = grad.sum(0, keepdim=True)
-            vectors[i] = grad.to(value.dtype)
+            vectors[i] = grad.view(value.shape).to(value.dtype)
     dx = gather(dense_last(total), inverse, None) if needs[0] else None
     return dx, None, None, *vectors, None, None, None
 
@@ -229,3 +232,5 @@ def register() -> None:
     """Define all token ops; called once by `maskaccel.ops`."""
     for name, (fake, save, backward) in _DERIVED.items():
         define(OpSpec(name, SCHEMAS[name], fake, save, backward))
+    define_raw("gather_modulate_bare", BARE["gather_modulate_bare"], _fake_gather_modulate)
+    define_raw("write_kv_rows_bare", BARE["write_kv_rows_bare"], _fake_write_kv_rows)

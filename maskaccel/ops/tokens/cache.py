@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .. import _checks
-from ..adaln.flags import NORM_FLAGS, ROPE_FLAGS
+from .. import _call, _checks
+from ..adaln.flags import NORM_FLAGS, ROPE_FLAGS, packed
 from . import _run
 from .schema import PRE_ROPE
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from ...masks.tokens import TokenIndex
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STORES = {"post": 0, "pre": PRE_ROPE}
+
+
+@functools.lru_cache(maxsize=1024)
+def kv_numbers(norm: str, law: str, weight_offset: float, across: bool, rope: str, store: str,
+               eps: float) -> int | None:  # fmt: skip
+    """`packed` for `write_kv_rows_bare`."""
+    return packed(NORM_FLAGS[norm, law, weight_offset] | ROPE_FLAGS[across, rope] | _STORES[store], eps, 0.0)
 
 
 def write_kv_rows(
@@ -80,6 +89,17 @@ def write_kv_rows(
         ValueError: Shapes do not fit, an input requires grad, memory is shared with a cache, or `backend` cannot run
             the call. Nothing was written then.
     """
+    if backend is None and positions is k_scale is v_scale is None and not _call.tracing():
+        try:
+            whole = k_cache.shape[1] == index.inverse.shape[1]  # type: ignore[union-attr]
+            if whole and (q is not None or q_weight is None):
+                numbers = kv_numbers(norm, law, weight_offset, across_heads, rope, store, eps)
+                args: tuple = (q, k, v, k_cache, v_cache, index.keep, q_weight, k_weight, cos, sin, numbers)  # type: ignore[union-attr]
+                out = _call.bare("write_kv_rows_bare", k, args)
+                if out is not None:
+                    return None if q is None else out
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong, or make the operands dense
     from ...masks.tokens import TokenIndex
 
     k = _checks.activation("k", k, "B, M, Hk, Dh")
@@ -178,6 +198,13 @@ def read_kv_rows(cache: Tensor, scale: Tensor, dtype: torch.dtype, *, backend: s
         TypeError: Another dtype.
         ValueError: Shapes do not fit.
     """
+    if backend is None and not _call.tracing():
+        try:
+            if cache.dtype is torch.float8_e4m3fn:
+                args = (cache.view(torch.uint8), scale, _KINDS[dtype])
+                return _call.undifferentiated("read_kv_rows", cache, args)  # type: ignore[no-any-return]
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong, or make the operands dense
     cache = _checks.tensor("cache", cache)
     if cache.dtype != torch.float8_e4m3fn or cache.dim() != 4:
         raise TypeError(f"cache is {cache.dtype} {tuple(cache.shape)}; it must be float8_e4m3fn (B, S, Hk, Dh)")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _call, _checks
 from . import _run
 from .schema import KEEP_CLASSES, KEEP_GROUPS, KEEP_ROWS_COLS
 
@@ -78,6 +78,14 @@ def random_keep(
         ValueError: `keep` below 1 or above n, a grid that does not fit n, a share that cells or rows cannot have, more
             forced tokens than kept ones (read on a CPU only; on a GPU the first of them are kept), unknown scheme.
     """
+    if (
+        backend is None and scheme == "uniform" and frames == 1 and not _call.tracing()
+        and grid is cell is labels is capacity is force is None
+    ):  # fmt: skip
+        try:
+            return _uniform(batch, shared, n, keep, seed, step, route, sample_offset, device)
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong
     batch, n = _run.integer("batch", batch, 0), _run.integer("n", n, 1, MOST_TOKENS - 1)
     _checks.choice("scheme", scheme, SCHEMES)
     _run.integer("route", route, 0, MOST_ROUTES - 1)
@@ -115,6 +123,28 @@ def random_keep(
         count, groups, order = _cells(keep, one, sizes, cell, device)
         index = drawn.groups(one, count, groups, order, None)
     return index if frames == 1 else _repeated(index, frames)
+
+
+def _uniform(
+    batch: int, shared: bool, n: int, keep: Any, seed: int, step: int | Tensor, route: int, offset: int,
+    device: torch.device | str | None,
+) -> TokenIndex:  # fmt: skip
+    """The everyday draw; LookupError for what is no plain integer in its range."""
+    for value, low, high in ((batch, 0, 1 << 31), (n, 1, MOST_TOKENS), (seed, -(1 << 63), 1 << 63),
+                             (route, 0, MOST_ROUTES), (offset, 0, 1 << 63)):  # fmt: skip
+        if type(value) is not int or not low <= value < high:
+            raise LookupError
+    if type(keep) is not int or not 1 <= keep <= n:
+        keep = _run.kept_count("keep", keep, n)
+    if isinstance(step, Tensor):
+        if device is not None and torch.device(device) != step.device:
+            raise LookupError
+    else:
+        step = _run.step_tensor(step, torch.device("cpu" if device is None else device))
+    batch = 1 if shared else batch
+    args = (step, None, None, None, None, seed, route, offset, batch, n, keep, 1, 0, KEEP_GROUPS)
+    ids, inverse, _ = _call.undifferentiated("random_keep", step, args)
+    return _run.token_index().of_kernel(ids, inverse)
 
 
 class _Draw:

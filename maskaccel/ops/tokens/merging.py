@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import _checks
+from .. import _call, _checks
 from . import _run
 from .draw import grid_of, random_keep
+
+_IS_MEAN = {"mean": True, "sum": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +129,15 @@ def merge_tokens(x: Tensor, index: MergeIndex, *, mode: str = "mean", backend: s
         TypeError: `x` is no floating tensor.
         ValueError: Shapes do not fit, or an unknown mode.
     """
+    if backend is None and not _call.tracing():
+        try:
+            if x.shape[1] == index.slot.shape[1]:
+                args: tuple = (x, index.order, index.offsets, index.slot, _IS_MEAN[mode])
+                return _call.fast("segment_rows", x, args)  # type: ignore[no-any-return]
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong
     x = _checks.activation("x", x)
-    _checks.choice("mode", mode, ("mean", "sum"))
+    _checks.choice("mode", mode, _IS_MEAN)
     _fits(index, x, index.n, "tokens")
     args = (_checks.dense_last(x), index.order, index.offsets, index.slot, mode == "mean")
     return _run.run("segment_rows", args, x.device, backend, x.dtype)
@@ -149,6 +158,13 @@ def unmerge_tokens(y: Tensor, index: MergeIndex, *, backend: str | None = None) 
         TypeError: `y` is no floating tensor.
         ValueError: Shapes do not fit.
     """
+    if backend is None and not _call.tracing():
+        try:
+            if y.shape[1] == index.merged:
+                args: tuple = (y, index.slot, index.order, index.offsets)
+                return _call.fast("unmerge_rows", y, args)  # type: ignore[no-any-return]
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong
     y = _checks.activation("y", y, "B, S, D")
     _fits(index, y, index.merged, "merged tokens")
     args = (_checks.dense_last(y), index.slot, index.order, index.offsets)

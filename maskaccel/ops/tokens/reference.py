@@ -204,7 +204,7 @@ def gather_modulate(x, ids, inverse, scale, shift, weight, bias, eps, offset, fl
 
     def own(t: Tensor | None) -> Tensor | None:
         """Modulation of the kept rows."""
-        return t if t is None or t.shape[1] == 1 else gather_rows(t.expand(batch, -1, -1), ids)
+        return t if t is None or t.dim() == 2 or t.shape[1] == 1 else gather_rows(t.expand(batch, -1, -1), ids)
 
     plain = flags & ~NO_ROWS
     y = adaln_reference.norm_modulate(

@@ -9,12 +9,22 @@ from torch import Tensor
 
 from .. import _call, _checks
 from ..adaln import check as adaln_check
-from ..adaln.flags import NORM_FLAGS
+from ..adaln.flags import NORM_FLAGS, norm_numbers
 from . import _run
 from .schema import MERGES, NO_ROWS
 
 if TYPE_CHECKING:
     from ...masks.tokens import TokenIndex
+
+_INF = float("inf")
+# What a mode of `scatter_merge` takes; gate and pos may be None.
+_OPERANDS = {
+    "replace": ("full",),
+    "add_gated": ("full", "gate"),
+    "mask_token": ("mask_token", "pos"),
+    "blend": ("full", "lam"),
+    "zero": ("pos",),
+}
 
 
 def gather_rows(x: Tensor, index: TokenIndex, *, backend: str | None = None) -> Tensor:
@@ -85,6 +95,20 @@ def gather_modulate(
         TypeError: As in `gather_rows`.
         ValueError: As in `gather_rows`; or a gradient is wanted without `return_rows`.
     """
+    if backend is None and not _call.tracing():
+        try:
+            numbers = norm_numbers(norm, law, weight_offset, eps, offset)
+            found = None
+            if numbers is not None and weight is None and bias is None:
+                numbers |= 0 if return_rows else NO_ROWS
+                found = _call.bare("gather_modulate_bare", x, (x, index.keep, index.inverse, scale, shift, numbers))
+            if found is None:
+                found = _whole_modulate(x, index, scale, shift, norm, weight, bias, eps, offset, law, weight_offset,
+                                        return_rows)  # fmt: skip
+            rows, y = found
+            return (rows if return_rows else None), y
+        except _call.FAULTS:
+            pass  # the checks below say what is wrong
     adaln_check.norm_arguments(x, norm, law, weight_offset, weight, bias, eps, offset)
     batch, n, _ = x.shape
     index = _run.index_fits(index, batch, n, x)
@@ -98,6 +122,18 @@ def gather_modulate(
         raise ValueError("return_rows=False has no derivative; call it under torch.no_grad()")
     rows, y = _run.run("gather_modulate", args, x.device, backend, x.dtype)
     return (rows if return_rows else None), y
+
+
+def _whole_modulate(
+    x: Tensor, index: TokenIndex, scale: Tensor | None, shift: Tensor | None, norm: str, weight: Tensor | None,
+    bias: Tensor | None, eps: float, offset: float, law: str, weight_offset: float, return_rows: bool,
+) -> tuple:  # fmt: skip
+    """The unchecked call with every operand."""
+    flags = NORM_FLAGS[norm, law, weight_offset] | (0 if return_rows else NO_ROWS)
+    args: tuple = (x, index.keep, index.inverse, scale, shift, weight, bias, eps, offset, flags)
+    if not (0.0 <= eps < _INF and -_INF < offset < _INF) or (not return_rows and _call.wants_grad(args)):
+        raise LookupError
+    return _call.fast("gather_modulate", x, args)  # type: ignore[no-any-return]
 
 
 def _token_rows(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:
@@ -148,10 +184,14 @@ def scatter_merge(
         ValueError: Shapes do not fit, an operand is missing or given to a mode that has none, or `backend` cannot run
             the call.
     """
-    if backend is None and mode == "replace" and gate is mask_token is pos is lam is None and not _call.tracing():
+    args: tuple
+    if backend is None and not _call.tracing():
         try:
-            if full.shape[1] == index.inverse.shape[1]:  # type: ignore[union-attr]
-                args: tuple = (full, rows, index.keep, index.inverse, None, None, None, 0.0, 0)
+            if mode == "replace" and gate is mask_token is pos is lam is None:
+                args = (full, rows, index.keep, index.inverse, None, None, None, 0.0, 0)
+            else:
+                args = _unchecked_merge(full, rows, index, mode, gate, mask_token, pos, lam)
+            if full is None or full.shape[1] == index.inverse.shape[1]:
                 return _call.fast("scatter_merge", rows, args)
         except _call.FAULTS:
             pass  # the checks below say what is wrong
@@ -161,13 +201,7 @@ def scatter_merge(
     index = _run.index_fits(index, batch, index.n if hasattr(index, "n") else 0, rows, "rows")
     if index.kept != kept:
         raise ValueError(f"rows has {kept} rows a sample; the index keeps {index.kept}")
-    wanted = {
-        "replace": ("full",),
-        "add_gated": ("full", "gate"),
-        "mask_token": ("mask_token", "pos"),
-        "blend": ("full", "lam"),
-        "zero": ("pos",),
-    }[mode]
+    wanted = _OPERANDS[mode]
     given: dict[str, Any] = {"full": full, "gate": gate, "mask_token": mask_token, "pos": pos, "lam": lam}
     for name, value in given.items():
         if value is not None and name not in wanted:
@@ -195,6 +229,28 @@ def scatter_merge(
     operands = [_operand(t, rows) for t in (gate, mask_token, pos)]
     args = (_checks.dense_last(full), _checks.dense_last(rows), index.keep, index.inverse, *operands, lam, MERGES[mode])
     return _run.run("scatter_merge", args, rows.device, backend, rows.dtype)
+
+
+def _unchecked_merge(
+    full: Tensor | None, rows: Tensor, index: TokenIndex, mode: str, gate: Tensor | None, mask_token: Tensor | None,
+    pos: Tensor | None, lam: float | None,
+) -> tuple:  # fmt: skip
+    """Arguments of the kernel; LookupError for operands that the mode does not have, or lacks."""
+    wanted = _OPERANDS[mode]
+    if (full is None) is ("full" in wanted) or (mask_token is None) is ("mask_token" in wanted):
+        raise LookupError
+    if (gate is not None and "gate" not in wanted) or (pos is not None and "pos" not in wanted):
+        raise LookupError
+    share = 0.0 if lam is None else lam
+    if (lam is None) is ("lam" in wanted) or type(share) not in (float, int) or not 0.0 <= share <= 1.0:
+        raise LookupError
+    if gate is not None and gate.dim() == 2:
+        gate = gate.unsqueeze(1)
+    if mask_token is not None and mask_token.dim() != 1:
+        mask_token = mask_token.reshape(-1)
+    if pos is not None and pos.dim() == 2:
+        pos = pos.unsqueeze(0)
+    return full, rows, index.keep, index.inverse, gate, mask_token, pos, share, MERGES[mode]
 
 
 def _broadcast(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, *, middle: bool) -> None:

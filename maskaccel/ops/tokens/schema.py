@@ -61,9 +61,9 @@ B, 8 `dmask` fp32 `(D,)`. What is not asked for has 0 elements. `rows` is read f
 it.
 
 `gather_modulate(x, ids, inverse, scale, shift, weight, bias, eps, offset, flags)`: rows `x[ids]` and `norm_modulate`
-of them (`maskaccel.ops.adaln.schema`: same flags, laws and dtypes). `scale`, `shift` `(B|1, 1, D)` or `(B|1, N, D)`,
-read at the token's own row. Slots without a token give rows of 0 and y of 0. With flag NO_ROWS the rows have 0
-elements.
+of them (`maskaccel.ops.adaln.schema`: same flags, laws and dtypes). `scale`, `shift` `(B|1, D)`, `(B|1, 1, D)` or
+`(B|1, N, D)`, read at the token's own row. Slots without a token give rows of 0 and y of 0. With flag NO_ROWS the
+rows have 0 elements.
 
 `write_kv_rows(q, k, v, k_cache, v_cache, k_scale, v_scale, ids, q_weight, k_weight, cos, sin, positions, eps,
 flags)`:
@@ -147,4 +147,12 @@ SCHEMAS = {
     " float temperature, int flags) -> (Tensor, Tensor)",
     "unmask_select": "(Tensor confidence, Tensor sampled, Tensor tokens, Tensor step, Tensor count, Tensor? groups,"
     " Tensor? hold, Tensor? noise, int mask_id, int seed, int offset, float threshold, float temperature) -> Tensor",
+}
+
+# The common calls, in `maskaccel_raw` alone, with their numbers in one: as `maskaccel.ops.adaln.schema.BARE`. Of the
+# ids of `write_kv_rows_bare` no two in the cache are equal, so that nothing has to find the last of equal ones.
+BARE = {
+    "gather_modulate_bare": f"(Tensor x, {_INDEX}, Tensor? scale, Tensor? shift, int packed) -> (Tensor, Tensor)",
+    "write_kv_rows_bare": "(Tensor? q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids,"
+    " Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int packed) -> Tensor",
 }

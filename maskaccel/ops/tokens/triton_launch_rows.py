@@ -188,8 +188,9 @@ def gather_modulate(
     ids_batch, m = check_ids("ids", ids, batch, x.device), ids.shape[1]
     check_ids("inverse", inverse, batch, x.device, n)
     for name, t in (("scale", scale), ("shift", shift)):
-        if t is not None and (t.dim() != 3 or t.shape[1] not in (1, n)):
-            raise RuntimeError(f"{name} must be ({batch} or 1, 1 or {n}, {width}), got {tuple(t.shape)}")
+        if t is not None and t.dim() != 2 and (t.dim() != 3 or t.shape[1] not in (1, n)):
+            allowed = f"({batch} or 1, {width}) or ({batch} or 1, 1 or {n}, {width})"
+            raise RuntimeError(f"{name} must be {allowed}, got {tuple(t.shape)}")
     plain = flags & ~NO_ROWS
     call = adaln.Call(x, plain, None, scale=scale, shift=shift, weight=weight, bias=bias)
     y = x.new_empty(batch, m, width)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _call, _checks
 from . import _run
 from .schema import CONFIDENCES, SCALED
 
@@ -78,6 +78,19 @@ def confidence_unmask(
             or logits of a masked position hold a NaN, +inf, or -inf alone (read on a CPU only; elsewhere such a
             position stays masked with confidence NaN).
     """
+    if (
+        backend is None and order != "scores" and selection_temperature == 0.0 and not _call.tracing()
+        and groups is hold is scores is noise is selection_noise is None
+    ):  # fmt: skip
+        try:
+            most, least = _limits(n, threshold, logits.device)
+            sampled, confidence = _sampled(
+                logits, tokens, mask_id, temperature, CONFIDENCES[order], scaled, seed, step, sample_offset
+            )
+            args = (confidence, sampled, tokens, mask_id, most, least, 0.0, seed, step, sample_offset)
+            return _revealed(*args), confidence
+        except _call.FAULTS:
+            pass  # what follows names the fault, or puts the operands right
     logits = _checks.activation("logits", logits, "B, N, V")
     _checks.choice("order", order, ORDERS)
     selection_temperature = _run.number("selection_temperature", selection_temperature, 0.0, 1e6)
@@ -145,6 +158,12 @@ def sample_logits(
         TypeError: As there.
         ValueError: As there.
     """
+    if backend is None and noise is None and not _call.tracing():
+        try:
+            kind = CONFIDENCES[confidence]
+            return _sampled(logits, tokens, mask_id, temperature, kind, scaled, seed, step, sample_offset)
+        except _call.FAULTS:
+            pass  # what follows names the fault, or puts the operands right
     logits = _checks.activation("logits", logits, "B, N, V")
     batch, count, size = logits.shape
     _tokens("tokens", tokens, (batch, count))
@@ -165,11 +184,69 @@ def sample_logits(
     )  # fmt: skip
     sampled, found = _run.run("sample_logits", args, device, backend, logits.dtype)
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = found.isnan()
-        if bool(bad.any()):
-            sample, row = map(int, bad.nonzero()[0])
-            raise ValueError(f"logits of token {row} of sample {sample} hold a NaN, +inf, or nothing but -inf")
+        _refuse_nan(found)
     return sampled, found
+
+
+def _refuse_nan(found: Tensor) -> None:
+    if not found.numel() or not math.isnan(found.min()):  # one NaN makes the least of all one
+        return
+    sample, row = map(int, found.isnan().nonzero()[0])
+    raise ValueError(f"logits of token {row} of sample {sample} hold a NaN, +inf, or nothing but -inf")
+
+
+def _whole(*values: object) -> bool:
+    """Plain integers of 0 or more."""
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _scale(temperature: object) -> bool:
+    return (type(temperature) is float or type(temperature) is int) and 0.0 <= temperature <= 1e6
+
+
+def _limits(n: int | Sequence[int] | Tensor | None, threshold: float | None, device: torch.device) -> tuple:
+    """Counts and the threshold as the kernel takes them; LookupError for what has to be looked at."""
+    if threshold is not None and (type(threshold) not in (float, int) or math.isnan(threshold)):
+        raise LookupError
+    if n is None and threshold is not None:
+        n = 0
+    if type(n) is int and n >= 0:
+        n = _run.constant(n, (1, 1), torch.int32, device)
+    elif not isinstance(n, Tensor) or n.dtype is not torch.int32 or (n.is_cpu and n.numel() and n.min() < 0):
+        raise LookupError  # only a CPU can look at values without waiting
+    return n, _INF if threshold is None else float(threshold)
+
+
+def _sampled(
+    logits: Tensor, tokens: Tensor, mask_id: int, temperature: float, kind: int, scaled: bool, seed: int,
+    step: int | Tensor, sample_offset: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`sample_logits` checked by the kernel, for plain numbers in their range."""
+    if not (_whole(mask_id, seed, sample_offset) and _scale(temperature)) or (scaled and temperature == 0):
+        raise LookupError
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise LookupError
+    at = step if isinstance(step, Tensor) else _run.step_tensor(step, logits.device)
+    kind |= SCALED if scaled else 0
+    args = (logits, tokens, at, None, mask_id, seed, sample_offset, temperature, kind)
+    sampled, found = _call.undifferentiated("sample_logits", logits, args)
+    if logits.is_cpu:
+        _refuse_nan(found)
+    return sampled, found
+
+
+def _revealed(
+    confidence: Tensor, sampled: Tensor, tokens: Tensor, mask_id: int, most: Tensor, least: float, temperature: float,
+    seed: int, step: int | Tensor, sample_offset: int,
+) -> Tensor:  # fmt: skip
+    """`unmask_select` in the same way."""
+    if not (_whole(mask_id, seed, sample_offset) and _scale(temperature)):
+        raise LookupError
+    if confidence.requires_grad and torch.is_grad_enabled():
+        raise LookupError
+    at = step if isinstance(step, Tensor) else _run.step_tensor(step, confidence.device)
+    args = (confidence, sampled, tokens, at, most, None, None, None, mask_id, seed, sample_offset, least, temperature)
+    return _call.undifferentiated("unmask_select", confidence, args)  # type: ignore[no-any-return]
 
 
 def unmask_select(
@@ -214,6 +291,13 @@ def unmask_select(
         TypeError: As there.
         ValueError: As there.
     """
+    if backend is None and groups is hold is noise is None and not _call.tracing():
+        try:
+            most, least = _limits(n, threshold, confidence.device)
+            args: tuple = (confidence, sampled, tokens, mask_id, most, least, temperature, seed, step, sample_offset)
+            return _revealed(*args)
+        except _call.FAULTS:
+            pass  # what follows names the fault, or puts the operands right
     confidence = _checks.tensor("confidence", confidence)
     if confidence.dtype != torch.float32 or confidence.dim() != 2:
         raise ValueError(f"confidence is {confidence.dtype} {tuple(confidence.shape)}; it must be float32 (B, N)")
@@ -272,7 +356,7 @@ def _counts(n: int | Sequence[int] | Tensor, batch: int, grouped: bool, device: 
         if counts.dtype != torch.int64:
             raise TypeError(f"n={n!r} must be integers")
     else:
-        counts = torch.full((1, 1), _run.integer("n", n, 0), device=device)
+        counts = _run.constant(_run.integer("n", n, 0), (1, 1), torch.int32, device)
     if counts.dim() != 2 or counts.shape[0] not in (1, batch) or (not grouped and counts.shape[1] != 1):
         forms = f"an int, ({batch},)" + (f" or ({batch}, G)" if grouped else "")
         raise ValueError(f"n has shape {tuple(counts.shape)}; it must be {forms}")

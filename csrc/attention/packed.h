@@ -1,0 +1,19 @@
+// The numbers of a bare op of attention (maskaccel/ops/attention/schema.py), packed into one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace maskaccel {
+
+// bm / 16 in bits 0 to 15, bn / 32 in bits 16 to 31, scale as fp32 above.
+struct PackedTiles {
+  int64_t bm, bn;
+  float scale;
+  explicit PackedTiles(int64_t packed) : bm((packed & 0xffff) * 16), bn((packed >> 16 & 0xffff) * 32) {
+    const auto bits = static_cast<uint32_t>(packed >> 32);
+    std::memcpy(&scale, &bits, sizeof scale);
+  }
+};
+
+}  // namespace maskaccel
