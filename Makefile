@@ -1,6 +1,6 @@
 # Every target makes .venv on its first run and reuses it. Needs Python 3.10 or newer, gcc/g++ and git; cmake and ninja come
 # from pip. Variables: PYTHON (which interpreter makes .venv), MASKACCEL_CUDA=0|1, MAX_JOBS, PYTEST_ARGS, DEMO_ARGS,
-# CACHING_ARGS, OUT.
+# CACHING_ARGS, GPU_ARGS, OUT.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -22,7 +22,7 @@ help:
 	@echo "make bench    CPU microbenchmarks into benchmarks/results (OUT=folder for another place)"
 	@echo "make caching  quality against speed of caching methods on the trained example, beside other libraries (hours)"
 	@echo "make wheel    the wheel into dist/"
-	@echo "make gpu      GPU checks and microbenchmarks with the machine's own Python and torch"
+	@echo "make gpu      GPU checks and benchmarks with the machine's own Python and torch (GPU_ARGS='--budget 540')"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the site into site/"
 	@echo "make native   the native library into maskaccel/lib (MASKACCEL_CUDA=1: with CUDA kernels)"
@@ -92,7 +92,7 @@ wheel: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
 	$(PY) tools/audit_wheel.py --repair dist build/wheelhouse/*.whl
 
 gpu:
-	$(PYTHON) benchmarks/gpu/run.py
+	$(PYTHON) benchmarks/gpu/run.py $(GPU_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ class Case:
         graph: For a backward op: `arguments -> (outputs, inputs, gradients)` for `torch.autograd.grad`; its
             second argument is the function to run, which may be compiled.
         call: `(backend, arguments) -> call without arguments` where the raw op is not called itself.
+        goal: Share of copy bandwidth to reach, or None.
     """
 
     op: str
@@ -46,6 +48,7 @@ class Case:
     eager: Callable[..., Any]
     graph: Callable[..., tuple] | None = None
     call: Callable[[str, tuple], Callable[[], Any]] | None = None
+    goal: float | None = None
 
     @property
     def name(self) -> str:
@@ -120,7 +123,9 @@ def adaln_cases(model: str, shape: tuple[int, int, int]) -> list[Case]:
         return [run(*leaves)], leaves, [args[0]]
 
     def gated_graph(args: tuple, run: Callable[..., Any]) -> tuple:
-        leaves = [t.detach().requires_grad_() for t in (args[3], args[4], args[5], args[8], args[9])]
+        r, a, gate, scale, shift = args[3], args[4], args[5], args[8], args[9]
+        # of the x that leads to this r, up to rounding
+        leaves = [t.detach().requires_grad_() for t in (r - gate[:, None] * a, a, gate, scale, shift)]
         return list(run(*leaves)), leaves, [args[0], args[1]]
 
     one = math.prod(shape)
@@ -217,6 +222,19 @@ def token_cases(shapes: list[tuple[str, tuple[int, int, int]]]) -> list[Case]:
     return [make(model, shape) for model, shape in shapes for make in (keep, match, unmask)]
 
 
+def target_cases(models: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Case]:
+    """The ops with goals at `(B, N, D)` and `(B, S, H, Dh)` of each model, forward and backward."""
+    norms, rest = [], []
+    for model, (stream, heads) in models.items():
+        both = [*adaln_cases(model, stream), qk_case(model, heads), _backward_case(QK, model, heads)]
+        norms += [replace(case, goal=0.85 if case.graph else 0.92) for case in both]
+        for op in (registry.OPS[name] for name in MOVERS):
+            shape = heads if "heads" in op.dims else (3, *stream) if "steps" in op.dims else stream
+            cases = [_forward_case(op, model, shape), *([_backward_case(op, model, shape)] if op.wants_grad else [])]
+            rest += [replace(case, goal=0.90) for case in cases]
+    return [*(case for case in norms if not case.graph), *(case for case in norms if case.graph), *rest]
+
+
 def registry_cases(tiny: bool, known: set[str]) -> list[Case]:
     """Forward and backward of what the registry of benchmarks has beyond the ops of `known`, by the public call."""
     cases = []
@@ -227,15 +245,22 @@ def registry_cases(tiny: bool, known: set[str]) -> list[Case]:
         if tiny:
             model, shape = "tiny", (1, 8, 2, 16) if "heads" in op.dims else (*(2,) * (len(shape) - 3), 2, 8, 64)
         name = model if op.name == op.raw else f"{model}, {op.name.removeprefix(op.function + '.')}"
-        if op.raw not in known:
+        if op.name not in known:
             cases.append(_forward_case(op, name, shape))
-        if op.wants_grad and f"{op.raw}_backward" not in known:
-            cases.append(_backward_case(op, name, shape))
+            if op.wants_grad:
+                cases.append(_backward_case(op, name, shape))
     return cases
 
 
 def _operands(op: registry.Op, shape: tuple[int, ...]) -> Callable[[str, torch.dtype], tuple]:
-    return lambda device, dtype: (op.inputs(shape, dtype, torch.device(device)),)
+    """Inputs drawn on the device: drawing a gigabyte on the host takes longer than all of its measurement."""
+
+    def make(device: str, dtype: torch.dtype) -> tuple:
+        op.check_shape(shape)
+        with torch.device(device):
+            return (op.make(shape, dtype, torch.device(device), torch.Generator(device).manual_seed(0)),)
+
+    return make
 
 
 def _forward_case(op: registry.Op, name: str, shape: tuple[int, ...]) -> Case:
@@ -249,7 +274,9 @@ def _backward_case(op: registry.Op, name: str, shape: tuple[int, ...]) -> Case:
     def graph(args: tuple, run: Callable[..., Any]) -> tuple:
         inputs = op.with_grad(args[0])
         outputs = run(inputs)
-        return outputs, [inputs[name] for name in op.wants_grad], [torch.randn_like(t) for t in outputs]
+        generator = torch.Generator(outputs[0].device).manual_seed(1)
+        grads = [torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in outputs]
+        return outputs, [inputs[name] for name in op.wants_grad], grads
 
     def call(backend: str, args: tuple) -> Callable[[], Any]:
         return partial(torch.autograd.grad, *graph(args, lambda inputs: op.run(inputs, backend)), retain_graph=True)
@@ -262,23 +289,30 @@ def _backward_case(op: registry.Op, name: str, shape: tuple[int, ...]) -> Case:
     )  # fmt: skip
 
 
-def all_cases(tiny: bool) -> list[Case]:
-    """Every case; `tiny` shapes walk the same code without a GPU."""
+# Ops that move rows or histories and compute little
+MOVERS = (
+    "combine_history", "scatter_combine", "relative_difference", "gather_modulate", "scatter_merge", "write_kv_rows",
+)  # fmt: skip
+QK = registry.OPS["qk_norm_rope"]
+MODELS = ("FLUX.1 1024px", "Wan2.1-1.3B 480p 81f", "Wan2.1-14B 480p 81f", "SD3.5-large 1024px", "SD3.5-medium 1024px")
+TINY = (2, 8, 64), (1, 8, 2, 16)
+BATCHED = (8, 4096, 3072), (8, 4096, 24, 128)
+
+
+@functools.cache
+def all_cases(tiny: bool) -> dict[str, Case]:
+    """Every case by name, those with goals first; `tiny` shapes walk the same code without a GPU."""
+    cases = target_cases({"tiny": TINY} if tiny else {m: (registry.TOKENS[m], registry.HEADS[m]) for m in MODELS})
+    known = {"norm_modulate", "gate_residual_norm_modulate", QK.name, *MOVERS}
     if tiny:
-        cases = [*adaln_cases("tiny", (2, 8, 64)), *pair_cases("tiny", (2, 8, 64)), qk_case("tiny", (1, 8, 2, 16))]
-        cases += [lists_case("tiny", (1, 2, 5, 37)), *token_cases([("tiny", (2, 16, 64))])]
-        return cases + registry_cases(True, {case.op for case in cases})
-    shapes = {
-        "target": (8, 4096, 3072),
-        "FLUX": (1, 4608, 3072),
-        "Wan 14B 480p": (1, 32760, 5120),
-        "SD3.5-L": (2, 4429, 2432),
-    }
-    heads = {"target": (8, 4096, 24, 128), "FLUX": (1, 4608, 24, 128), "Wan 14B 480p": (1, 32760, 40, 128),
-             "SD3.5-L": (2, 4429, 38, 64)}  # fmt: skip
-    cases = [case for model, shape in shapes.items() for case in adaln_cases(model, shape)]
-    cases += pair_cases("SD3.5-M", (2, 4096, 1536))
-    cases += [qk_case(model, shape) for model, shape in heads.items()]
-    cases += [lists_case("Wan 14B 720p", (1, 40, 591, 591)), lists_case("FLUX", (1, 24, 36, 36))]
-    cases += token_cases([("FLUX", (1, 4096, 3072)), ("SiT-XL/2", (256, 256, 1152))])
-    return cases + registry_cases(False, {case.op for case in cases})
+        cases += [*pair_cases("tiny", (2, 8, 64)), lists_case("tiny", (1, 2, 5, 37))]
+        cases += token_cases([("tiny", (2, 16, 64))])
+    else:
+        cases += [*adaln_cases("batch of 8", BATCHED[0]), qk_case("batch of 8", BATCHED[1])]
+        cases += pair_cases("SD3.5-medium 1024px", (2, 4096, 1536))
+        cases += [lists_case("Wan 14B 720p", (1, 40, 591, 591)), lists_case("FLUX", (1, 24, 36, 36))]
+        cases += token_cases([("FLUX", (1, 4096, 3072)), ("SiT-XL/2", (256, 256, 1152))])
+    cases += registry_cases(tiny, known)
+    named = {case.name: case for case in cases}
+    assert len(named) == len(cases), "two cases have one name"
+    return named

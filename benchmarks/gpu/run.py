@@ -1,332 +1,276 @@
-"""Correctness and speed of the CUDA and Triton kernels on this machine's GPU.
+"""Correctness and speed of the kernels and patches on this machine's GPU.
 
-    python benchmarks/gpu/run.py                  every op against fp64, then benchmarks; JSON into benchmarks/results/
-    python benchmarks/gpu/run.py --correctness    the first half alone
-    python benchmarks/gpu/run.py --dry-run        all steps at tiny shapes on the CPU, to test this script
+    python benchmarks/gpu/run.py                       all stages; JSON into benchmarks/results/gpu-<device>.json
+    python benchmarks/gpu/run.py --budget 540          the same, over before 540 seconds; says what was left out
+    python benchmarks/gpu/run.py --resume              what that file lacks or holds as failed, for the code as it is
+    python benchmarks/gpu/run.py --stages micro,attention --only 'FLUX|16384'
+    python benchmarks/gpu/run.py --list                stages, items, expected seconds; needs no GPU
+    python benchmarks/gpu/run.py --dry-run             every stage at tiny sizes on the CPU, to test the stages
 
+Items run in worker processes, so that one which faults or hangs costs itself alone; the file is written after each.
 Needs Python, torch and (for those kernels) Triton; the CUDA kernels come from a prebuilt maskaccel/lib/libmaskaccel.so.
-Exit status: 0 good, 1 a kernel is wrong (it is not timed), 3 no GPU.
+Exit status: 0 all well, also where the time was up; 1 something failed; 3 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import math
-import os
-import platform
-import statistics
-import subprocess
+import contextlib
+import re
+import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
+BEGAN = time.monotonic()  # imports are part of a budget
 
+import stages  # noqa: E402
 import torch  # noqa: E402
+from machine import fingerprint  # noqa: E402
+from paths import ROOT  # noqa: E402
+from pool import Job, Pool  # noqa: E402
+from results import Results, records  # noqa: E402
+from stage import Context  # noqa: E402
 
-NAMESPACES = {"cuda": "maskaccel_raw", "triton": "maskaccel_triton"}
-L2_FACTOR = 4  # operand sets in rotation cover this many times the L2 cache
-
-
-def fingerprint(device: str) -> dict[str, Any]:
-    """Machine, versions and commit."""
-
-    def command(*words: str) -> str:
-        try:
-            return subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    found: dict[str, Any] = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": command("git", "rev-parse", "HEAD"),
-        "dirty": command("git", "status", "--porcelain", "-uno") not in ("", "unknown"),
-    }
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = None
-    if device == "cuda":
-        p = torch.cuda.get_device_properties(0)
-        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"
-        found |= {
-            "device": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
-            "memory_bytes": p.total_memory, "l2_bytes": p.L2_cache_size,
-            "driver, sm clock, memory clock, power limit": command("nvidia-smi", query, "--format=csv,noheader"),
-        }  # fmt: skip
-    else:
-        found["device"] = "cpu (dry run: figures mean nothing)"
-    return found
+CLOSING = 5.0  # seconds of a budget that are kept for ending workers and the last words
 
 
-def kernels(device: str) -> dict[str, Callable[[str], Any | None]]:
-    """For each backend: raw op by name, or None where the backend has no kernel for it here."""
-    from _raw_cases import plain
+class Runner:
+    """Runs stages and keeps what they found.
 
-    import maskaccel.ops  # noqa: F401  (defines the ops)
+    Args:
+        plan: The stages, by name.
+        context: For all of them; what was found earlier and what is pending are filled in.
+        results: Where entries go.
+        budget: Seconds that all may take, from the start of the program.
+        only: Items to run, of which "stage/item" holds this expression.
+        resume: Leave out what `results` holds of this build.
+        began: `time.monotonic()` at which the budget began, if not at the start of the program.
+    """
 
-    key = "CUDA" if device == "cuda" else "CPU"
+    def __init__(
+        self, plan: Mapping[str, stages.Plan], context: Context, results: Results,
+        budget: float | None = None, only: str = "", resume: bool = False,
+        began: float | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.context, self.results, self.budget = plan, context, results, budget
+        self.only, self.resume = re.compile(only), resume
+        self.began = BEGAN if began is None else began
+        self.problems: dict[str, str] = {}
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in plan}
+        self.failures: list[str] = []
+        self.modules: dict[str, ModuleType] = {}
+        self.todo = self._todo()
 
-    def lookup(namespace: str) -> Callable[[str], Any | None]:
-        def find(op: str) -> Any | None:
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", key):
-                return None
-            return getattr(getattr(torch.ops, namespace), op).default
-
-        return find
-
-    if device == "cuda":
-        return {backend: lookup(namespace) for backend, namespace in NAMESPACES.items()}
-    return {"cpu": lookup("maskaccel_raw"), "reference": plain}
-
-
-def check_all(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool]:
-    """Every op of every backend against fp64 by the error rule: `ok`, `absent`, or what is wrong."""
-    from _numerics import assert_all_close_to_truth
-    from _raw_cases import OPS, describe, draw, run, run_plain, wanted, widened
-
-    report: dict[str, dict[str, str]] = {}
-    good = True
-    for backend, find in kernels(device).items():
-        for op in OPS:
-            kernel = find(op)
-            state = "absent" if kernel is None else "ok"
-            for seed in range(seeds if kernel is not None else 0):
-                dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
-                args = draw(op, seed, dtype, device)
-                try:
-                    got = run(op, kernel, args)
-                    results = wanted(got, run_plain(op, args), run_plain(op, widened(args)))
-                    assert_all_close_to_truth(*results, f"{op} seed {seed}")
-                except (AssertionError, RuntimeError, NotImplementedError) as e:
-                    state = f"{type(e).__name__}: {e} | {describe(args)}"
-                    good = False
-                    break
-            report.setdefault(backend, {})[op] = state
-            print(f"  {backend:9} {op:42} {state[:160]}", flush=True)
-    return report, good
-
-
-def check_bare(device: str, seeds: int) -> tuple[dict[str, dict[str, str]], bool]:
-    """The ops that calls without rare operands take: the same bits as the whole ops."""
-    from _raw_cases import BARE, bare_differs
-
-    report: dict[str, dict[str, str]] = {}
-    backend = "cuda" if device == "cuda" else "cpu"
-    find = kernels(device)[backend]
-    for name in BARE:
-        kernel, whole = find(name), find(name.removesuffix("_bare"))
-        state = "absent" if kernel is None or whole is None else "ok"
-        for seed in range(seeds if state == "ok" else 0):
-            dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
-            state = bare_differs(name, seed, dtype, kernel, whole, device) or "ok"
-            if state != "ok":
-                break
-        report.setdefault(backend, {})[name] = state
-        print(f"  {backend:9} {name:42} {state[:160]}", flush=True)
-    return report, all(state in ("ok", "absent") for state in report[backend].values())
-
-
-class Timer:
-    """Milliseconds of one call: CUDA events on a GPU, the clock elsewhere."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def __call__(self, run: Callable[[], Any], calls: int) -> float:
-        """Mean of `calls` calls in a row."""
-        if not self.cuda:
-            begin = time.perf_counter()
-            for _ in range(calls):
-                run()
-            return (time.perf_counter() - begin) * 1e3 / calls
-        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(400_000)  # the queue fills meanwhile, so that host overhead stays out of the figure
-        begin_event.record()
-        for _ in range(calls):
-            run()
-        end_event.record()
-        end_event.synchronize()
-        return begin_event.elapsed_time(end_event) / calls
-
-
-def providers(case: Any, sets: list[tuple], device: str, dtype: torch.dtype, usable: dict[str, Any]) -> dict[str, Any]:
-    """Callables that run one call on the next operand set."""
-    turn = {"at": 0}
-
-    def rotate() -> int:
-        turn["at"] = (turn["at"] + 1) % len(sets)
-        return turn["at"]
-
-    found: dict[str, Any] = {}
-    for backend, kernel in usable.items():
-        if case.call is None:
-            found[backend] = lambda kernel=kernel: kernel(*sets[rotate()])
-        else:
-            calls = [case.call(backend, args) for args in sets]
-            found[backend] = lambda calls=calls: calls[rotate()]()
-    half = max(1, case.bytes(dtype) // 2 // torch.empty(0, dtype=dtype).element_size())
-    pairs = [tuple(torch.empty(half, device=device, dtype=dtype).normal_() for _ in range(2)) for _ in sets]
-
-    def copy() -> None:
-        target, source = pairs[rotate()]
-        target.copy_(source)
-
-    found["copy"] = copy
-    function, _ = case.eager(sets[0])
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend="inductor" if device == "cuda" else "eager", dynamic=False)
-    for name, run in (("eager", function), ("compile", compiled)):
-        if case.graph is None:
-            found[name] = lambda run=run: run(*case.eager(sets[rotate()])[1])
-        else:
-            graphs = [case.graph(args, run) for args in sets]
-            found[name] = lambda graphs=graphs: torch.autograd.grad(*graphs[rotate()], retain_graph=True)
-    return found
-
-
-def measure(case: Any, device: str, dtype: torch.dtype, usable: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Median and spread of every provider, interleaved."""
-    one = case.bytes(dtype)
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
-    count = max(1, min(16, math.ceil(L2_FACTOR * l2 / one)))
-    sets = [case.operands(device, dtype) for _ in range(count)]
-    runs = providers(case, sets, device, dtype, usable)
-    timer = Timer(device)
-    not_compiled = None
-    for name, run in list(runs.items()):  # compile, warm up
-        try:
-            for _ in range(3):
-                run()
-        except Exception as e:
-            if name != "compile" or isinstance(e, torch.OutOfMemoryError):
-                raise
-            not_compiled = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
-            del runs[name]
-    calls = {name: max(1, min(50, int(2.0 / max(timer(run, 1), 1e-3)))) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for r in range(rounds):
-        order = list(runs) if r % 2 == 0 else list(reversed(runs))
-        for name in order:
-            samples[name].append(timer(runs[name], calls[name]))
-    medians = {name: statistics.median(s) for name, s in samples.items()}
-    rows = {}
-    for name, s in samples.items():
-        rows[name] = {
-            "median_ms": medians[name],
-            "min_ms": min(s),
-            "max_ms": max(s),
-            "gb_per_s": one / medians[name] / 1e6,
-            "of_copy": medians["copy"] / medians[name],
-        }
-    return {
-        "op": case.op, "model": case.model, "shape": case.shape, "dtype": str(dtype).removeprefix("torch."),
-        "bytes": one, "operand_sets": count, "footprint_over_l2": count * one / l2 if l2 else None, "rounds": rounds,
-        "providers": rows, "not_compiled": not_compiled,
-    }  # fmt: skip
-
-
-def bench_all(device: str, correct: dict[str, dict[str, str]], rounds: int, tiny: bool) -> list[dict[str, Any]]:
-    """Times every case with every backend that passed its correctness check."""
-    from cases import all_cases
-    from torch._functorch import config as functorch_config
-
-    # A compiled backward is timed by running it again on one graph.
-    functorch_config.donated_buffer = False
-    results = []
-    for case in all_cases(tiny):
-        usable = {b: find(case.op) for b, find in kernels(device).items() if correct[b].get(case.op) == "ok"}
-        for dtype in (torch.bfloat16,) if not tiny else (torch.float32, torch.bfloat16):
+    def _todo(self) -> dict[str, list[str]]:
+        """Items by stage. Later stages first: a stage that prepares them asks what they will run."""
+        found: dict[str, list[str]] = {}
+        for name in reversed(self.plan):
+            context = replace(self.context, earlier=self.results.earlier(), pending=found)
             try:
-                result = measure(case, device, dtype, usable, rounds)
-            except torch.OutOfMemoryError:
-                print(f"{case.name}: not enough memory, left out", flush=True)
+                module = stages.load(self.plan[name])
+                items = module.items(context)
+            except Exception as error:  # one stage that cannot say what it does leaves the others alone
+                self.problems[name] = f"{type(error).__name__}: {error}"
                 continue
-            results.append(result)
-            print(f"{case.name} {result['dtype']}", flush=True)
-            if result["not_compiled"]:
-                print(f"  torch.compile does not take the plain form: {result['not_compiled']}", flush=True)
-            for name, row in result["providers"].items():
-                print(
-                    f"  {name:9} {row['median_ms']:9.4f} ms  [{row['min_ms']:.4f}, {row['max_ms']:.4f}]"
-                    f"  {row['gb_per_s']:8.1f} GB/s  {row['of_copy']:6.1%} of copy",
-                    flush=True,
-                )
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    return results
+            assert len(items) == len(set(items)), f"stage {name} names an item twice"
+            self.modules[name] = module
+            if getattr(module, "KEEPS", True):
+                items = [item for item in items if self.only.search(f"{name}/{item}")]
+                if self.resume:
+                    self.counts[name]["kept"] = sum(self.results.done(name, item) for item in items)
+                    items = [item for item in items if not self.results.done(name, item)]
+            found = {name: items, **found}
+        return found
+
+    def run(self, log: IO[bytes]) -> bool:
+        """All stages; whether everything that ran was well."""
+        pool = Pool(log, keep=self.context.device == "cpu")
+        try:
+            for name, items in self.todo.items():
+                if items:
+                    self._stage(pool, name, items)
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+            self.problems["the run"] = "was stopped"
+        finally:
+            pool.close()
+            self.results.write()
+        return not self.failures and not self.problems
+
+    def _stage(self, pool: Pool, name: str, items: list[str]) -> None:
+        module, now = self.modules[name], time.monotonic()
+        end, why = float("inf"), ""
+        if self.budget is not None:
+            whole, own = self.began + self.budget - CLOSING, now + self.plan[name].seconds
+            end, why = min((whole, "the budget was spent"), (own, f"the stage had its {own - now:.0f} s"))
+        context = replace(self.context, earlier=self.results.earlier(), pending=self.todo)
+
+        def done(item: str, entry: dict[str, Any]) -> None:
+            self.results.add(name, item, entry)
+            self.counts[name][entry["state"]] += 1
+            number = sum(self.counts[name][state] for state in ("ok", "failed"))
+            record = entry.get("record", {})
+            words = entry.get("error") or record.get("summary", "")
+            if entry["state"] == "failed":
+                self.failures.append(f"{name}/{item}: {words}")
+            elif record.get("wrong"):
+                words = f"WRONG: {record['wrong']}; {words}"
+                self.failures.append(f"{name}/{item}: {record['wrong']}")
+            head = f"{time.monotonic() - self.began:5.0f}s {name} {number}/{len(items)} {item}"
+            print(f"{head}: {entry['state']} {entry['seconds']:.1f} s {_short(words)}".rstrip(), flush=True)
+
+        job = Job(
+            self.plan[name].module, items, asdict(context), module.SECONDS, stages.expected(module),
+            1 if self.context.tiny else getattr(module, "PARALLEL", 1), end, why, done,
+        )  # fmt: skip
+        problem = pool.run(job)
+        if hasattr(module, "finish"):
+            module.finish()
+        self.counts[name]["left out"] = len(job.left)
+        if problem is not None:
+            self.problems[name] = problem
+        self.results.leave_out(name, job.left, problem or why)
+        print(f"      {name}: {_counted(self.counts[name])}, {time.monotonic() - now:.0f} s", flush=True)
+
+    def summary(self) -> Iterator[str]:
+        """What passed, failed and was left out, and the goals that were missed."""
+        yield "-- summary"
+        for name in self.plan:
+            if self.counts[name].total():
+                yield f"{name:12} {_counted(self.counts[name])}"
+        for note in self.results.data["left_out"]:
+            names = ", ".join(note["items"][:4]) + (f" and {len(note['items']) - 4} more" if note["items"][4:] else "")
+            yield f"left out of {note['stage']} ({_short(note['why'])}): {names}"
+        for name, problem in self.problems.items():
+            yield f"{name}: {_short(problem)}"
+        for failure in self.failures[:40]:
+            yield f"FAILED {_short(failure)}"
+        if self.failures[40:]:
+            yield f"and {len(self.failures) - 40} more failures"
+        if self.context.device == "cuda":
+            yield from self._goals()
+
+    def _goals(self) -> Iterator[str]:
+        goals = [
+            goal
+            for name, module in self.modules.items()
+            if hasattr(module, "targets")
+            for goal in module.targets(records(self.results.data, name))
+        ]
+        reached = Counter(goal.reached for goal in goals)
+        yield f"goals: {reached[True]} reached, {reached[False]} missed, {reached[None]} not measured"
+        for goal in goals:
+            if goal.reached is False:
+                yield f"missed: {goal.what}: {goal.got:.3g} {goal.unit}, goal {goal.goal:g}"
 
 
-def bench_attention(device: str, correct: dict[str, dict[str, str]], rounds: int, tiny: bool) -> list[dict[str, Any]]:
-    """Attention against density, with every backend whose attention passed its correctness check."""
-    from attention import sweep
-
-    both = ("tile_attention", "tile_attention_backward")
-    usable = [b for b, states in correct.items() if all(states.get(op) == "ok" for op in both)]
-    return sweep(device, Timer(device), usable, min(rounds, 7), tiny)
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "nothing"
 
 
-def bench_tokens(device: str, rounds: int, tiny: bool) -> list[dict[str, Any]]:
-    """Routed training steps, partial calls, CUDA graphs, and what must not wait for the device."""
-    from tokens import sweep
+def _short(words: str) -> str:
+    return " ".join(words.split())[:200]
 
-    return sweep(device, Timer(device), min(rounds, 7), tiny)
+
+def listing(runner: Runner) -> Iterator[str]:
+    """Stages, their items and expected seconds."""
+    total = 0.0
+    for name, items in runner.todo.items():
+        module = runner.modules[name]
+        one, workers = stages.expected(module), getattr(module, "PARALLEL", 1)
+        seconds = one * len(items) / workers
+        total += seconds
+        yield (
+            f"{name}: {len(items)} items, {workers} at once, {one:g} s each (killed after {module.SECONDS:g}): "
+            f"{seconds:.0f} s, in a budget at most {runner.plan[name].seconds:g}"
+        )
+        yield from (f"  {item}" for item in items)
+    yield f"expected: {total:.0f} s, without the starts of workers"
+    yield from (f"{name}: {problem}" for name, problem in runner.problems.items())
+
+
+def parsed() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--stages", help=f"of {', '.join(stages.STAGES)}, with commas between; they run in this order")
+    parser.add_argument("--only", default="", metavar="REGEX", help="items of which STAGE/ITEM holds it")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="end before so many seconds have passed")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE", help="leave out what is recorded for this build and device"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file, or folder for it (default benchmarks/results)")
+    parser.add_argument("--list", action="store_true", help="stages, items and expected seconds")
+    parser.add_argument("--dry-run", action="store_true", help="walk every stage on the CPU at tiny sizes")
+    parser.add_argument("--correctness", action="store_true", help="check, do not time: --stages correctness")
+    parser.add_argument("--seeds", type=int, default=45, help="random calls per op in the check")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per case")
+    args = parser.parse_args()
+    args.stages = (
+        ["correctness"] if args.correctness else args.stages.split(",") if args.stages else list(stages.STAGES)
+    )
+    for name in args.stages:
+        if name not in stages.STAGES:
+            parser.error(f"--stages: {name!r} is not known; allowed are {', '.join(stages.STAGES)}")
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only: {args.only!r} is no regular expression: {error}")
+    if args.budget is not None and args.budget <= CLOSING:
+        parser.error(f"--budget: {args.budget:g} is too short; it takes more than {CLOSING:g} seconds")
+    return args
+
+
+def _target(out: Path | None, dry: bool, device: str) -> Path | None:
+    """The result file."""
+    if out is None and dry:
+        return None
+    out = out or ROOT / "benchmarks" / "results"
+    name = "-".join(re.findall("[a-z0-9]+", device.lower()))
+    return out if out.suffix == ".json" else out / f"gpu-{name}.json"
 
 
 def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="walk every step on the CPU at tiny shapes")
-    parser.add_argument("--correctness", action="store_true", help="check, do not time")
-    parser.add_argument("--seeds", type=int, default=45, help="random calls per op in the check")
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per case")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file (default benchmarks/results/gpu-<device>.json; none for a dry run)"
-    )
-    args = parser.parse_args()
-    if not args.dry_run and not torch.cuda.is_available():
+    """Runs what the command line says."""
+    args = parsed()
+    dry = args.dry_run
+    if not (dry or args.list) and not torch.cuda.is_available():
         print("make gpu: no CUDA device (torch.cuda.is_available() is false); nothing was run")
         return 3
-    device = "cpu" if args.dry_run else "cuda"
-    if args.dry_run:
-        args.seeds, args.rounds = min(args.seeds, 3), min(args.rounds, 2)
-        torch.set_num_threads(1)
-
-    found = fingerprint(device)
-    print(f"device: {found['device']}, torch {found['torch']}, triton {found['triton']}, commit {found['commit'][:12]}")
-    print("correctness: every op against fp64, error at most twice that of plain torch")
-    report, good = check_all(device, args.seeds)
-    bare, same = check_bare(device, args.seeds)
-    for backend, states in bare.items():
-        report[backend] |= states
-    good &= same
-    results = [] if args.correctness else bench_all(device, report, args.rounds, args.dry_run)
-    attention = [] if args.correctness else bench_attention(device, report, args.rounds, args.dry_run)
-    tokens = [] if args.correctness else bench_tokens(device, args.rounds, args.dry_run)
-    target = args.out
-    if target is None and not args.dry_run:
-        name = "".join(c if c.isalnum() else "-" for c in str(found["device"]).lower())
-        target = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
+    context = Context("cuda", rounds=args.rounds, seeds=args.seeds)
+    if dry:
+        context = Context("cpu", tiny=True, rounds=min(args.rounds, 2), seeds=min(args.seeds, 3))
+    found = fingerprint("cuda" if torch.cuda.is_available() and not dry else "cpu")
+    target = None if args.list else _target(args.out, dry, found["device"])
+    before = Path(args.resume) if args.resume else target
+    try:
+        results = Results(target, found, before if args.resume or (before and before.exists()) else None)
+    except ValueError as error:
+        print(f"make gpu: {error}")
+        return 1
+    plan = {name: plan for name, plan in stages.STAGES.items() if name in args.stages}
+    runner = Runner(plan, context, results, args.budget, args.only, args.resume is not None)
+    if args.list:
+        print("\n".join(listing(runner)))
+        return 0
+    print(f"device: {found['device']}, torch {found['torch']}, triton {found['triton']}, build {found['build']}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile())
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(target.with_suffix(".log").open("ab"))
+        good = runner.run(log)
+    print("\n".join(runner.summary()))
     if target is not None:
-        os.makedirs(target.parent, exist_ok=True)
-        record = {"fingerprint": found, "correctness": report, "results": results, "attention": attention}
-        record["tokens"] = tokens
-        target.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written: {target.relative_to(ROOT) if target.is_relative_to(ROOT) else target}")
-    absent = [b for b, ops in report.items() if all(state == "absent" for state in ops.values())]
-    if absent and not args.dry_run:
-        print(f"no kernels of: {', '.join(absent)} (is maskaccel/lib/libmaskaccel.so built with MASKACCEL_CUDA=1?)")
-    print("all kernels correct" if good else "WRONG RESULTS, see above: those kernels were not timed")
+        print(f"results: {target}, output of the workers: {target.with_suffix('.log')}")
+    print("all well" if good else "SOMETHING FAILED, see above: kernels with wrong results were not timed")
     return 0 if good else 1
 
 

@@ -17,7 +17,8 @@ and, where they apply,
 
 A worker serves one stage: a kernel that faults or hangs takes its process along. The item is then recorded as failed,
 with the reason and the last lines of output, and the next one starts in a fresh process. An item whose `run` raises has
-failed too: an assertion is how a check says so. The key "summary" of a record is printed beside the item's name.
+failed too: an assertion is how a check says so. Keys of a record that the runner reads: "summary" is printed beside the
+item's name; "wrong", where it is not empty, counts as a failure, and what else was measured is kept.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 import interleaved  # isort: skip
 
 Record = dict[str, Any]
+CYCLES_PER_MS = 2_000_000  # of a clock near 2 GHz
 
 
 class Timer:
@@ -42,21 +44,37 @@ class Timer:
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
 
-    def __call__(self, run: Callable[[], Any], calls: int) -> float:
-        """Mean of `calls` calls in a row."""
+    def __call__(self, run: Callable[[], Any], calls: int, ahead_ms: float = 0.2) -> float:
+        """Mean of `calls` calls in a row.
+
+        Args:
+            run: The call.
+            calls: How many.
+            ahead_ms: The device waits so long while the queue fills, so that the host's part stays out of the figure.
+        """
         if not self.cuda:
             begin = time.perf_counter()
             for _ in range(calls):
                 run()
             return (time.perf_counter() - begin) * 1e3 / calls
         begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(400_000)  # the queue fills meanwhile, so that host overhead stays out of the figure
+        torch.cuda._sleep(int(ahead_ms * CYCLES_PER_MS))
         begin_event.record()
         for _ in range(calls):
             run()
         end_event.record()
         end_event.synchronize()
         return begin_event.elapsed_time(end_event) / calls
+
+    def repeated(self, run: Callable[[], Any]) -> Callable[[], float]:
+        """A measurement of as many calls as take about 2 ms, and whose queue is filled before the first begins."""
+        run()
+        calls = max(1, min(50, int(2.0 / max(self(run, 1), 1e-3))))
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        ahead_ms = 0.1 + 1.2e3 * (time.perf_counter() - begin)
+        return partial(self, run, calls, ahead_ms)
 
 
 @dataclass(frozen=True)
@@ -86,13 +104,22 @@ class Context:
 
     def samples(self, calls: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, list[float]]:
         """Milliseconds of one call, for each round, interleaved: as many calls in a row as take about 2 ms."""
-        timer = self.timer
-        measures = {}
-        for name, call in calls.items():
-            call()
-            count = max(1, min(50, int(2.0 / max(timer(call, 1), 1e-3))))
-            measures[name] = partial(timer, call, count)
+        measures = {name: self.timer.repeated(call) for name, call in calls.items()}
         return interleaved.samples(measures, rounds or self.rounds)
+
+
+def broken(device: str) -> bool:
+    """Whether the device's context is of no more use to this process."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device="cuda").sum().item()
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import ModuleType
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from stage import Stage
 
-# name: module of this folder (its interface: stage.py)
-MODULES = {
-    "ceilings": "ceilings",
-    "correctness": "correctness",
-    "compile": "compiling",
-    "micro": "micro",
-    "attention": "attention",
-    "variants": "variants",
-    "lists": "lists",
-    "host": "host",
-    "models": "models",
-    "fashion": "fashion",
-    "tokens": "tokens",
-    "sync": "sync",
-    "sanitize": "sanitize",
-    "tests": "tests",
+class Plan(NamedTuple):
+    """A stage.
+
+    Attributes:
+        module: Module of this folder (its interface: stage.py).
+        seconds: The most of a run with a budget that it may take as a whole.
+    """
+
+    module: str
+    seconds: float
+
+
+PLAN = {
+    "ceilings": Plan("ceilings", 40),
+    "correctness": Plan("correctness", 150),
+    "compile": Plan("compiling", 90),
+    "micro": Plan("micro", 180),
+    "attention": Plan("attention", 120),
+    "variants": Plan("variants", 60),
+    "lists": Plan("lists", 30),
+    "host": Plan("host", 40),
+    "models": Plan("models", 150),
+    "fashion": Plan("fashion", 150),
+    "tokens": Plan("tokens", 60),
+    "sync": Plan("sync", 60),
+    "sanitize": Plan("sanitize", 90),
+    "tests": Plan("tests", 120),
 }
-STAGES = tuple(name for name, module in MODULES.items() if Path(__file__).with_name(f"{module}.py").exists())
+STAGES = {name: plan for name, plan in PLAN.items() if Path(__file__).with_name(f"{plan.module}.py").exists()}
 
 
-def load(name: str) -> Stage:
-    """The module of a stage."""
-    return cast("Stage", importlib.import_module(MODULES[name]))
+def load(plan: Plan) -> ModuleType:
+    """The module of a stage, or ImportError."""
+    return importlib.import_module(plan.module)
+
+
+def expected(module: ModuleType) -> float:
+    """Usual seconds of an item."""
+    return getattr(module, "EXPECTED", module.SECONDS / 4)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from stage import Context, Record
 from torch import Tensor, nn
 
 from maskaccel import TokenRoute, ops
@@ -38,6 +39,8 @@ TINY = (Size("tiny", 2, 16, 32, 2, 6),)
 CACHED = (("FLUX.1 1024px", 1, 512, 4096, 24, 128), ("Wan2.1-1.3B 480p", 1, 0, 32760, 12, 128))
 TINY_CACHED = (("tiny", 1, 4, 28, 2, 16),)
 KEPT = (0.5, 0.25)
+SECONDS = 60.0
+EXPECTED = 5.0
 
 
 class Stack(nn.Module):
@@ -93,34 +96,33 @@ def _step(size: Size, keep: float | None, by_hand: bool, device: str) -> Callabl
     return step
 
 
-def training(size: Size, device: str, timer: Any, rounds: int) -> dict[str, Any]:
+def training(size: Size, context: Context) -> Record:
     """Forward and backward: dense, routed, and routed by hand; milliseconds and the peak of memory."""
     settings: dict[str, tuple[float | None, bool]] = {"dense": (None, False)}
     for keep in KEPT:
         settings |= {f"route {keep}": (keep, False), f"by hand {keep}": (keep, True)}
-    steps = {name: _step(size, *setting, device) for name, setting in settings.items()}
+    steps = {name: _step(size, *setting, context.device) for name, setting in settings.items()}
     peak = {}
     for name, step in steps.items():
         step()
-        if device == "cuda":
+        if context.device == "cuda":
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step()
             peak[name] = torch.cuda.max_memory_allocated() - held
-    return {"what": "training step", **vars(size), "median_ms": _medians(steps, timer, rounds), "peak_bytes": peak}
+    return {"what": "training step", **vars(size), **_medians(steps, context), "peak_bytes": peak}
 
 
-def _medians(calls: dict[str, Callable[[], Any]], timer: Any, rounds: int) -> dict[str, float]:
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in list(calls) if turn % 2 == 0 else list(reversed(calls)):
-            samples[name].append(timer(calls[name], 3))
-    return {name: statistics.median(values) for name, values in samples.items()}
+def _medians(calls: dict[str, Callable[[], Any]], context: Context) -> Record:
+    samples = context.samples(calls, min(context.rounds, 7))
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    return {"median_ms": medians, "summary": ", ".join(f"{name} {ms:.3g} ms" for name, ms in medians.items())}
 
 
-def cached(case: tuple, share: float, device: str, timer: Any, rounds: int) -> dict[str, Any]:
+def cached(case: tuple, share: float, context: Context) -> Record:
     """K/V rows written and attended to by the active rows of one layer, text rows always active."""
     name, batch, text, image, heads, dim = case
+    device = context.device
     index = ops.random_keep(batch, image, share, seed=0, device=device, shared=True).shift(text)
     rows, total = index.kept, text + image
 
@@ -154,9 +156,9 @@ def cached(case: tuple, share: float, device: str, timer: Any, rounds: int) -> d
 
     with torch.no_grad():
         difference = (ours().float() - eager().float()).abs().max().item()
-        medians = _medians({"maskaccel": ours, "index_put, cat, sdpa": eager}, timer, rounds)
+        medians = _medians({"maskaccel": ours, "index_put, cat, sdpa": eager}, context)
     return {"what": "active rows over cached K/V", "name": name, "active": share, "rows": rows, "keys": total,
-            "median_ms": medians, "largest_difference": difference}  # fmt: skip
+            **medians, "largest_difference": difference}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -235,25 +237,44 @@ def captured(device: str) -> str:
     return "ok"
 
 
-def sweep(device: str, timer: Any, rounds: int, tiny: bool) -> list[dict[str, Any]]:
-    """Everything above; what cannot run is named with its reason."""
-    results: list[dict[str, Any]] = [
-        {"what": "no synchronisation", "calls": unwaiting(device)},
-        {"what": "CUDA graph", "result": captured(device)},
-    ]
-    todo: list[Callable[[], dict[str, Any]]] = [
-        lambda size=size: training(size, device, timer, rounds) for size in (TINY if tiny else TRAINED)
-    ]
-    todo += [
-        lambda case=case, share=share: cached(case, share, device, timer, rounds)
-        for case in (TINY_CACHED if tiny else CACHED)
-        for share in (0.5, 0.25, 0.1)
-    ]
-    for one in todo:
-        try:
-            results.append(one())
-        except Exception as error:
-            results.append({"what": "failed", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
-    for row in results:
-        print(f"tokens: {row}", flush=True)
-    return results
+def _todo(context: Context) -> dict[str, Callable[[], Record]]:
+    """Every item; what may not go wrong first."""
+    todo: dict[str, Callable[[], Record]] = {
+        "no synchronisation": lambda: _all_well(unwaiting(context.device)),
+        "CUDA graph": lambda: _all_well({"replays": captured(context.device)}),
+    }
+    for size in TINY if context.tiny else TRAINED:
+        todo[f"training step {size.name}"] = lambda size=size: training(size, context)
+    for case in TINY_CACHED if context.tiny else CACHED:
+        for share in (0.5, 0.25, 0.1):
+            name = f"active rows {share} over cached K/V {case[0]}"
+            todo[name] = lambda case=case, share=share: cached(case, share, context)
+    return todo
+
+
+def _all_well(found: dict[str, str]) -> Record:
+    wrong = {name: what for name, what in found.items() if what not in ("ok", "no GPU")}
+    return {"calls": found, "wrong": wrong}
+
+
+def items(context: Context) -> list[str]:
+    """Names of what is checked and timed."""
+    return list(_todo(context))
+
+
+def run(item: str, context: Context) -> Record:
+    """One of them."""
+    return _todo(context)[item]()
+
+
+def table(records: dict[str, Record]) -> str:
+    """Milliseconds of each, beside the usual code."""
+    lines = ["| what | median ms | peak MiB |", "|---|---|---|"]
+    for item, record in records.items():
+        if "median_ms" not in record:
+            lines.append(f"| {item} | {', '.join(f'{name}: {what}' for name, what in record['calls'].items())} | |")
+            continue
+        times = ", ".join(f"{name} {ms:.3g}" for name, ms in record["median_ms"].items())
+        peak = ", ".join(f"{name} {count / 2**20:.0f}" for name, count in record.get("peak_bytes", {}).items())
+        lines.append(f"| {item} | {times} | {peak} |")
+    return "\n".join(lines)

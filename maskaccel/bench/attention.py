@@ -34,10 +34,11 @@ ATTENTION: dict[str, Shape] = {
 def tiles(tokens: int, heads: int, kept: float, block: int = BLOCK) -> TileMask:
     """A mask of whole tiles with the same share kept in every row, at random places."""
     side = math.ceil(tokens / block)
-    scores = torch.rand(heads, side, side, generator=torch.Generator().manual_seed(0))
-    chosen = scores.topk(max(1, round(kept * side)), dim=-1).indices
-    keep = torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, chosen, True)
-    return TileMask.from_tiles(keep, (tokens, tokens), (block, block))
+    with torch.device("cpu"):  # whatever the default of a caller: the mask is kept for others
+        scores = torch.rand(heads, side, side, generator=torch.Generator().manual_seed(0))
+        chosen = scores.topk(max(1, round(kept * side)), dim=-1).indices
+        keep = torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, chosen, True)
+        return TileMask.from_tiles(keep, (tokens, tokens), (block, block))
 
 
 def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Inputs:
