@@ -6,43 +6,14 @@ import copy
 
 import pytest
 import torch
+from _waitless import SCHEDULED, STEPS, run_twice
 from test_calibration import measured
+from zoo.all_models import MODELS
 from zoo.pipelines import dit
 
 import maskaccel
-from maskaccel.methods import (
-    DDT,
-    FORA,
-    PAB,
-    SCM,
-    DPCache,
-    FasterCache,
-    FBCache,
-    FoCa,
-    FusedAdaLN,
-    MagCache,
-    SkipCache,
-    TaylorSeer,
-)
-from maskaccel.state import Newton
-
-STEPS = 7
-SCHEDULED = {
-    "FORA-module": FORA(interval=3),
-    "FORA-stack": FORA(interval=3, level="stack"),
-    "FORA-block": FORA(interval=3, level="block"),
-    "FORA-output": FORA(interval=3, level="output"),
-    "TaylorSeer": TaylorSeer(interval=3, order=2, first=1),
-    "TaylorSeer-module": TaylorSeer(interval=3, first=1, level="module"),
-    "FoCa": FoCa(interval=3, first=1),
-    "MagCache": MagCache(ratios=(1.0,) * STEPS),
-    "SCM": SCM(policy=(1, 0, 1, 0, 0, 1, 0), forecaster=Newton(1)),
-    "PAB": PAB(low=0.0, high=1000.0),
-    # With `uncond` it looks once a run whether the batch is one of guidance.
-    "FasterCache": FasterCache(uncond=None),
-    "SkipCache": SkipCache(interval=2, outer=1),
-    "DDT": DDT(encoder=1, refresh=2),
-}
+from maskaccel.methods import DPCache, FBCache, FusedAdaLN, SlidingTile
+from maskaccel.patching.order import ordered_calls
 
 
 def four_blocks():
@@ -74,6 +45,15 @@ def test_a_known_schedule_reads_nothing(method, fused):
                 run.step()
         found = patch.report().activity[method.name]
     assert found["reused"] + found.get("in part", 0) > 0
+
+
+def test_a_model_in_the_order_of_tiles_copies_nothing():
+    """The permutation of its tokens is on the device after the first call."""
+    model, kwargs = MODELS["WanTransformer3DModel"]()
+    model.to("meta")
+    kwargs = {name: value.to("meta") for name, value in kwargs.items()}
+    run_twice(model, [SlidingTile(window=(1, 1, 3), tile=(2, 3, 1))], "meta", 2, lambda: model(**kwargs))
+    assert ordered_calls(model).calls == 4
 
 
 def test_a_planned_path_reads_nothing():

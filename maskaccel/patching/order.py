@@ -83,13 +83,14 @@ class OrderedStack:
         if beside < 0 or (beside and (self.layout.text not in (None, beside) or self.layout.tokens.text is None)):
             return
         first = self.layout.tokens.text == "first"
-        order = self._order(grid, patch, beside if first else 0, 0 if first else beside)
+        order = self._order(hidden.device, grid, patch, beside if first else 0, 0 if first else beside)
         if not order.is_raster:
             self.layout.order = order
 
     def _order(self, *key: Any) -> TokenOrder:
+        """On a device, so that no call waits for the copy of a permutation."""
         if key not in self._orders:
-            self._orders[key] = TokenOrder(*key)
+            self._orders[key] = TokenOrder(*key[1:]).to(key[0])
         return self._orders[key]
 
     def leave(self) -> TokenOrder | None:
@@ -105,11 +106,12 @@ class OrderedStack:
             return order
         latent = order.tokens - order.prefix - order.suffix
         if rows == latent:
-            return self._order(order.grid, order.patch, 0, 0)
+            return self._order(order.permutation.device, order.grid, order.patch, 0, 0)
         text = self.layout.text
         if text is not None and rows == latent + text:
             first = self.layout.tokens.text == "first"
-            return self._order(order.grid, order.patch, text if first else 0, 0 if first else text)
+            device, beside = order.permutation.device, (text, 0) if first else (0, text)
+            return self._order(device, order.grid, order.patch, *beside)
         return None
 
     def ordered(self, name: str, value: Any) -> Any:
