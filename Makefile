@@ -1,6 +1,6 @@
 # Every target makes .venv on its first run and reuses it. Needs Python 3.10 or newer, gcc/g++ and git; cmake and ninja come
 # from pip. Variables: PYTHON (which interpreter makes .venv), MASKACCEL_CUDA=0|1, MAX_JOBS, PYTEST_ARGS, DEMO_ARGS,
-# CACHING_ARGS, GPU_ARGS, OUT.
+# CACHING_ARGS, GPU_ARGS, BUNDLE_ARGS, OUT.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -14,7 +14,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --no-warn-script-locatio
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_NO_INPUT := 1
 
-.PHONY: help demo test bench caching wheel gpu lint docs native inspect clean
+.PHONY: help demo test bench caching wheel gpu gpu-bundle lint docs native inspect clean
 
 help:
 	@echo "make demo     patch the trained example, sample with and without, write demo.png and demo.json"
@@ -23,6 +23,8 @@ help:
 	@echo "make caching  quality against speed of caching methods on the trained example, beside other libraries (hours)"
 	@echo "make wheel    the wheel into dist/"
 	@echo "make gpu      GPU checks and benchmarks with the machine's own Python and torch (GPU_ARGS='--budget 540')"
+	@echo "make gpu-bundle  .wheels/: what make gpu needs on a machine without network, CUDA kernels included (GPU_PYTHON=3.12"
+	@echo "              GPU_ARCHS=90a, BUNDLE_ARGS; needs nvcc)"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the site into site/"
 	@echo "make native   the native library into maskaccel/lib (MASKACCEL_CUDA=1: with CUDA kernels)"
@@ -92,7 +94,14 @@ wheel: $(VENV)/.base $(if $(filter 1,$(MASKACCEL_CUDA)),$(VENV)/.cuda)
 	$(PY) tools/audit_wheel.py --repair dist build/wheelhouse/*.whl
 
 gpu:
-	$(PYTHON) benchmarks/gpu/run.py $(GPU_ARGS)
+	$(PYTHON) tools/gpu_bundle.py run benchmarks/gpu/run.py $(GPU_ARGS)
+
+GPU_PYTHON ?= 3.12
+GPU_ARCHS ?= 90a
+gpu-bundle: $(VENV)/.base $(VENV)/.cuda
+	@echo "== native library for $(GPU_ARCHS)"
+	MASKACCEL_CUDA=1 MASKACCEL_CUDA_ARCHS="$(GPU_ARCHS)" $(PY) setup.py --quiet build_ext --inplace
+	$(PY) tools/gpu_bundle.py pack --python $(GPU_PYTHON) $(BUNDLE_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
