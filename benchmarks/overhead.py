@@ -54,10 +54,8 @@ class Operands:
         self.history = randn(3, batch, TOKENS, WIDTH, leaf=False)
         self.sites = self.history[None]
         self.weights = randn(3, dtype=torch.float32, leaf=False)
-        self.fresh, self.ids = (
-            randn(batch, 4, WIDTH, leaf=False),
-            torch.arange(4, dtype=torch.int32, device=self.device)[None],
-        )
+        self.fresh = randn(batch, 4, WIDTH, leaf=False)
+        self.ids = torch.arange(4, dtype=torch.int32, device=self.device).repeat(batch, 1)
         self.labels = torch.zeros(batch, TOKENS, dtype=torch.int32, device=self.device)
         self.heads = [randn(batch, TOKENS // 2, HEADS, DIM, leaf=False) for _ in range(3)]
         self.caches = [randn(batch, TOKENS, HEADS, DIM, leaf=False) for _ in range(2)]

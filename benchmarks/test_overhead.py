@@ -1,51 +1,41 @@
-"""Host overhead: one call on tensors so small that the kernel costs next to nothing.
+"""Host overhead: the calls of `overhead.py`, on operands so small that the kernel costs next to nothing.
 
-Three ways to the same kernel: the public function, the raw op that it calls, and one eager torch op for scale. The
-difference between the first two is what `maskaccel.ops` adds; `extra_info` holds the number of elements.
+For one op also the ways to the same kernel: the public function, the raw op that it calls, and eager torch for scale.
+The difference between the first two is what `maskaccel.ops` adds.
 """
 
 from __future__ import annotations
 
+import overhead
 import pytest
 import torch
 
 from maskaccel import _native, ops
 from maskaccel.bench.registry import OPS
 
-SHAPES = {
-    "norm_modulate": (1, 1, 16),
-    "gate_residual_norm_modulate": (1, 1, 16),
-    "gate_residual": (1, 1, 16),
-    "qk_norm_rope": (1, 1, 1, 16),
-    "gated_activation.swiglu": (1, 1, 32),
-    "relative_difference": (1, 1, 16),
-    "combine_history": (2, 1, 1, 16),
-    "combine_sites": (2, 2, 1, 1, 16),
-    "gram": (2, 1, 1, 16),
-    "combine_history_norm_modulate": (2, 1, 1, 16),
-    "norm_modulate_difference": (1, 1, 16),
-    "tile_attention": (1, 8, 1, 16),
-    "merge_attention": (1, 8, 1, 16),
-    "linear_attention": (1, 8, 1, 16),
-}
-CALLS = {"rounds": 200, "iterations": 100, "warmup_rounds": 5}
+ROUNDS = {"rounds": 100, "iterations": 100, "warmup_rounds": 5}
+PLAIN, LEAVES = (overhead.Operands("cpu", torch.float32, grad) for grad in (False, True))
+INFERENCE = {**overhead.peers(PLAIN), **overhead.differentiable(PLAIN), **overhead.others(PLAIN)}
+TRAINING = {**overhead.peers(LEAVES), **overhead.differentiable(LEAVES)}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.benchmark(group="overhead: public op")
-def test_public_op(benchmark, name):
-    op = OPS[name]
-    inputs = op.inputs(SHAPES[name], torch.float32, torch.device("cpu"))
-    benchmark.extra_info["shape"] = SHAPES[name]
-    benchmark.pedantic(op.run, args=(inputs, None), **CALLS)
+@pytest.mark.parametrize("name", INFERENCE)
+@pytest.mark.benchmark(group="overhead: inference")
+def test_inference(benchmark, name):
+    benchmark.pedantic(INFERENCE[name], **ROUNDS)
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.benchmark(group="overhead: under autograd")
+def test_training(benchmark, name):
+    with torch.enable_grad():
+        benchmark.pedantic(TRAINING[name], **ROUNDS)
+
+
 @pytest.mark.benchmark(group="overhead: norm_modulate, all ways")
-def test_norm_modulate_public(benchmark, grad):
-    x, scale = torch.randn(1, 1, 16, requires_grad=grad), torch.randn(1, 16)
-    with torch.set_grad_enabled(grad):
-        benchmark.pedantic(ops.norm_modulate, args=(x, scale, scale), **CALLS)
+def test_norm_modulate_public(benchmark):
+    x, scale = torch.randn(1, 1, 16), torch.randn(1, 16)
+    benchmark.pedantic(ops.norm_modulate, args=(x, scale, scale), **ROUNDS)
 
 
 @pytest.mark.skipif(_native.native.state != "loaded", reason="the native library is not built (`make native`)")
@@ -54,17 +44,11 @@ def test_norm_modulate_raw(benchmark):
     x, scale = torch.randn(1, 1, 16), torch.randn(1, 16)
     raw = torch.ops.maskaccel_raw.norm_modulate.default
     args = (x, scale, scale, None, None, None, None, None, 1e-6, 1.0, 0)
-    benchmark.pedantic(raw, args=args, **CALLS)
+    benchmark.pedantic(raw, args=args, **ROUNDS)
 
 
 @pytest.mark.benchmark(group="overhead: norm_modulate, all ways")
 def test_norm_modulate_eager(benchmark):
     op = OPS["norm_modulate"]
     inputs = op.inputs((1, 1, 16), torch.float32, torch.device("cpu"))
-    benchmark.pedantic(op.eager, args=(inputs,), **CALLS)
-
-
-@pytest.mark.benchmark(group="overhead: norm_modulate, all ways")
-def test_one_torch_op(benchmark):
-    x = torch.randn(1, 1, 16)
-    benchmark.pedantic(torch.add, args=(x, x), **CALLS)
+    benchmark.pedantic(op.eager, args=(inputs,), **ROUNDS)

@@ -165,6 +165,19 @@ def test_fast_calls_equal_the_checked_ones(call, monkeypatch):
 def test_gradients_are_the_same_on_both_ways(monkeypatch):
     """Under autograd too the fast path leaves out checks alone."""
     calls = {
+        "norm_modulate": lambda t: ops.norm_modulate(t[:, :, 0], t[:, 0, 1], t[:1, 1, 1]),
+        "pair": lambda t: sum(ops.norm_modulate(t[:, :, 0], t[:, 0, 1], scale2=t[:, 1, 1], offset=0.0)),
+        "fused": lambda t: sum(
+            ops.gate_residual_norm_modulate(t[:, :, 0], t[:, :, 1], t[:, 0, 2], t[:, 1, 2], eps=1e-3, gate_act="tanh")
+        ),
+        "fused, no residual": lambda t: ops.gate_residual_norm_modulate(
+            t[:, :, 0], t[:, :, 1], t[:, 0, 2], scale2=t[:, 1, 2], return_residual=False
+        )[1],
+        "gate_residual": lambda t: ops.gate_residual(t[:, :, 0], t[:, :, 1], t[:, 0, 2]),
+        "qk_norm_rope": lambda t: sum(ops.qk_norm_rope(t, t, V, None, C8, C8)),
+        "tile_attention, no mask": lambda t: sum(
+            part.sum() for part in ops.tile_attention(t, t, t, scale=0.3, return_lse=True)
+        ),
         "tile_attention": lambda t: ops.tile_attention(t, t, t, PATTERN, bias=BIAS.clone().requires_grad_()),
         "gather_modulate": lambda t: ops.gather_modulate(t[:, :, 0], INDEX, t[:, 0, 0], t[:1, 1, 0])[1],
         "scatter_merge": lambda t: ops.scatter_merge(t[:, :, 0], t[:, :3, 1], INDEX, mode="add_gated", gate=t[:, 0, 0]),
@@ -176,7 +189,10 @@ def test_gradients_are_the_same_on_both_ways(monkeypatch):
         return {name: torch.autograd.grad(call(leaf).square().sum(), leaf)[0] for name, call in calls.items()}
 
     fast = gradients()
-    monkeypatch.setattr(_call, "tracing", lambda: True)  # no call is quick then
+    assert ops.norm_modulate(X.clone().requires_grad_()).grad_fn.name().startswith("norm_modulate_bare_maskaccel")
+    for module in ("maskaccel.ops._call", "maskaccel.ops.adaln.api"):
+        monkeypatch.setattr(f"{module}.tracing", lambda: True)  # no call is quick then
+    assert ops.norm_modulate(X.clone().requires_grad_()).grad_fn.name().startswith("norm_modulate_maskaccel")
     checked = gradients()
     for name in calls:
         assert torch.equal(fast[name], checked[name]), name

@@ -86,7 +86,7 @@ struct Operands {
 
   /// The gradient of a modulation tensor: allocates it where it is wanted and says how it is summed.
   Result modulation_grad(bool wanted, const Arg& value, const Arg& table, const Modulation& m, Wanted& w) const {
-    if (!wanted || !m.present()) return Result(call, {0}, Dtype::f32);
+    if (!wanted || !m.present()) return Result::nothing(call, Dtype::f32);
     Result out;
     if (!value) {
       out = Result(call, {1, 1, c.width}, Dtype::f32);
@@ -104,7 +104,7 @@ struct Operands {
   }
 
   Result vector_grad(bool wanted, const Arg& value, Wanted& w) const {
-    if (!wanted || !value) return Result(call, {0}, Dtype::f32);
+    if (!wanted || !value) return Result::nothing(call, Dtype::f32);
     Result out(call, {c.width}, Dtype::f32);
     w.everything = true;
     finish(out, w);
@@ -112,7 +112,7 @@ struct Operands {
   }
 
   Result like_x(bool wanted) const {
-    return wanted ? Result(call, {c.batch, c.tokens, c.width}, dtype) : Result(call, {0}, dtype);
+    return wanted ? Result(call, {c.batch, c.tokens, c.width}, dtype) : Result::nothing(call, dtype);
   }
 
  private:

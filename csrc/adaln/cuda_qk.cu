@@ -207,14 +207,14 @@ void qk_norm_rope_backward(StableIValue* stack, uint64_t, uint64_t) {
       out[i] = Result(call, inputs[i]->sizes, 4, o.dtype);
       o.p.side[i].out = out[i].data();
     } else {
-      out[i] = Result(call, {0}, o.dtype);
+      out[i] = Result::nothing(call, o.dtype);
     }
   }
   const Arg* vectors[4] = {&q_weight, &k_weight, &q_bias, &k_bias};
   bool reduce = false;
   for (int i = 0; i < 4; ++i) {
     const bool wanted = (needs >> (2 + i) & 1) && *vectors[i];
-    out[2 + i] = Result(call, {wanted ? o.row_width(i % 2) : 0}, Dtype::f32);
+    out[2 + i] = wanted ? Result(call, {o.row_width(i % 2)}, Dtype::f32) : Result::nothing(call, Dtype::f32);
     if (wanted && o.empty()) out[2 + i].clear(call);
     reduce |= wanted;
   }

@@ -94,7 +94,7 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
 
   const bool empty = int64_t{a.batch} * a.heads * a.queries == 0 || a.keys == 0;
   const auto gradient = [&](int64_t bit, int64_t tokens, int64_t heads, void*& data) {
-    if (!(needs & bit)) return Result(call, {0}, a.dtype);
+    if (!(needs & bit)) return Result::nothing(call, a.dtype);
     Result t(call, {a.batch, tokens, heads, a.dim}, a.dtype);
     data = t.data();
     if (empty) t.clear(call);
@@ -102,8 +102,8 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   };
   Result dq = gradient(kNeedQ, a.queries, a.heads, a.dq), dk = gradient(kNeedK, a.keys, a.key_heads, a.dk);
   Result dv = gradient(kNeedV, a.keys, a.key_heads, a.dv);
-  Result ds =
-      needs & kNeedS ? Result(call, {a.batch, a.heads, a.queries, a.keys}, Dtype::f32) : Result(call, {0}, Dtype::f32);
+  Result ds = needs & kNeedS ? Result(call, {a.batch, a.heads, a.queries, a.keys}, Dtype::f32)
+                             : Result::nothing(call, Dtype::f32);
   if (needs & kNeedS) {
     a.ds = ds.floats();
     ds.clear(call);

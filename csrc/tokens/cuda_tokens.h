@@ -15,7 +15,7 @@ constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
 inline Result long_integers(const Call& call, std::initializer_list<int64_t> sizes) {
   return Result(call, sizes.begin(), static_cast<int>(sizes.size()), codes().i64, int64_t{sizeof(int64_t)});
 }
-inline Result none(const Call& call, Dtype dtype) { return Result(call, {0}, dtype); }
+inline Result none(const Call& call, Dtype dtype) { return Result::nothing(call, dtype); }
 
 /// A contiguous tensor (B|1, count) of one dtype. Any count where it is negative.
 inline void check_table(const Call& call, const Arg& a, int32_t code, const char* dtype, int64_t batch, int64_t count) {

@@ -58,12 +58,14 @@ def fast(name: str, x: Tensor, args: tuple) -> Any:
 def bare(name: str, x: Tensor, args: tuple) -> Any:
     """A native op of few arguments, the last of them its numbers; None where the whole op is needed instead.
 
-    That is where the numbers do not fit, an argument requires grad, or another backend serves the device.
+    That is where the numbers do not fit, another backend serves the device, or an argument of an op without a
+    derivative requires grad.
     """
     if args[-1] is None or _compiler._is_compiling_flag:
         return None
     if (_is_grad_enabled() or forward_ad._current_level >= 0) and wants_grad(args):
-        return None
+        derived = None if transformed() else _bare_derived(name, x.device)
+        return None if derived is None else derived(*args)
     kernel = _cpu.get(name) if x.is_cpu else None
     if kernel is None:
         if automatic_namespace(name, x.device.type, x.device.index) != "maskaccel_raw":
@@ -99,6 +101,13 @@ def _kernel(name: str, device: torch.device) -> Callable[..., Any]:
 def _derived(name: str, device: torch.device) -> Callable[..., Any]:
     """The call of the automatic backend under autograd."""
     return _registry.direct(_automatic(name, device), name)
+
+
+@functools.cache
+def _bare_derived(name: str, device: torch.device) -> Callable[..., Any] | None:
+    """The call of a bare op under autograd, where there is one."""
+    native = automatic_namespace(name, device.type, device.index) == "maskaccel_raw"
+    return _registry.direct("maskaccel_raw", name) if native and name in _registry.BARE_SPECS else None
 
 
 def checked(name: str, x: Tensor, args: tuple, backend: str | None, reference: Callable[[], Any]) -> Any:

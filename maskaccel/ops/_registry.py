@@ -46,6 +46,7 @@ class OpSpec:
 
 
 SPECS: dict[str, OpSpec] = {}
+BARE_SPECS: dict[str, OpSpec] = {}  # of bare ops with a derivative
 
 
 def define(spec: OpSpec) -> None:
@@ -66,11 +67,62 @@ def define(spec: OpSpec) -> None:
         torch.library.register_autograd(f"maskaccel::{spec.name}", _refuse(spec.name), lib=_LIBRARIES["maskaccel"])
 
 
-def define_raw(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Define an op in `maskaccel_raw` alone: another way to call a kernel, with fewer arguments."""
+def define_bare(name: str, schema: str, fake: Callable[..., Any], unpacked: Callable[[int], dict[str, Any]]) -> None:
+    """Define an op in `maskaccel_raw` alone: a call of the op without `_bare` in its name, with fewer arguments.
+
+    Args:
+        name: That of the whole op, and `_bare`.
+        schema: Some of the tensors of the whole op, and one number that stands for all of its numbers.
+        fake: As in `OpSpec`.
+        unpacked: The numbers of the whole op by name, from that number.
+    """
     library = _LIBRARIES["maskaccel_raw"]
     library.define(name + schema)
     torch.library.register_fake(f"maskaccel_raw::{name}", _on_one_device(fake), lib=library)
+    whole = SPECS[name.removesuffix("_bare")]
+    if whole.backward is not None:
+        BARE_SPECS[name] = _bare_spec(schema, fake, whole, unpacked)
+
+
+def _bare_spec(
+    schema: str, fake: Callable[..., Any], whole: OpSpec, unpacked: Callable[[int], dict[str, Any]]
+) -> OpSpec:
+    """The derivative of a bare op is that of the whole op, whose other arguments are absent."""
+    names, tensors = _argument_names(whole.schema), _leading_tensors(whole.schema)
+    at = [names.index(own) for own in _argument_names(schema)[:-1]]
+    unread = (None,) * (_results(whole.schema) - _results(schema))
+    assert whole.save is not None and whole.backward is not None
+    whole_save, whole_backward = whole.save, whole.backward
+
+    @functools.lru_cache(maxsize=1024)
+    def numbers(packed: int) -> tuple:
+        values = unpacked(packed)
+        return tuple(values[number] for number in names[tensors:])
+
+    def spread(values: tuple, absent: Any) -> list:
+        full = [absent] * tensors
+        for place, value in zip(at, values, strict=False):  # the number at the end has no place
+            full[place] = value
+        return full
+
+    def save(inputs: tuple, output: Any) -> Sequence[torch.Tensor | None]:
+        return whole_save((*spread(inputs, None), *numbers(inputs[-1])), (*output, *unread) if unread else output)
+
+    def backward(namespace: str, plain: tuple, needs: tuple, saved: tuple, grads: tuple) -> tuple:
+        rest = numbers(plain[-1])
+        whole_needs = (*spread(needs, False), *(False for _ in rest))
+        found = whole_backward(namespace, (None,) * tensors + rest, whole_needs, saved, (*grads, *unread))
+        return (*(found[place] for place in at), None)
+
+    return OpSpec(whole.name, schema, fake, save, backward)
+
+
+def _argument_names(schema: str) -> list[str]:
+    return [part.split("=")[0].split()[-1] for part in schema[1 : schema.index(") ->")].split(",")]
+
+
+def _results(schema: str) -> int:
+    return schema[schema.index("->") :].count("Tensor")
 
 
 def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,21 +247,19 @@ def _leading_tensors(schema: str) -> int:
 @functools.cache
 def autograd_function(namespace: str, name: str) -> type[torch.autograd.Function]:
     """The op of `namespace` as an autograd function (half the cost of the dispatcher's autograd key)."""
-    spec = SPECS[name]
+    spec = BARE_SPECS[name] if name in BARE_SPECS else SPECS[name]
     if spec.backward is None:
         raise RuntimeError(f"{name} has no derivative; call it under torch.no_grad()")
     parts, kernel = _autograd_parts(spec, namespace), quick(op(namespace, name))
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return kernel(*args)
+    def forward(*args: Any) -> Any:
+        return kernel(*args)
 
-        setup_context = staticmethod(parts.setup)
-        backward = staticmethod(parts.backward_rule)
-
-    Function.__name__ = Function.__qualname__ = f"{name}_{namespace}"
-    return Function
+    members = {"forward": forward, "setup_context": parts.setup, "backward": parts.backward_rule}
+    # Named when it is made: torch takes the name of the node in the graph from then.
+    kind = type(torch.autograd.Function)
+    static = {member: staticmethod(function) for member, function in members.items()}
+    return kind(f"{name}_{namespace}", (torch.autograd.Function,), static)  # type: ignore[misc,no-any-return]
 
 
 @functools.cache

@@ -183,6 +183,8 @@ def gate_residual_norm_modulate(
     if backend is None and not tracing():
         try:
             few = weight is None and bias is None and scale_table is None and shift_table is None and rows is None
+            # what is not returned cannot be saved for the derivative
+            few = few and (return_residual or not _call.wants_grad((x, a, gate, scale, shift, scale2, shift2)))
             if few and gate_table is None and post_weight is None and post_eps is None:
                 numbers = gate_numbers(
                     norm, law, weight_offset, gate_act, post_norm, clip, eps, offset, return_residual

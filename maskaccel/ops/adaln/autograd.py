@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._checks import dense_last
-from .._registry import OpSpec, define, define_raw, op
+from .._registry import OpSpec, define, define_bare, op
+from .flags import unpacked
 from .schema import (
     BARE,
     NEED_A,
@@ -313,4 +314,4 @@ def register() -> None:
     for name, (fake, save, backward) in _DERIVED.items():
         define(OpSpec(name, SCHEMAS[name], fake, save, backward))
     for name, bare_fake in _BARE_FAKES.items():
-        define_raw(name, BARE[name], bare_fake)
+        define_bare(name, BARE[name], bare_fake, unpacked)

@@ -49,6 +49,12 @@ def packed(flags: int, eps: float, offset: float) -> int | None:
     return flags | (OFFSET_ONE if offset else 0) | bits << 32
 
 
+def unpacked(numbers: int) -> dict[str, float]:
+    """The numbers of the whole op from those of a bare one."""
+    (eps,) = struct.unpack("<f", struct.pack("<I", numbers >> 32))
+    return {"eps": eps, "post_eps": eps, "offset": float(bool(numbers & OFFSET_ONE)), "flags": numbers & 0xFFFF}
+
+
 # These take an unknown name as KeyError and anything unhashable as TypeError, both faults of a fast call.
 @functools.lru_cache(maxsize=1024)
 def norm_numbers(norm: str, law: str, weight_offset: float, eps: float, offset: float) -> int | None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._registry import OpSpec, define, define_raw, op
+from .._registry import OpSpec, define, define_bare, op
 from . import reference
-from .schema import BARE, KEEP, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE, SCHEMAS
+from .schema import BARE, KEEP, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE, SCHEMAS, unpacked
 
 # Arguments of `tile_attention` by position.
 _MASK, _SCORES, _EPILOGUE, _NUMBERS = slice(3, 11), slice(11, 15), slice(16, 18), slice(18, 23)
@@ -185,4 +185,4 @@ def register() -> None:
     for name, schema in SCHEMAS.items():
         save, backward = _DERIVATIVES.get(name, (None, None))
         define(OpSpec(name, schema, _FAKES[name], save, backward))
-    define_raw("tile_attention_bare", BARE["tile_attention_bare"], _fake_bare)
+    define_bare("tile_attention_bare", BARE["tile_attention_bare"], _fake_bare, unpacked)

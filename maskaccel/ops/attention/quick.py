@@ -74,8 +74,9 @@ def attention(
         if not flags or not _finite(skip_threshold):
             return None
         threshold = skip_threshold  # type: ignore[assignment]
-    elif not grad and bias is None and out_scale is None and out_add is None:
-        bare = _native("tile_attention_bare", q.device, q.dtype, False)
+    elif bias is None and out_scale is None and out_add is None and (mask is None or not grad):
+        # under autograd a mask brings the lists of its transposed form too
+        bare = _native("tile_attention_bare", q.device, q.dtype, grad)
         numbers = packed(bm, bn, scale)
         if bare is not None and numbers is not None:
             if mask is None:

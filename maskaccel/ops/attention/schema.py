@@ -117,3 +117,10 @@ def packed(bm: int, bn: int, scale: float) -> int | None:
     except OverflowError:
         return None
     return bits << 32 | (bn // 32) << 16 | bm // 16
+
+
+def unpacked(numbers: int) -> dict[str, float]:
+    """The numbers of the whole op from those of the bare one."""
+    (scale,) = struct.unpack("<f", struct.pack("<i", numbers >> 32))
+    return {"bm": (numbers & 0xFFFF) * 16, "bn": (numbers >> 16 & 0xFFFF) * 32, "scale": scale,
+            "skip_threshold": 0.0, "flags": 0}  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._checks import dense_last
-from .._registry import OpSpec, define, define_raw, op
+from .._registry import OpSpec, define, define_bare, op
+from ..adaln.flags import unpacked
 from ..adaln.schema import NEED_BIAS, NEED_SCALE, NEED_SHIFT, NEED_WEIGHT, NEED_X
 from .schema import (
     BARE,
@@ -232,5 +233,5 @@ def register() -> None:
     """Define all token ops; called once by `maskaccel.ops`."""
     for name, (fake, save, backward) in _DERIVED.items():
         define(OpSpec(name, SCHEMAS[name], fake, save, backward))
-    define_raw("gather_modulate_bare", BARE["gather_modulate_bare"], _fake_gather_modulate)
-    define_raw("write_kv_rows_bare", BARE["write_kv_rows_bare"], _fake_write_kv_rows)
+    for name, fake in (("gather_modulate_bare", _fake_gather_modulate), ("write_kv_rows_bare", _fake_write_kv_rows)):
+        define_bare(name, BARE[name], fake, unpacked)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("uniform", "cell", "rows_cols", "row_equal", "classes")
 MOST_TOKENS, MOST_ROUTES = 1 << 24, 1 << 24
+_MOST = 1 << 63
 
 
 def random_keep(
@@ -130,10 +131,12 @@ def _uniform(
     device: torch.device | str | None,
 ) -> TokenIndex:  # fmt: skip
     """The everyday draw; LookupError for what is no plain integer in its range."""
-    for value, low, high in ((batch, 0, 1 << 31), (n, 1, MOST_TOKENS), (seed, -(1 << 63), 1 << 63),
-                             (route, 0, MOST_ROUTES), (offset, 0, 1 << 63)):  # fmt: skip
-        if type(value) is not int or not low <= value < high:
-            raise LookupError
+    if not type(batch) is type(n) is type(seed) is type(route) is type(offset) is int:
+        raise LookupError
+    if batch < 0 or not 1 <= n < MOST_TOKENS or not 0 <= route < MOST_ROUTES:
+        raise LookupError
+    if not -_MOST <= seed < _MOST or not 0 <= offset < _MOST:
+        raise LookupError
     if type(keep) is not int or not 1 <= keep <= n:
         keep = _run.kept_count("keep", keep, n)
     if isinstance(step, Tensor):

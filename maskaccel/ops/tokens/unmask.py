@@ -195,9 +195,9 @@ def _refuse_nan(found: Tensor) -> None:
     raise ValueError(f"logits of token {row} of sample {sample} hold a NaN, +inf, or nothing but -inf")
 
 
-def _whole(*values: object) -> bool:
+def _whole(a: object, b: object, c: object) -> bool:
     """Plain integers of 0 or more."""
-    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    return type(a) is type(b) is type(c) is int and min(a, b, c) >= 0 and max(a, b, c) < 1 << 63
 
 
 def _scale(temperature: object) -> bool:
