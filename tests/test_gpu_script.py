@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,26 +19,32 @@ SCRIPT = GPU / "run.py"
 sys.path.insert(0, str(GPU))
 
 import run  # noqa: E402
+from pool import Job, Pool  # noqa: E402
 from results import Results, read  # noqa: E402
 from stage import Context, Target  # noqa: E402
 from stages import Plan  # noqa: E402
 
 STAGE = """
 import os, time
+import stage
 SECONDS, EXPECTED, PARALLEL = 1.5, 0.2, 1
 
 def items(context):
-    return ["good", "prints", "raises", "wrong", "dies", "hangs", "last"]
+    return ["good", "prints", "raises", "wrong", "sticky", "dies", "hangs", "last"]
 
 def run(item, context):
     if item == "raises":
         raise AssertionError("7 is not 8")
+    if item == "sticky":
+        stage.broken = lambda device: True
+        raise RuntimeError("the device is gone")
     if item == "prints":
         print('{"record": {"not": "an answer"}}', flush=True)
     if item == "dies":
-        print("before the end", flush=True)
+        print("before the end", os.getpid(), flush=True)
         os.abort()
     if item == "hangs":
+        print(os.getpid(), flush=True)
         time.sleep(60)
     if item == "wrong":
         return {"wrong": {"cuda": "far away"}, "kept": 1}
@@ -53,6 +60,17 @@ def items(context):
 def run(item, context):
     return {}
 """
+SIDE_BY_SIDE = """
+import os, time
+from pathlib import Path
+
+def run(item, context):
+    folder = Path(__file__).parent
+    (folder / f"{os.getpid()}.here").touch()
+    while len(list(folder.glob("*.here"))) < 2:
+        time.sleep(0.02)
+    return {"process": os.getpid()}
+"""
 LISTLESS = """
 SECONDS = 1.0
 
@@ -64,7 +82,8 @@ def items(context):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Stages of these tests, for this process and for workers."""
-    for name, text in (("stage_of_tests", STAGE), ("preparing", PREPARING), ("listless", LISTLESS)):
+    texts = {"stage_of_tests": STAGE, "preparing": PREPARING, "listless": LISTLESS, "side_by_side": SIDE_BY_SIDE}
+    for name, text in texts.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
@@ -101,22 +120,39 @@ def test_a_worker_that_dies_or_hangs_costs_one_item(folder):
     assert not good
     entries = found["stages"]["tried"]
     assert {name: entry["state"] for name, entry in entries.items()} == {
-        "good": "ok", "prints": "ok", "raises": "failed", "wrong": "ok", "dies": "failed", "hangs": "failed",
-        "last": "ok",
+        "good": "ok", "prints": "ok", "raises": "failed", "wrong": "ok", "sticky": "failed", "dies": "failed",
+        "hangs": "failed", "last": "ok",
     }  # fmt: skip
     assert "7 is not 8" in entries["raises"]["error"]
     assert "SIGABRT" in entries["dies"]["error"] and "before the end" in entries["dies"]["output"]
     assert "longer than" in entries["hangs"]["error"] and entries["hangs"]["seconds"] < 10
     assert entries["good"]["record"]["tiny"] is True and entries["good"]["record"]["nan"] == "nan"
     assert entries["good"]["record"]["process"] == entries["prints"]["record"]["process"]
-    assert entries["good"]["record"]["process"] != entries["last"]["record"]["process"]
+    workers = {entries["good"]["record"]["process"], entries["last"]["record"]["process"]}
+    others = {int(entries[name]["output"].split()[-1]) for name in ("dies", "hangs")}
+    assert len(workers | others) == 4, "a worker went on after it was lost"
     said = "\n".join(made.summary())
-    assert "4 ok, 3 failed" in said and "FAILED tried/wrong: {'cuda': 'far away'}" in said
+    assert "4 ok, 4 failed" in said and "FAILED tried/wrong: {'cuda': 'far away'}" in said
 
     again = runner(folder, {"tried": Plan("stage_of_tests", 60)}, resume=True)
-    assert again.todo == {"tried": ["raises", "wrong", "dies", "hangs"]}
+    assert again.todo == {"tried": ["raises", "wrong", "sticky", "dies", "hangs"]}
     another = runner(folder, {"tried": Plan("stage_of_tests", 60)}, build="b", resume=True)
-    assert len(another.todo["tried"]) == 7 and another.results.earlier() == {"tried": {}}
+    assert len(another.todo["tried"]) == 8 and another.results.earlier() == {"tried": {}}
+
+
+def test_workers_side_by_side(folder):
+    """Items that wait for each other's processes are all done, and the processes gone after it."""
+    entries, context = {}, asdict(Context("cpu", tiny=True))
+    job = Job("side_by_side", list("abcd"), context, 60.0, 0.1, 2, time.monotonic() + 60, "", entries.__setitem__)
+    with (folder / "log").open("ab") as log:
+        pool = Pool(log)
+        assert pool.run(job) is None
+        pool.close()
+    assert sorted(entries) == list("abcd") and {entry["state"] for entry in entries.values()} == {"ok"}
+    processes = {entry["record"]["process"] for entry in entries.values()}
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
 
 
 def test_the_budget_is_kept(folder, monkeypatch):

@@ -21,6 +21,8 @@ from paths import GPU
 
 START_SECONDS = 120.0  # imports, the library and a CUDA context, on a cold disk
 STARTS = 2  # workers that do not start, after which a stage is given up
+INDUCTOR_CACHE, TRITON_CACHE = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+LOGGED = 100_000  # characters of each worker's output that are kept
 TAIL = 2000  # characters of output that go with a failure
 
 
@@ -72,9 +74,12 @@ class Process:
 
     def tail(self) -> str:
         """The end of what it printed."""
+        return self._end(TAIL).decode(errors="replace").strip()
+
+    def _end(self, length: int) -> bytes:
         end = self._output.seek(0, os.SEEK_END)
-        self._output.seek(max(0, end - TAIL))
-        return self._output.read().decode(errors="replace").strip()
+        self._output.seek(max(0, end - length))
+        return self._output.read()
 
     def died(self) -> str | None:
         """How the process ended; None while it runs."""
@@ -96,10 +101,19 @@ class Process:
         assert self.popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.popen.stdin.close()
-        self._output.seek(0)
-        self._log.write(self._output.read())
+        self._log.write(self._end(LOGGED))
         self._log.flush()
         self._output.close()
+
+
+def share_caches() -> None:
+    """One cache of compiled code for all workers, so that what one compiled another finds.
+
+    Torch would give Triton another folder once a process has compiled something, and the one before would not count.
+    """
+    folder = Path(tempfile.gettempdir()) / f"maskaccel-gpu-{os.getuid()}"
+    os.environ.setdefault(INDUCTOR_CACHE, str(folder / "inductor"))
+    os.environ.setdefault(TRITON_CACHE, str(folder / "triton"))
 
 
 @dataclass

@@ -34,7 +34,7 @@ import stages  # noqa: E402
 import torch  # noqa: E402
 from machine import fingerprint  # noqa: E402
 from paths import ROOT  # noqa: E402
-from pool import Job, Pool  # noqa: E402
+from pool import Job, Pool, share_caches  # noqa: E402
 from results import Results, records  # noqa: E402
 from stage import Context  # noqa: E402
 
@@ -91,6 +91,7 @@ class Runner:
 
     def run(self, log: IO[bytes]) -> bool:
         """All stages; whether everything that ran was well."""
+        share_caches()
         pool = Pool(log, keep=self.context.device == "cpu")
         try:
             for name, items in self.todo.items():
@@ -166,9 +167,11 @@ class Runner:
         ]
         reached = Counter(goal.reached for goal in goals)
         yield f"goals: {reached[True]} reached, {reached[False]} missed, {reached[None]} not measured"
-        for goal in goals:
-            if goal.reached is False:
-                yield f"missed: {goal.what}: {goal.got:.3g} {goal.unit}, goal {goal.goal:g}"
+        missed = [goal for goal in goals if goal.reached is False]
+        for goal in missed[:40]:
+            yield f"missed: {goal.what}: {goal.got:.3g} {goal.unit}, goal {goal.goal:g}"
+        if missed[40:]:
+            yield f"and {len(missed) - 40} more"
 
 
 def _counted(counts: Counter[str]) -> str:

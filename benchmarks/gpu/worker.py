@@ -50,11 +50,11 @@ class Worker:
     def __init__(self, order: dict[str, Any]) -> None:
         if order["parallel"] > 1:  # others compile beside this process
             os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        import stage
         import torch
-        from stage import Context, broken
 
-        self.torch, self.broken = torch, broken
-        self.context = Context(**json.loads(Path(order["context"]).read_text()))
+        self.torch, self.interface = torch, stage
+        self.context = stage.Context(**json.loads(Path(order["context"]).read_text()))
         self.cuda = self.context.device == "cuda"
         if not self.cuda or order["parallel"] > 1:
             torch.set_num_threads(1)
@@ -72,7 +72,7 @@ class Worker:
                 self.torch.cuda.synchronize()
             return {"record": record}
         except (Exception, SystemExit) as error:
-            return {"error": described(error), "broken": self.broken(self.context.device)}
+            return {"error": described(error), "broken": self.interface.broken(self.context.device)}
         finally:
             gc.collect()
             if self.cuda:
