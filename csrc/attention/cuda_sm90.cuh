@@ -136,7 +136,7 @@ struct Producer {
   __device__ __forceinline__ void load_keys(const Walk& walk) {
     Barrier& full = shared.key_full[keys.stage];
     shared.key_empty[keys.stage].wait(keys.parity ^ 1);
-    shared.blocks[keys.stage] = BlockCard{walk.begin, walk.tile, walk.is_partial(), walk.last()};
+    put(shared.blocks[keys.stage], BlockCard{walk.begin, walk.tile, walk.is_partial(), walk.last()});
     full.arrive_and_expect_tx(S::kBytesK);
     load<S::kKeys, S::kSlab, S::kWide>(p.k, full, false, shared.k[keys.stage], walk.begin, key_head, item.batch);
     keys.advance();
@@ -150,7 +150,7 @@ struct Producer {
   }
   __device__ __forceinline__ void present(ItemCard::Kind kind) {
     shared.query_empty.wait(parity ^ 1);
-    shared.item = ItemCard{kind, item.batch, item.head, item.tile_row, item.sub};
+    put(shared.item, ItemCard{kind, item.batch, item.head, item.tile_row, item.sub});
     parity ^= 1;
     if (kind != ItemCard::kBlocks) return shared.query_full.arrive();
     shared.query_full.arrive_and_expect_tx(S::kBytesQ);

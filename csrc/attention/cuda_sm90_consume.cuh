@@ -17,13 +17,13 @@ __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int
   constexpr bool kTurns = kKeys == 128;  // with short blocks, waiting costs more than it gains
   float out[S::kOut];
   alignas(4) typename S::T weights[S::kScores];
-  const int thread = threadIdx.x % kGroup, row_of_group = group * 64 + thread / kWarp * 16 + thread % kWarp / 4;
+  const int thread = threadIdx.x % kGroup, row_of_group = group * 64 + fragment_row(thread, 0);
   Ring<S::kStages> keys, values;
   if (kTurns && group == 1) named_arrive(kTurn);
 
   for (uint32_t parity = 0;; parity ^= 1) {
     shared.query_full.wait(parity);
-    const ItemCard item = shared.item;
+    const ItemCard item = get(shared.item);
     if (item.kind == ItemCard::kEnd) break;
     const int row_of_tile = item.sub * kRows + row_of_group, first = item.tile_row * p.bm + row_of_tile;
     Softmax softmax;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int
 
     // Of the block whose keys have arrived: its card, and the id of its pattern, -1 for a full tile.
     const auto next_pattern = [&] {
-      block = shared.blocks[keys.stage];
+      block = get(shared.blocks[keys.stage]);
       if (p.a.pattern_of == nullptr || !block.partial) return -1;
       return read(p.a.pattern_of + item.batch * p.a.pattern_stride_b + item.head * p.a.pattern_stride_h +
                   int64_t{item.tile_row} * p.a.tile_columns + block.tile);

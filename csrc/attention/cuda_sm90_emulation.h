@@ -2,11 +2,12 @@
 //
 // wgmma takes the descriptors and registers that CuTe gives it on a device, and TMA the tensor maps
 // (cuda_sm90_memory.h). Products are formed when they are waited for, from what shared memory and registers hold then;
-// if that is not what they held at the start, or a load is still to write there, the emulation stops. Registers of
-// results hold NaN meanwhile. Loads land early or late.
+// if that is not what they held at the start, the emulation stops. Registers of results hold NaN meanwhile. Loads land
+// early or late. Accesses to shared memory that no barrier orders stop it too (cuda_sm90_order.h), as long as kernels
+// access it through the functions here: shuffles and __syncthreads pass nothing on.
 #pragma once
 
-#include "cuda_sm90_memory.h"
+#include "cuda_sm90_order.h"
 
 /// For CuTe's descriptors: the address of a pointer to shared memory.
 inline size_t __cvta_generic_to_shared(const void* pointer) { return maskaccel::cuda::sm90::shared_address(pointer); }
@@ -14,9 +15,7 @@ inline size_t __cvta_generic_to_shared(const void* pointer) { return maskaccel::
 #include <cmath>
 #include <cute/tensor.hpp>
 #include <functional>
-#include <map>
 #include <utility>
-#include <vector>
 
 namespace maskaccel::cuda::sm90 {
 
@@ -30,35 +29,36 @@ struct Barrier {
 
   void init(int count) { *this = Barrier{0, static_cast<int16_t>(count), static_cast<uint8_t>(count), 0}; }
   void wait(uint32_t parity);
-  void arrive() { --pending, settle(); }
+  void arrive();
   void arrive_and_expect_tx(int count) { bytes += count, arrive(); }
   void complete(int count) { bytes -= count, settle(); }
 
  private:
-  void settle() {
-    if (pending != 0 || bytes != 0) return;
-    pending = expected;
-    ++phase;
-    ++emulation::machine().progress;
-  }
+  void settle();
 };
 static_assert(sizeof(Barrier) == 8);
 
 /// A wgmma.mma_async of 64 x n x 16 for the 16 rows of one warp. Descriptors are of all lanes, registers of each.
 struct Product {
   int n;
-  bool fresh, a_across, b_across;
+  bool fresh, in_registers, a_across, b_across;
   uint64_t a, b;
   float (*widen)(const char*);
-  const char* registers[32];  // A, 8 elements of a lane; null: in shared memory
+  const char* registers[32];  // A, 8 elements of a lane, where it is in registers
   float* c[32];               // n / 2 elements of a lane
   std::vector<float> operands;
 
+  /// Calls `visit(address)` for the 16-byte chunks of its operands in shared memory.
+  template <typename Visit>
+  void for_each_chunk(int warp, Visit visit) const {
+    if (!in_registers) Matrix(a, a_across).for_each_chunk(warp % 4 * 16, 16, visit);
+    Matrix(b, b_across).for_each_chunk(0, n, visit);
+  }
   /// Rows of A, 16 x 16, and of B, n x 16, as they are now.
   std::vector<float> read(int warp) const {
     std::vector<float> values(16 * (16 + n));
     const auto of_shared = [&](const Matrix& m, int row, int k) { return widen(shared_pointer(m.address(row, k), 2)); };
-    if (registers[0] != nullptr) {
+    if (in_registers) {
       for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 8; ++i)
           values[fragment_row(lane, i) * 16 + fragment_column(lane, i)] = widen(registers[lane] + 2 * i);
@@ -76,6 +76,7 @@ struct Product {
 struct TensorCore {
   struct Group {
     std::vector<Product> products;
+    Order::Reading reading;
     int lanes = 0;  // that have started it
   };
   struct Result {  // registers of a lane that products are still to write
@@ -86,10 +87,19 @@ struct TensorCore {
   std::map<float*, Result> results;
   size_t started[32] = {}, finished = 0;  // groups since the CTA began
 
-  void start(int warp, int lane, const std::vector<Product>& products) {
+  void start(Order& order, int warp, int lane, const std::vector<Product>& products) {
     const size_t at = started[lane]++ - finished;
-    if (at == groups.size()) groups.push_back(Group{products});
+    if (at == groups.size()) {
+      groups.push_back(Group{products, {}});
+      for (const Product& p : products) {
+        const auto collect = [&](uint32_t address) {
+          order.collect(groups[at].reading, address, warp, static_cast<uint32_t>(started[lane]));
+        };
+        p.for_each_chunk(warp, collect);
+      }
+    }
     Group& group = groups[at];
+    order.start(group.reading);
     for (size_t i = 0; i < products.size(); ++i) {
       Product& all = group.products.at(i);
       const Product& mine = products[i];
@@ -136,14 +146,27 @@ struct TensorCore {
 
 /// Barriers, loads and products of the CTA.
 struct Cta {
+  struct Passes {
+    int number = 0;  // of the mbarrier
+    uint32_t phases = 0;
+    Meeting meeting;
+  };
   struct Named {
     int arrived = 0;
     unsigned generation = 0;
     bool any = false, result = false;
+    Meeting meeting;
   };
+  Order order;
+  std::map<const Barrier*, Passes> barriers;
   Named named[16];
   std::vector<TensorCore> warps;
+  std::vector<Meeting> meetings;                                        // of warps
   std::vector<std::pair<const Barrier*, std::function<void()>>> loads;  // on their way
+
+  Passes& of(const Barrier* barrier) {
+    return barriers.try_emplace(barrier, Passes{static_cast<int>(barriers.size())}).first->second;
+  }
 };
 
 inline Cta& cta() {
@@ -151,39 +174,60 @@ inline Cta& cta() {
   return c;
 }
 
+inline void Barrier::settle() {
+  if (pending != 0 || bytes != 0) return;
+  pending = expected;
+  ++phase;
+  Cta::Passes& passes = cta().of(this);
+  cta().order.passed(passes.meeting, passes.number, ++passes.phases);
+  ++emulation::machine().progress;
+}
+
+inline void Barrier::arrive() {
+  cta().order.release(cta().of(this).meeting);
+  --pending, settle();
+}
+
 inline void Barrier::wait(uint32_t parity) {
+  if (fault("no-wait")) return;
   while ((phase & 1) == parity) {
     auto& loads = cta().loads;
-    for (size_t i = 0; i < loads.size();) {
-      if (loads[i].first == this) {
-        loads[i].second();
-        loads.erase(loads.begin() + i);
-      } else {
-        ++i;
-      }
+    for (size_t i = 0; i < loads.size(); ++i) {
+      if (loads[i].first != this) continue;
+      ++emulation::machine().progress;
+      if (emulation::random() % 2 == 0) continue;
+      const auto land = std::move(loads[i].second);
+      loads.erase(loads.begin() + static_cast<std::ptrdiff_t>(i--));
+      land();
     }
     if ((phase & 1) == parity) emulation::yield();
   }
+  cta().order.acquire(cta().of(this).meeting);
 }
 
 /// By one thread, before the CTA begins.
 inline void publish_barriers() {
   cta() = Cta{};
-  cta().warps.resize(emulation::machine().warps.size());
+  const emulation::Machine& m = emulation::machine();
+  cta().order.begin(static_cast<int>(m.fibers.size()));
+  cta().warps.resize(m.warps.size());
+  cta().meetings.resize(m.warps.size());
 }
 
 inline void load_box(const TensorMap& map, Barrier& full, bool, void* to, int column, int row, int head, int batch) {
+  const Cta::Passes& passes = cta().of(&full);
+  cta().order.load(shared_address(to), box_bytes(fields(map)), passes.number, passes.phases);
   const auto land = [f = fields(map), &full, to = shared_address(to), column, row, head, batch] {
-    for_each_element(f, to, {column, row, head, batch}, [](uint32_t address, const char* from) {
+    int inside = 0;
+    for_each_element(f, to, {column, row, head, batch}, [&](uint32_t address, const char* from) {
       char* element = shared_pointer(address, 2);
       if (from != nullptr) std::memcpy(element, from, 2);
       if (from == nullptr) std::memset(element, 0, 2);
+      inside += from != nullptr ? 2 : 0;
     });
-    full.complete(box_bytes(f));
+    full.complete(fault("bytes-inside") ? inside : box_bytes(f));  // all of them, also those out of bounds
   };
-  static unsigned state = 0;
-  state = state * 1664525u + 1013904223u;
-  if (state >> 31) return land();
+  if (emulation::random() % 2 == 0) return land();
   cta().loads.emplace_back(&full, land);
 }
 
@@ -221,6 +265,7 @@ void start(Mma, const A& a, const B& b, C& c, bool fresh) {
           return static_cast<float>(value);
         };
         if constexpr (kRegisters) {
+          p.in_registers = true;
           p.registers[lane] = reinterpret_cast<const char*>(registers(a(_, m, step), 8));
         } else {
           p.a_across = kAcross<typename Mma::FrgTypeA>;
@@ -229,10 +274,8 @@ void start(Mma, const A& a, const B& b, C& c, bool fresh) {
         p.c[lane] = registers(c(_, m, n), kSize / 2);
         products.push_back(std::move(p));
       }
-  cta().warps[warp].start(warp, lane, products);
+  cta().warps[warp].start(cta().order, warp, lane, products);
 }
-
-inline void sync_warp() { emulation::wait(emulation::machine().warps[emulation::current() / 32]); }
 
 template <int kPending, int kSize>
 void finish(float (&)[kSize]) {
@@ -240,19 +283,34 @@ void finish(float (&)[kSize]) {
     ++emulation::machine().progress;
     emulation::yield();
   }
-  sync_warp();
+  if (fault("no-finish")) return;
   const int warp = emulation::current() / 32;
-  if (emulation::current() % 32 == 0) cta().warps[warp].finish(warp, kPending);
-  sync_warp();
+  emulation::Barrier& lanes = emulation::machine().warps[warp];
+  emulation::wait(lanes);
+  TensorCore& core = cta().warps[warp];
+  if (emulation::current() % 32 == 0) core.finish(warp, kPending);
+  emulation::wait(lanes);
+  cta().order.finish(warp, static_cast<uint32_t>(core.finished));
 }
 template <int kSize>
 void pin(float (&)[kSize]) {}
 
+inline void sync_warp() {
+  emulation::Barrier& lanes = emulation::machine().warps[emulation::current() / 32];
+  Meeting& meeting = cta().meetings[emulation::current() / 32];
+  if (fault("no-syncwarp")) return;
+  cta().order.release(meeting);
+  if (lanes.arrived + 1 == lanes.size) meeting.pass();
+  emulation::wait(lanes);
+  cta().order.acquire(meeting);
+}
 inline void named_arrive(int id) {
   Cta::Named& n = cta().named[id];
+  cta().order.release(n.meeting);
   if (++n.arrived < 2 * kGroup) return;
   n.arrived = 0;
   n.result = n.any, n.any = false;
+  n.meeting.pass();
   ++n.generation;
   ++emulation::machine().progress;
 }
@@ -260,6 +318,7 @@ inline void named_wait(int id) {
   const unsigned generation = cta().named[id].generation;
   named_arrive(id);
   while (cta().named[id].generation == generation) emulation::yield();
+  cta().order.acquire(cta().named[id].meeting);
 }
 inline bool named_any(int id, bool mine) {
   cta().named[id].any |= mine;
@@ -272,6 +331,16 @@ void give_registers() {}
 template <int kRegisters>
 void take_registers() {}
 
+template <typename T>
+void put(T& to, const T& value) {
+  cta().order.write(&to, sizeof value);
+  to = value;
+}
+template <typename T>
+T get(const T& from) {
+  cta().order.read(&from, sizeof from);
+  return from;
+}
 template <typename T>
 T read(const T* from) {
   return *from;

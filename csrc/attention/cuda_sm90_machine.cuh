@@ -1,5 +1,5 @@
-// What attention kernels on sm_90a need of the machine: wgmma, TMA, barriers. cuda_sm90_emulation.h has the same for the
-// host; the kernels are written in terms of these, of CuTe's layouts and of its operands of wgmma alone.
+// What attention kernels on sm_90a need of the machine: wgmma, TMA, barriers. cuda_sm90_emulation.h has the same for
+// the host; the kernels are written in terms of these, of CuTe's layouts and of its operands of wgmma alone.
 #pragma once
 
 #include <cuda.h>
@@ -11,6 +11,13 @@
 namespace maskaccel::cuda::sm90 {
 
 constexpr int kGroup = 128;  // threads of a warp group
+
+/// Row within the warp group and column of element i of a thread's result of wgmma and, for i < 8, of its first operand
+/// in registers (PTX ISA, register fragments of wgmma.mma_async.m64nNk16).
+__host__ __device__ constexpr int fragment_row(int thread, int i) {
+  return thread / kWarp * 16 + thread % kWarp / 4 + i / 2 % 2 * 8;
+}
+__host__ __device__ constexpr int fragment_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
 using TensorMap = CUtensorMap;
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
@@ -64,7 +71,8 @@ struct Barrier {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
   }
   __device__ __forceinline__ void arrive_and_expect_tx(int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes)
+                 : "memory");
   }
   __device__ __forceinline__ void wait(uint32_t parity) {
     asm volatile(
@@ -85,8 +93,8 @@ __device__ __forceinline__ void load_box(const TensorMap& map, Barrier& full, bo
                                batch);
 }
 
-/// Starts the products of kSteps slices of 16, a(_, _, i) b(_, _, i), of fragments of operands in shared memory or, for a,
-/// in registers; `fresh`: into a cleared accumulator. Of one warp group.
+/// Starts the products of kSteps slices of 16, a(_, _, i) b(_, _, i): fragments of operands in shared memory or, for a,
+/// in registers. `fresh`: into a cleared accumulator. By all threads of a warp group.
 template <int kSteps, typename Mma, typename A, typename B, typename C>
 __device__ __forceinline__ void start(Mma mma, const A& a, const B& b, C& c, bool fresh) {
   using namespace cute;
@@ -136,6 +144,17 @@ __device__ __forceinline__ void take_registers() {
   cutlass::arch::warpgroup_reg_alloc<kRegisters>();
 }
 
+/// A few words in shared memory, for other threads after a barrier.
+template <typename T>
+__device__ __forceinline__ void put(T& to, const T& value) {
+  to = value;
+}
+template <typename T>
+__device__ __forceinline__ T get(const T& from) {
+  return from;
+}
+
+/// Words in global memory that nothing writes during the kernel.
 template <typename T>
 __device__ __forceinline__ T read(const T* from) {
   return __ldg(from);

@@ -2,8 +2,8 @@
 // tensor maps, swizzles and matrix descriptors, and nothing of CuTe. Only built with MASKACCEL_EMULATE.
 //
 // TMA writes the bytes of a box where its tensor map says, wgmma reads its operands where their descriptors say: if the
-// two disagree, the product is wrong. MASKACCEL_EMULATE_FAULT names one thing to do wrong, so that a test can show that
-// it would be seen.
+// two disagree, the product is wrong. MASKACCEL_EMULATE_FAULT names one thing that the machine does wrong, so that a
+// test can show that it would be seen.
 #pragma once
 
 #include <cuda.h>
@@ -157,11 +157,12 @@ struct Matrix {
     }
     return swizzled(start + offset, span);
   }
+  /// Calls `visit(address)` for the 16-byte chunks of `rows` rows from `first` on, 16 columns.
+  template <typename Visit>
+  void for_each_chunk(int first, int rows, Visit visit) const {
+    for (int row = first; row < first + rows; row += across ? 8 : 1)
+      for (int column = 0; column < 16; column += across ? 1 : 8) visit(address(row, column));
+  }
 };
-
-/// Row within the warp group and column of element i of a thread's accumulator, and, for i < 8, of A in registers: PTX
-/// ISA, "Register Fragments for wgmma.mma_async.m64nNk16".
-constexpr int fragment_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
-constexpr int fragment_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
 }  // namespace maskaccel::cuda::sm90

@@ -2,9 +2,10 @@
 //
 // All of it runs on the host too (cuda_sm90_emulation.h), down to the matrix descriptors: there, TMA writes where the
 // tensor maps say and wgmma reads where the descriptors say, so an operand whose two sides disagree shows in tests.
-// To add an operand: a layout, tiled from the GMMA atom of its swizzle; a static_assert that TMA's slabs are that layout
-// (in_slabs); a fragment of it in a tiled MMA of the right majors, from shared memory (SS) or registers (RS) alike; and
-// start(). describe() takes the width of its slabs.
+// To add an operand: a layout, tiled from the GMMA atom of its swizzle; a static_assert that TMA's slabs are that
+// layout (in_slabs); a fragment of it in a tiled MMA of the right majors, from shared memory (SS) or registers (RS)
+// alike, whose registers are where fragment_row and fragment_column say (is_fragment); and start(). describe() takes
+// the width of its slabs.
 #pragma once
 
 #include "cuda_sm90_machine.cuh"
@@ -42,6 +43,17 @@ constexpr bool in_slabs(Place place) {
   return true;
 }
 
+/// Whether CuTe's (thread, element) layout of kColumns columns is that of fragment_row and fragment_column.
+template <int kColumns, typename Layout>
+constexpr bool is_fragment(Layout layout) {
+  for (int thread : {0, 1, 2, 3, 4, 28, 31, 32, 64, 127}) {
+    for (int i = 0; i < kColumns / 2; ++i) {
+      if (layout(thread, i) != fragment_row(thread, i) + 64 * fragment_column(thread, i)) return false;
+    }
+  }
+  return true;
+}
+
 template <typename S>
 struct Layouts {
   using T = typename S::T;
@@ -62,10 +74,13 @@ struct Layouts {
       cute::GMMA::ss_op_selector<T, T, float, Sizes<64, S::kKeys, 16>, cute::GMMA::Major::K, cute::GMMA::Major::K>()));
   using Values = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<T, T, float, Sizes<64, S::kDim, 16>, cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+  static_assert(is_fragment<S::kKeys>(typename Scores::AtomLayoutC_TV{}));
+  static_assert(is_fragment<S::kDim>(typename Values::AtomLayoutC_TV{}));
+  static_assert(is_fragment<16>(typename Values::AtomLayoutA_TV{}));
 };
 
-/// scores = Q K^T of the 64 rows of a consumer, unfinished. Element i of a thread: row i / 2 % 2 of its two, column
-/// i / 4 * 8 + lane % 4 * 2 + i % 2.
+/// scores = Q K^T of the 64 rows of a consumer, unfinished. Element i of a thread is that of fragment_row and
+/// fragment_column.
 template <typename S, typename T = typename S::T>
 __device__ __forceinline__ void start_scores(const T* query, const T* keys, int group, float (&scores)[S::kScores]) {
   using namespace cute;

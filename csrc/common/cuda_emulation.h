@@ -177,13 +177,22 @@ __attribute__((noinline)) inline void resume(int t, bool first_time) {
   swapcontext(&m.main_context, &m.entry);
 }
 
-/// Threads run in turns, or, with MASKACCEL_EMULATE_ORDER "first" or "last", each warp from that end on as far as it gets
-/// without the others: where a barrier is missing, it then reads what is not there yet, or writes over what is still
-/// read.
+/// The next number of a sequence that MASKACCEL_EMULATE_SEED chooses.
+inline unsigned random() {
+  static const char* const seed = std::getenv("MASKACCEL_EMULATE_SEED");
+  static unsigned state = seed != nullptr ? static_cast<unsigned>(std::atoi(seed)) : 0;
+  state = state * 1664525u + 1013904223u;
+  return state >> 16;
+}
+
+/// Threads run in turns, or as MASKACCEL_EMULATE_ORDER says. "first", "last": each warp from that end on as far as it
+/// gets without the others; where a barrier is missing, it then reads what is not there yet, or writes over what is
+/// still read. "random": warps are left out at random, or get far ahead.
 inline void run_cta(int threads) {
   Machine& m = machine();
   const char* const order = std::getenv("MASKACCEL_EMULATE_ORDER");
-  const bool alone = order != nullptr, from_last = alone && std::strcmp(order, "last") == 0;
+  const bool any = order != nullptr && std::strcmp(order, "random") == 0, alone = order != nullptr && !any;
+  const bool from_last = alone && std::strcmp(order, "last") == 0;
   const int warps = (threads + 31) / 32;
   m.fibers.resize(threads);
   m.done.assign(threads, 0);
@@ -195,10 +204,17 @@ inline void run_cta(int threads) {
   for (int w = 0; w < warps; ++w) m.warps[w].size = std::min(32, threads - w * 32);
   m.cta = Barrier{threads, 0, 0};
   std::vector<char> started(threads, 0);
+  bool stuck = false;  // the last round brought no progress
   for (int left = threads; left > 0;) {
     const long before = m.progress;
+    bool all = true;  // whether no warp was left out in this round
     for (int i = 0; i < warps; ++i) {
       const int first = (from_last ? warps - 1 - i : i) * 32;
+      const unsigned dice = any && !stuck ? random() % 8 : 3;
+      if (dice < 3) {
+        all = false;
+        continue;
+      }
       long at;
       do {
         at = m.progress;
@@ -208,9 +224,10 @@ inline void run_cta(int threads) {
           started[t] = 1;
           left -= m.done[t];
         }
-      } while (alone && m.progress != at);
+      } while ((alone || dice == 7) && m.progress != at);
     }
-    if (m.progress == before) {
+    stuck = m.progress == before;
+    if (all && stuck) {
       std::fprintf(stderr, "emulation: CTA deadlocked: a barrier or shuffle not reached by all its threads\n");
       std::abort();
     }
