@@ -207,7 +207,8 @@ def test_bad_words_are_named(words, said, monkeypatch, capsys):
 def test_dry_run(tmp_path):
     """Every stage of this file at tiny shapes on the CPU: all checks pass, all providers are timed."""
     command = [sys.executable, str(SCRIPT), "--dry-run", "--seeds", "1", "--rounds", "1"]
-    command += ["--stages", "ceilings,correctness,compile,micro,attention,tokens", "--out", str(tmp_path / "r.json")]
+    command += ["--stages", "ceilings,correctness,compile,micro,attention,host,tokens"]
+    command += ["--out", str(tmp_path / "r.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "r.json").read_text())
@@ -223,3 +224,4 @@ def test_dry_run(tmp_path):
     for record in stages["attention"].values():
         assert {"sdpa", "reference dense", "reference 0.1"} <= record["median_ms"].keys(), record["refused"]
     assert set(stages["tokens"]["no synchronisation"]["calls"].values()) == {"ok"}
+    assert not [record["failed"] for record in stages["host"].values() if record.get("failed")]
