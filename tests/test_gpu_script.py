@@ -145,7 +145,7 @@ def test_workers_side_by_side(folder):
     entries, context = {}, asdict(Context("cpu", tiny=True))
     job = Job("side_by_side", list("abcd"), context, 60.0, 0.1, 2, time.monotonic() + 60, "", entries.__setitem__)
     with (folder / "log").open("ab") as log:
-        pool = Pool(log)
+        pool = Pool(log, keep=True)
         assert pool.run(job) is None
         pool.close()
     assert sorted(entries) == list("abcd") and {entry["state"] for entry in entries.values()} == {"ok"}

@@ -50,6 +50,16 @@ def usable(context: Context, *ops: str) -> tuple[list[str], dict[str, str]]:
     return good, refused
 
 
+def compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """A function by `torch.compile`, static shapes, apart from what was compiled for another item before."""
+    from torch._functorch import config as functorch_config
+
+    functorch_config.donated_buffer = False  # a backward is timed by running it again on one graph
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # beyond it the plain form would run, and be timed, unseen
+    return torch.compile(function, backend="inductor" if device == "cuda" else "eager", dynamic=False)
+
+
 def distance(got: Any, want: Any) -> float:
     """The largest distance of two results' floating tensors, each relative to the norm of the wanted.
 

@@ -28,16 +28,6 @@ def items(context: Context) -> list[str]:
     return list(all_cases(context.tiny))
 
 
-def _compiled(case: Case, args: tuple, device: str) -> Callable[..., Any]:
-    """The plain form by `torch.compile`, which is to be fast and not to share what other cases compiled."""
-    from torch._functorch import config as functorch_config
-
-    functorch_config.donated_buffer = False  # a backward is timed by running it again on one graph
-    torch._dynamo.reset()
-    function, _ = case.eager(args)
-    return torch.compile(function, backend="inductor" if device == "cuda" else "eager", dynamic=False)
-
-
 def _ours(case: Case, backend: str, sets: list[tuple]) -> list[Callable[[], Any]]:
     if case.call is not None:
         return [case.call(backend, args) for args in sets]
@@ -69,7 +59,7 @@ def warm(item: str, context: Context) -> Record:
     """Compiles a case as `run` will: its plain form, and Triton's kernels where they are right."""
     case = all_cases(context.tiny)[item]
     args = case.operands(context.device, DTYPE)
-    for call in _plain(case, _compiled(case, args, context.device), [args]):
+    for call in _plain(case, kernels.compiled(case.eager(args)[0], context.device), [args]):
         call()
     good, _ = kernels.usable(context, case.op)
     for backend in set(good) & {"triton"}:
@@ -94,7 +84,7 @@ def run(item: str, context: Context) -> Record:
     calls = {backend: _in_turn(ours[backend]) for backend in good if backend not in wrong}
     calls |= {"copy": _in_turn(_copies(case, count, device)), "eager": _in_turn(plain)}
     try:
-        compiled = _in_turn(_plain(case, _compiled(case, sets[0], device), sets))
+        compiled = _in_turn(_plain(case, kernels.compiled(case.eager(sets[0])[0], device), sets))
         compiled()
         calls["compile"] = compiled
     except torch.OutOfMemoryError:
