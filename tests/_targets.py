@@ -16,6 +16,7 @@ import pytest
 import torch
 from _numerics import assert_all_close_to_truth
 from _raw_cases import describe, draw, run, run_plain, wanted, widened
+from _waits import no_waiting
 from torch import Tensor
 
 import maskaccel  # noqa: F401  (defines the ops, loads the library)
@@ -60,7 +61,7 @@ class Target:
 
     def no_waiting(self) -> contextlib.AbstractContextManager:
         """Fails where torch waits for the device."""
-        return _no_waiting() if self.device != "cpu" else contextlib.nullcontext()
+        return no_waiting(self.device)
 
     def capture(self, kernel: Callable[..., Any], args: tuple) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
         """(results, replay) of a CUDA graph of one call; `args` are not touched before the first replay."""
@@ -78,16 +79,6 @@ class Target:
         with torch.cuda.graph(graph):
             results = results_of(kernel(*args))
         return results, graph.replay
-
-
-@contextlib.contextmanager
-def _no_waiting() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 CPU = Target("cpu", "cpu")

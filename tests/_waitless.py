@@ -1,15 +1,20 @@
-"""Methods whose steps read nothing of the device, and how they are run so that a wait shows."""
+"""Methods whose steps read nothing of the device, run so that a wait shows.
+
+Plain models: diffusers may be absent where a GPU is, and so may pytest.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _sparse_methods import GRID
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from _sparse_methods import GRID, TOKENS, Model
+from _waits import no_waiting
+from torch import nn
+from zoo import dit_original
 
 import maskaccel
 from maskaccel import methods as m
@@ -49,39 +54,8 @@ SPARSE = {
 }
 
 
-class NoUploads(TorchFunctionMode):
-    """On meta tensors every read raises by itself; this also refuses copies from the host that a GPU waits for."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        out, name = func(*args, **kwargs), getattr(func, "__name__", "")
-        if name in ("tensor", "as_tensor"):
-            self._refuse(name, args[0], out)
-        elif name in ("to", "cuda", "copy_", "type_as") and not kwargs.get("non_blocking"):
-            self._refuse(name, *((args[1], args[0]) if name == "copy_" else (args[0], out)))
-        elif name in ("__getitem__", "__setitem__"):
-            for index in args[1] if isinstance(args[1], tuple) else (args[1],):
-                if isinstance(index, list) or (isinstance(index, Tensor) and index.dim()):
-                    self._refuse(name, index, args[0])
-        return out
-
-    @staticmethod
-    def _refuse(name: str, value: Any, to: Any) -> None:
-        if isinstance(to, Tensor) and to.is_meta and not (isinstance(value, Tensor) and value.is_meta):
-            raise RuntimeError(f"{name}: a copy from the host to a meta tensor, which a GPU waits for")
-
-
-def no_waiting(device: str) -> contextlib.AbstractContextManager:
-    """Fails where a step waits for the device: "cuda" by torch's own check, "meta" as if it were a GPU."""
-    if device == "meta":
-        return NoUploads()
-    from _targets import Target
-
-    return Target("cuda", device).no_waiting()
-
-
 def run_twice(
-    model: torch.nn.Module, methods: Any, device: str, steps: int, call: Callable[[], Any], times: tuple = ()
+    model: nn.Module, methods: Any, device: str, steps: int, call: Callable[[], Any], times: tuple = ()
 ) -> Any:
     """Two runs of a patched model; what is made once is made in the first, the second must not wait. The patch."""
     patch = maskaccel.patch(model, methods)
@@ -92,3 +66,59 @@ def run_twice(
                     call()
                     run.step()
     return patch
+
+
+def four_blocks(device: str) -> tuple[nn.Module, dict]:
+    """The original DiT, tiny, and the arguments of a call."""
+    model = dit_original.made(dit_original.DiT, depth=4).to(device)
+    return model, {
+        "x": torch.zeros(2, 16, 4, device=device),
+        "t": torch.zeros(2, device=device),
+        "y": torch.zeros(2, dtype=torch.int64, device=device),
+    }
+
+
+def _cached(method: Any, beside: list, device: str) -> None:
+    model, kwargs = four_blocks(device)
+    times = tuple(900 - 100 * i for i in range(STEPS))
+    patch = run_twice(model, [method, *beside], device, STEPS, lambda: model(**kwargs), times)
+    found = patch.report().activity[method.name]
+    assert found["reused"] + found.get("in part", 0) > 0, found
+
+
+def _fused(device: str) -> None:
+    model, kwargs = four_blocks(device)
+    patch = run_twice(model, [m.FusedAdaLN()], device, 2, lambda: model(**kwargs))
+    assert patch.report().activity["FusedAdaLN"]["fused calls"] == 4 * 5
+
+
+def _sparse(method: Any, device: str) -> None:
+    model = Model()
+    dtype = torch.float32 if device == "meta" else torch.bfloat16
+    q, k, v = torch.randn(3, 2, 3, TOKENS, 16).to(device, dtype)
+    run_twice(model, [method], device, 4, lambda: model(q, k, v))
+    policy = next(p for p in model.blocks[0].attn.__dict__.values() if hasattr(p, "calls"))
+    assert policy.calls > 0, policy.left
+
+
+def _trained(name: str, device: str) -> None:
+    """Forward and backward with a part of the tokens."""
+    model, kwargs = four_blocks(device)
+    fusion = m.SprintFusion(32).to(device)
+    method = m.TREAD(1, -2) if name == "TREAD" else m.SPRINT(1, -2, fusion=fusion, select="uniform")
+    maskaccel.patch(model.train(), [method])
+    for again in range(3):
+        with no_waiting(device) if again == 2 else contextlib.nullcontext():
+            model(**kwargs).square().sum().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+CACHED = {**SCHEDULED, **IN_PART}
+# What runs on a device without waiting for it; each raises if it does.
+CASES: dict[str, Callable[[str], None]] = {
+    "FusedAdaLN": _fused,
+    **{name: functools.partial(_cached, method, []) for name, method in CACHED.items()},
+    **{f"{name}, fused": functools.partial(_cached, method, [m.FusedAdaLN()]) for name, method in CACHED.items()},
+    **{name: functools.partial(_sparse, method) for name, method in SPARSE.items()},
+    **{name: functools.partial(_trained, name) for name in ("TREAD", "SPRINT")},
+}
