@@ -193,7 +193,12 @@ def run(item: str, context: Context) -> Record:
     record["efficiency"] = {name: d * peer / medians[name] for name in medians if (d := _density(name))}
     if good and direction == "forward":
         record["index_ms"] = _index(shape, made, context)
-    words = [f"{name} {gain:.2f}x" for name, gain in record["gain"].items() if name.split()[0] in good]
+    efficient = record["efficiency"]
+    words = [
+        f"{name} {gain:.2f}x" + (f" ({efficient[name]:.0%})" if name in efficient else "")
+        for name, gain in record["gain"].items()
+        if name.split()[0] in good
+    ]
     return {**record, "summary": f"against dense {'cudnn' if 'cudnn' in medians else 'sdpa'}: {', '.join(words)}"}
 
 

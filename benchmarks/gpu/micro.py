@@ -100,13 +100,16 @@ def run(item: str, context: Context) -> Record:
         }
         for name, values in samples.items()
     }  # fmt: skip
-    words = [f"{name} {rows[name]['of_copy']:.0%}" for name in rows if name != "copy"]
+    words = [f"{name} {row['of_copy']:.0%} of copy" for name, row in rows.items() if name != "copy"]
+    mine = best({"providers": rows})
+    if mine is not None and "compile" in rows:
+        words.append(f"{medians['compile'] / medians[mine]:.2f}x of torch.compile")
     return {
         "op": case.op, "model": case.model, "shape": case.shape, "dtype": str(DTYPE).removeprefix("torch."),
         "bytes": one, "operand_sets": count, "footprint_over_l2": count * one / l2 if l2 else None,
         "rounds": context.rounds, "goal": case.goal, "providers": rows, "refused": refused,
         "wrong": wrong, "distance_from_eager": distances,
-        "summary": f"of copy: {', '.join(words)}",
+        "summary": ", ".join(words),
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from machine import fingerprint  # noqa: E402
 from paths import ROOT  # noqa: E402
 from pool import Job, Pool, share_caches  # noqa: E402
 from results import Results, records  # noqa: E402
-from stage import Context  # noqa: E402
+from stage import Context, Target  # noqa: E402
 
 CLOSING = 5.0  # seconds of a budget that are kept for ending workers and the last words
 
@@ -133,7 +133,10 @@ class Runner:
         )  # fmt: skip
         problem = pool.run(job)
         if hasattr(module, "finish"):
-            module.finish()
+            try:
+                module.finish()
+            except Exception as error:
+                problem = problem or f"its end: {type(error).__name__}: {error}"
         self.counts[name]["left out"] = len(job.left)
         if problem is not None:
             self.problems[name] = problem
@@ -159,12 +162,13 @@ class Runner:
             yield from self._goals()
 
     def _goals(self) -> Iterator[str]:
-        goals = [
-            goal
-            for name, module in self.modules.items()
-            if hasattr(module, "targets")
-            for goal in module.targets(records(self.results.data, name))
-        ]
+        goals: list[Target] = []
+        for name, module in self.modules.items():
+            if hasattr(module, "targets"):
+                try:
+                    goals += module.targets(records(self.results.data, name))
+                except Exception as error:  # what was measured is written; it must not end in a traceback
+                    yield f"goals of {name}: {type(error).__name__}: {error}"
         reached = Counter(goal.reached for goal in goals)
         yield f"goals: {reached[True]} reached, {reached[False]} missed, {reached[None]} not measured"
         missed = [goal for goal in goals if goal.reached is False]

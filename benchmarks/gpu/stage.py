@@ -30,7 +30,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import paths  # noqa: F401
-import torch
 
 import interleaved  # isort: skip
 
@@ -57,6 +56,8 @@ class Timer:
             for _ in range(calls):
                 run()
             return (time.perf_counter() - begin) * 1e3 / calls
+        import torch
+
         begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(ahead_ms * CYCLES_PER_MS))
         begin_event.record()
@@ -112,6 +113,8 @@ def broken(device: str) -> bool:
     """Whether the device's context is of no more use to this process."""
     if device != "cuda":
         return False
+    import torch
+
     try:
         torch.cuda.synchronize()
         torch.ones(1, device="cuda").sum().item()

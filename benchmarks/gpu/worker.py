@@ -51,17 +51,19 @@ class Worker:
         if order["parallel"] > 1:  # others compile beside this process
             os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         import stage
-        import torch
 
-        self.torch, self.interface = torch, stage
+        self.interface = stage
         self.context = stage.Context(**json.loads(Path(order["context"]).read_text()))
         self.cuda = self.context.device == "cuda"
-        if not self.cuda or order["parallel"] > 1:
-            torch.set_num_threads(1)
         self.stage = importlib.import_module(order["module"])
         if self.cuda:
+            import torch
+
             torch.zeros(1, device="cuda")
             torch.cuda.synchronize()
+        self.torch: Any = sys.modules.get("torch")  # a stage may do without
+        if self.torch is not None and (not self.cuda or order["parallel"] > 1):
+            self.torch.set_num_threads(1)
         gc.freeze()  # a collection after every item then looks at what the item made alone
 
     def answer(self, item: str) -> dict[str, Any]:
