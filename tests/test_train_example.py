@@ -27,7 +27,7 @@ import sit  # noqa: E402
 import train_dit  # noqa: E402
 from objective import loss  # noqa: E402
 from options import METHODS, Options, parse  # noqa: E402
-from sources import Draws, FolderImages, held_out  # noqa: E402
+from sources import Draws, FolderImages, ResidentDraws, held_out  # noqa: E402
 from train_dit import Run, open_held_out, train  # noqa: E402
 
 TINY = {"width": 32, "depth": 6, "heads": 2, "patch": 4, "batch": 4, "log_every": 1, "warmup": 1, "cooldown": 0.0}
@@ -287,6 +287,37 @@ def test_samples_follow_from_their_number_alone(data):
     assert torch.equal(held_out(source, 8).noise, held_out(source, 8).noise)
 
 
+def test_samples_drawn_on_the_device(data, tmp_path):
+    """The same on any number of ranks; each image once an epoch, also where a batch lies in two; a share of labels."""
+    source = train_dit.open_source(options(data, data, size=40))
+    assert source.load([0, 1]).shape == (2, 1, 40, 40)
+    make = lambda drop: ResidentDraws(source, 12, 3, drop, True, torch.device("cpu"))  # noqa: E731
+    draws = make(0.5)
+    whole, parts = draws.step(5, 0, 12), [make(0.5).step(5, first, 6) for first in (0, 6)]
+    for name in ("images", "labels", "times", "noise"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
+    assert (whole.labels == 10).any() and (whole.labels != 10).any()
+    plain = make(0.0)
+    seen = torch.cat([plain.step(step, 0, 12).labels for step in range(8)])  # three epochs of 32
+    for epoch in seen.split(32):
+        assert sorted(epoch.tolist()) == sorted(source.labels.tolist())
+    assert not torch.equal(seen[:32], seen[32:64])
+    noise = torch.cat([plain.step(step, 0, 12).noise for step in range(8)])
+    assert noise.mean().abs() < 0.02 and abs(noise.std() - 1) < 0.02
+    assert 0 < whole.times.min() < whole.times.max() < 1
+
+
+def test_a_run_with_resident_images_resumes_bit_equal(data, tmp_path):
+    settings = {"resident": True, "method": "tread", "label_drop": 0.3, "flip": True}
+    train(options(tmp_path / "whole", data, steps=4, **settings))
+    train(options(tmp_path / "parts", data, steps=2, **settings))
+    train(options(tmp_path / "parts", data, steps=4, resume=True, **settings))
+    states = [state_of(tmp_path / name) for name in ("whole", "parts")]
+    assert_same_states(*({k: state[k] for k in ("model", "ema", "optimizer")} for state in states))
+    with pytest.raises(ValueError, match="resume: the run has resident=True, not False"):
+        train(options(tmp_path / "parts", data, steps=5, resume=True, **{**settings, "resident": False}))
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -301,7 +332,7 @@ def test_samples_follow_from_their_number_alone(data):
         ({"batch": 5, "accumulate": 2}, "batch=5 must be a multiple of 2"),
         ({"patch": 5}, "patch=5 does not divide size=32"),
         ({"width": 40}, "width=40 and heads=2"),
-        ({"size": 64}, "size=64: Fashion-MNIST has 32 pixels"),
+        ({"size": 28}, "size=28: Fashion-MNIST has 32 pixels"),
         ({"parallel": "fsdp"}, "start it with torchrun"),
         ({"network": "dit", "rope": True}, "rope=True"),
         ({"method": "tread", "depth": 4}, "end=-4"),

@@ -253,7 +253,7 @@ def main() -> int:
     one.add_argument("--python", default="3.12", help="minor version of the other machine's Python")
     one.add_argument("--machine", default="x86_64")
     one.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder of the .gz files, or none")
-    one.add_argument("--train-images", type=int, default=40_000, help="of 60,000")
+    one.add_argument("--train-images", type=int, default=30_000, help="of 60,000")
     one.add_argument("--no-library", action="store_true", help="the library travels in another way, or is not needed")
     one.add_argument("--limit-mib", type=float, default=LIMIT_MIB, help="of source tree and bundle together")
     one.set_defaults(call=pack)

@@ -45,6 +45,7 @@ class Options:
     seed: int = 0
     dtype: str = "fp32"
     compile: bool = False
+    resident: bool = False
     parallel: str = "ddp"
     device: str | None = None
     resume: bool = False
@@ -145,6 +146,7 @@ HELP = {
     "flip": "mirror half of the images",
     "dtype": "bf16 computes in bfloat16 where autocast does; weights stay fp32",
     "compile": "torch.compile the blocks",
+    "resident": "keep all images on the device and draw there what is random: for GPUs",
     "parallel": "how several ranks share the work",
     "device": "cpu or cuda",
     "resume": "go on from the run's checkpoint",

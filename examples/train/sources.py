@@ -48,25 +48,37 @@ class Images:
 
 
 class FashionImages:
-    """Fashion-MNIST as 32x32 grey images, all in memory.
+    """Fashion-MNIST as grey images, all in memory.
 
     Args:
         root: Folder of the `.gz` files.
         split: `"train"` or `"test"`.
+        size: Pixels of a side; above 32 the images are upsampled (bilinear).
+
+    Raises:
+        ValueError: `size` is below 32.
     """
 
-    size, channels = 32, 1
+    channels = 1
 
-    def __init__(self, root: str | Path, split: str = "train") -> None:
-        self.classes: Sequence[str] = CLASSES
+    def __init__(self, root: str | Path, split: str = "train", size: int = 32) -> None:
+        if size < 32:
+            raise ValueError(f"size={size}: Fashion-MNIST has 32 pixels a side, and is upsampled, not shrunk")
+        self.size, self.classes = size, CLASSES
         self._images, self.labels = load_split(split, root)
+        if size > 32:
+            self._images = torch.cat([_upsampled(part, size) for part in self._images.split(4096)])
 
     def __len__(self) -> int:
         return len(self._images)
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """uint8 `(n, 1, 32, 32)`."""
+        """uint8 `(n, 1, size, size)`."""
         return self._images[list(indices)]
+
+
+def _upsampled(images: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.interpolate(images.float(), size=(size, size), mode="bilinear").round().byte()
 
 
 class FolderImages:
@@ -154,6 +166,11 @@ class Batch:
         tensors = (getattr(self, name)[samples] for name in ("images", "labels", "times", "noise"))
         return Batch(*tensors, self.step, self.first + samples.start)
 
+    def pinned(self) -> Batch:
+        """The same in memory that a device copies from while others wait for nothing."""
+        return Batch(**{f.name: v.pin_memory() if isinstance(v := getattr(self, f.name), Tensor) else v
+                        for f in fields(self)})  # fmt: skip
+
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -211,6 +228,63 @@ class Draws:
     def _image(self, number: int) -> int:
         epoch, place = divmod(number, len(self.source))
         return int(_order(self.seed, epoch, len(self.source))[place])
+
+
+class ResidentDraws:
+    """The samples of a run, drawn on the device that trains: all images are kept there, and no step waits for the host.
+
+    What is drawn follows from the seed and the step, so it is the same on any number of ranks and after a resumption,
+    but other on another kind of device, and other than what `Draws` gives.
+
+    Args:
+        source: The images.
+        batch: Samples of a step, all ranks together.
+        seed: The run's seed.
+        label_drop: As in `Draws`.
+        flip: As in `Draws`.
+        device: Where everything is.
+    """
+
+    def __init__(
+        self, source: Source, batch: int, seed: int, label_drop: float, flip: bool, device: torch.device
+    ) -> None:
+        self.batch, self.seed, self.label_drop, self.flip, self.device = batch, seed, label_drop, flip, device
+        self._images = source.load(range(len(source))).to(device)
+        self._labels, self._classes = source.labels.to(device), len(source.classes)
+        self._generator = torch.Generator(device)
+        self._orders: dict[int, Tensor] = {}
+
+    def step(self, step: int, first: int, count: int) -> Batch:
+        """As `Draws.step`."""
+        generator = self._seeded(_SAMPLE, step)
+        # Of the whole batch, whoever takes which part of it.
+        drop, mirror = torch.rand(2, self.batch, generator=generator, device=self.device)
+        times = torch.randn(self.batch, generator=generator, device=self.device).sigmoid()
+        noise = torch.randn(self.batch, *self._images.shape[1:], generator=generator, device=self.device)
+        part = slice(first, first + count)
+        picks = self._picks(step * self.batch + first, count)
+        images, labels = to_float(self._images[picks]), self._labels[picks]
+        labels = torch.where(drop[part] < self.label_drop, self._classes, labels)
+        if self.flip:
+            images = torch.where((mirror[part] < 0.5)[:, None, None, None], images.flip(-1), images)
+        return Batch(images, labels, times[part], noise[part], step, first)
+
+    def _seeded(self, purpose: int, item: int) -> torch.Generator:
+        numbers = random_numbers(self.seed, purpose, item)
+        return self._generator.manual_seed(int(numbers.integers(2**62)))
+
+    def _picks(self, number: int, count: int) -> Tensor:
+        """Which images samples `number` to `number + count - 1` of the run are; every epoch sees each once."""
+        parts, total = [], len(self._labels)
+        while count:
+            epoch, place = divmod(number, total)
+            taken = min(count, total - place)
+            if epoch not in self._orders:
+                order = torch.randperm(total, generator=self._seeded(_ORDER, epoch), device=self.device)
+                self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
+            parts.append(self._orders[epoch][place : place + taken])
+            number, count = number + taken, count - taken
+        return torch.cat(parts)
 
 
 @lru_cache(maxsize=2)

@@ -27,7 +27,7 @@ from clock import Clock, peak_memory_mib
 from ema import Ema
 from objective import loss
 from options import DTYPES, Options, kept, parse
-from sources import Batch, Draws, FashionImages, FolderImages, Images, Source, held_out, prefetched
+from sources import Batch, Draws, FashionImages, FolderImages, Images, ResidentDraws, Source, held_out, prefetched
 from torch import nn
 from tqdm import tqdm
 
@@ -38,9 +38,7 @@ from loop import lr_factor, save_atomically  # isort: skip
 def open_source(options: Options) -> Source:
     """The training images: Fashion-MNIST, or a folder of images."""
     if options.data is None or (Path(options.data) / "train-images-idx3-ubyte.gz").is_file():
-        if options.size != FashionImages.size:
-            raise ValueError(f"size={options.size}: Fashion-MNIST has {FashionImages.size} pixels a side")
-        return FashionImages(options.data or DEFAULT_ROOT)
+        return FashionImages(options.data or DEFAULT_ROOT, size=options.size)
     return FolderImages(options.data, options.size, options.channels)
 
 
@@ -49,7 +47,7 @@ def open_held_out(options: Options) -> Batch | None:
     if not options.eval_every:
         return None
     if options.data is None or (Path(options.data) / "t10k-images-idx3-ubyte.gz").is_file():
-        source: Source = FashionImages(options.data or DEFAULT_ROOT, "test")
+        source: Source = FashionImages(options.data or DEFAULT_ROOT, "test", options.size)
     elif options.eval_data is not None:
         source = FolderImages(options.eval_data, options.size, options.channels)
     else:
@@ -74,18 +72,21 @@ class Run:
                 f"({options.accumulate})"
             )
         self.source, self.held_out = open_source(options), open_held_out(options)
-        self.draws = Draws(self.source, options.batch, options.seed, options.label_drop, options.flip)
+        drawn = (self.source, options.batch, options.seed, options.label_drop, options.flip)
+        self.draws = ResidentDraws(*drawn, where.device) if options.resident else Draws(*drawn)
         torch.manual_seed(options.seed)  # the same weights on every rank
         self.objective = recipes.build(options, Images.of(self.source)).to(where.device)
         blocks = self.objective.blocks()
         if options.compile:
+            # A graph for each number of tokens, dense and dropped; MDT draws another number at every step.
             for block in blocks:
-                block.compile()
+                block.compile(dynamic=None if options.method == "mdt" else False)
         self.wrapped = parallel.wrap(self.objective, blocks, options.parallel, where)
         self.ema = Ema(self.objective, options.ema)
         self.optimizer = torch.optim.AdamW(
-            self.objective.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay
-        )
+            self.objective.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay,
+            fused=where.device.type == "cuda",
+        )  # fmt: skip
         self.start, self.clock = 0, Clock()
 
     # ---------------------------------------------------------------------------------------------------- one step
@@ -96,10 +97,16 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's part of every step to come."""
-        count = self.options.batch // self.where.world
-        return prefetched(
-            lambda step: self.draws.step(step, self.where.rank * count, count), self.start, self.options.steps
-        )
+        count, pinned = self.options.batch // self.where.world, self.where.device.type == "cuda"
+        first, steps = self.where.rank * count, range(self.start, self.options.steps)
+        if self.options.resident:
+            return (self.draws.step(step, first, count) for step in steps)
+
+        def make(step: int) -> Batch:
+            batch = self.draws.step(step, first, count)
+            return batch.pinned() if pinned else batch
+
+        return prefetched(make, steps.start, steps.stop)
 
     def step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step; the mean loss of this rank's samples, and the norm of the gradient."""
@@ -124,7 +131,8 @@ class Run:
         """The loss of the averaged weights on the held-out batch, nothing dropped."""
         assert self.held_out is not None
         self.objective.eval()
-        with self.ema.applied(), self.autocast():
+        # Not compiled: batches of another size than training's would compile all anew.
+        with self.ema.applied(), self.autocast(), torch.compiler.set_stance("force_eager"):
             parts = [
                 loss(self.wrapped, part.to(self.where.device))
                 for part in self.held_out.split(-(-len(self.held_out.labels) // 64))
@@ -161,8 +169,10 @@ class Run:
             raise FileNotFoundError(f"resume: {path} does not exist")
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in kept(self.options).items():
-            if state["options"].get(name) != value:
-                raise ValueError(f"resume: the run has {name}={state['options'].get(name)!r}, not {value!r}")
+            # Of an option that was not there yet the run had the default.
+            had = state["options"].get(name, getattr(Options, name, None))
+            if had != value:
+                raise ValueError(f"resume: the run has {name}={had!r}, not {value!r}")
         if state["step"] >= self.options.steps:
             raise ValueError(f"resume: the run has {state['step']} steps already; steps={self.options.steps}")
         parallel.load_model(self.objective, state["model"])
@@ -242,6 +252,11 @@ def _loop(run: Run, log: Any) -> None:
             bar.set_postfix(loss=f"{value:.4f}")
             running.zero_()
             since, before = step, seconds
+        kept = any(
+            due(every, step, steps) for every in (options.eval_every, options.snapshot_every, options.save_every)
+        )
+        if kept and where.device.type == "cuda":
+            torch.cuda.synchronize()  # steps that are still queued are part of training
         with run.clock.stopped():
             if due(options.eval_every, step, steps):
                 write(step=step, eval_loss=run.evaluate())
