@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ GPU = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"
 sys.path.insert(0, str(GPU))
 
 import sanitize  # noqa: E402
-import wheels  # noqa: E402
 from stage import Context  # noqa: E402
 
 import tests as tests_stage  # noqa: E402  isort: skip
@@ -128,21 +126,16 @@ def test_without_the_tool_the_only_item_says_so(monkeypatch):
     assert "compute-sanitizer is not here" in sanitize.run(item, Context("cuda"))["summary"]
 
 
-def test_wheels_are_unpacked_once_with_their_programs(tmp_path):
-    for version in ("13.10.1", "13.9.2"):
-        with zipfile.ZipFile(tmp_path / f"some_tool-{version}-py3-none-any.whl", "w") as archive:
-            entry = zipfile.ZipInfo("bin/program")
-            entry.external_attr = 0o755 << 16
-            archive.writestr(entry, f"#!/bin/sh\necho {version}\n")
-            archive.writestr("bin/data", "text")
-    old, new = wheels.unpacked("some_tool", tmp_path)
-    assert "13.9.2" in old.name
-    assert os.access(new / "bin" / "program", os.X_OK)
-    assert not os.access(new / "bin" / "data", os.X_OK)
-    (new / "bin" / "data").write_text("kept")
-    assert wheels.unpacked("some_tool", tmp_path) == [old, new]
-    assert (new / "bin" / "data").read_text() == "kept"
-    assert wheels.unpacked("other", tmp_path) == []
+def test_the_tool_of_a_wheel_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    program = tmp_path / "nvidia" / "cu13" / "compute-sanitizer" / "compute-sanitizer"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert sanitize.sanitizer() != str(program), "it cannot be run"
+    program.chmod(0o755)
+    assert sanitize.sanitizer() in (str(program), "/usr/local/cuda/bin/compute-sanitizer")
 
 
 REPORT = """<?xml version="1.0"?><testsuites><testsuite name="pytest">

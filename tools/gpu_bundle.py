@@ -22,13 +22,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".wheels"
 LIBRARY = ROOT / "maskaccel" / "lib" / "libmaskaccel.so"
 REQUIREMENTS = ROOT / "requirements" / "gpu.txt"
+SANITIZER = "nvidia-cuda-sanitizer-api==13.5.25"  # 18 MiB; those before 13.4 lack a program that it starts
 LIMIT_MIB = 64
 DATA_VARIABLE = "MASKACCEL_FASHION_DATA"  # examples/fashion/data.py reads it
 # What the wheels need and do not hold: parts of an environment in which torch trains and samples.
@@ -50,12 +51,12 @@ def platforms(machine: str, newest: int = 28) -> list[str]:
             *(f"manylinux{year}_{machine}" for year in (2014, 2010, 1))]  # fmt: skip
 
 
-def download(folder: Path, python: str, machine: str) -> list[Path]:
-    """The wheels of the requirements for another Python, alone."""
+def download(folder: Path, python: str, machine: str, more: Sequence[str] = ()) -> list[Path]:
+    """The wheels of the requirements, and of `more`, for another Python, alone."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
                "--implementation", "cp", "--python-version", python, "--dest", str(folder)]  # fmt: skip
     command += [word for tag in platforms(machine) for word in ("--platform", tag)]
-    subprocess.run([*command, "--requirement", str(REQUIREMENTS)], check=True)
+    subprocess.run([*command, "--requirement", str(REQUIREMENTS), *more], check=True)
     return sorted(folder.glob("*.whl"))
 
 
@@ -190,7 +191,7 @@ def pack(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for old in (*args.out.glob("*.whl"), *args.out.glob("*.xz")):
         old.unlink()
-    wheels = download(args.out, args.python, args.machine)
+    wheels = download(args.out, args.python, args.machine, [SANITIZER] if args.sanitizer else [])
     outside = check_wheels(wheels, args.python, args.machine)
     parts = {"source tree": tree_bytes(), "wheels": sum(wheel.stat().st_size for wheel in wheels)}
     if not args.no_library:
@@ -255,6 +256,7 @@ def main() -> int:
     one.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder of the .gz files, or none")
     one.add_argument("--train-images", type=int, default=30_000, help="of 60,000")
     one.add_argument("--no-library", action="store_true", help="the library travels in another way, or is not needed")
+    one.add_argument("--sanitizer", action="store_true", help="compute-sanitizer too, for the stage `sanitize`")
     one.add_argument("--limit-mib", type=float, default=LIMIT_MIB, help="of source tree and bundle together")
     one.set_defaults(call=pack)
     other = commands.add_parser("run", help="run a script with the bundle")

@@ -1,7 +1,7 @@
 """Every kernel under NVIDIA's compute-sanitizer: memory accesses, shared memory hazards, barriers, unwritten memory.
 
 An item is one tool over one family of kernels at tiny shapes (`sanitized.py`). The tool comes from PATH, a CUDA toolkit
-or a wheel (`wheels.py`); where there is none, the only item says so.
+or a wheel (`make gpu-bundle BUNDLE_ARGS="--sanitizer --data none"`); where there is none, the only item says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import paths
-import wheels
 from sanitized import FAMILIES
 from stage import Context, Record
 
@@ -33,6 +32,7 @@ MEANT = {
     "sample_logits_kernel": "threads raise one shared number without order; any value that any of them wrote is right",
 }
 PREFIX = "========="
+WHEEL = "nvidia/*/compute-sanitizer/compute-sanitizer"  # where its wheel puts it
 LIMIT = 200  # reports that the tool prints
 
 
@@ -41,7 +41,7 @@ def sanitizer() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [shutil.which("compute-sanitizer")]
     places += [str(Path(home) / "bin" / "compute-sanitizer") for home in homes if home]
-    places += [str(p) for f in wheels.unpacked("nvidia_cuda_sanitizer_api")[::-1] for p in f.rglob("compute-sanitizer")]
+    places += [str(found) for folder in sys.path for found in Path(folder).glob(WHEEL)]
     return next((place for place in places if place and os.access(place, os.X_OK) and Path(place).is_file()), None)
 
 
@@ -71,7 +71,7 @@ def command(tool: str, family: str, log: Path, device: str, seeds: int) -> list[
 def run(item: str, context: Context) -> Record:
     """One tool over one family: how many reports, and the first of them."""
     if item == ABSENT:
-        return {"summary": f"{ABSENT}: it belongs to a CUDA toolkit, or travels as a wheel (benchmarks/gpu/wheels.py)"}
+        return {"summary": f"{ABSENT}: it belongs to a CUDA toolkit, or travels (make gpu-bundle)"}
     tool, family = item.split()
     # Every tensor in an allocation of its own: an access past its end would else fall into the next one.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

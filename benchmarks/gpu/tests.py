@@ -1,7 +1,6 @@
 """The tests of kernels, streams, graphs, long tensors and methods (tests/test_gpu_*.py) on this machine's GPU.
 
-An item is one file, or a part of one. pytest comes with the machine or as wheels (`wheels.py`); where it is missing,
-the only item says so.
+An item is one file, or a part of one. Where pytest is missing, the only item says so.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-import wheels
 from paths import ROOT
 from stage import Context, Record
 
@@ -38,19 +36,9 @@ PARTS = {
 }
 
 
-def packages() -> list[str]:
-    """Folders of the packages that travelled."""
-    return [str(f) for f in wheels.unpacked("") if not f.name.startswith("nvidia")]
-
-
-def has(name: str) -> bool:
-    """Whether a package can be imported here."""
-    return importlib.util.find_spec(name) is not None or any((Path(f) / name).is_dir() for f in packages())
-
-
 def items(context: Context) -> list[str]:
     """The parts; one of them at the sizes of a CPU for a dry run."""
-    if not has("pytest"):
+    if importlib.util.find_spec("pytest") is None:
         return [ABSENT]
     return ["large cpu"] if context.device != "cuda" else list(PARTS)
 
@@ -58,17 +46,16 @@ def items(context: Context) -> list[str]:
 def run(item: str, context: Context) -> Record:
     """Passed, failed and skipped tests; of those that failed their first lines."""
     if item == ABSENT:
-        return {"summary": f"{ABSENT}: wheels may travel (benchmarks/gpu/wheels.py)"}
+        return {"summary": f"{ABSENT}: add it to requirements/gpu.txt"}
     name, which = PARTS.get(item, ("test_gpu_large.py", "cpu"))
-    env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *packages(), env.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", which]
         if context.device == "cuda":
             options += ["-m", "gpu"]
-            if has("xdist"):
+            if importlib.util.find_spec("xdist"):
                 options += ["-n", str(WORKERS), "--dist", "loadgroup"]
         call = [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / name)]
         done = subprocess.run(
