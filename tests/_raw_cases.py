@@ -20,6 +20,7 @@ from maskaccel.ops.adaln.flags import packed
 from maskaccel.ops.adaln.schema import CLIP, NEED_A, NEED_X, NO_RESIDUAL
 from maskaccel.ops.attention import reference as attention_reference
 from maskaccel.ops.attention import schema as attention_schema
+from maskaccel.ops.attention.serves import most_pruned_rows
 from maskaccel.ops.steps import reference as steps_reference
 from maskaccel.ops.tokens import reference as tokens_reference
 from maskaccel.ops.tokens import schema as tokens_schema
@@ -352,7 +353,14 @@ _FAMILIES = (
                         "reference_lse", "out_scale", "out_add"}),
     (tokens_schema, {"weight", "bias", "k_scale", "v_scale", "positions"}),
 )  # fmt: skip
-BARE = {name: (family.SCHEMAS[name.removesuffix("_bare")], rare) for family, rare in _FAMILIES for name in family.BARE}
+
+
+def whole_of(name: str) -> str:
+    """The op that a bare one is another call of."""
+    return name.removesuffix("_bare").removesuffix("_tested")
+
+
+BARE = {name: (family.SCHEMAS[whole_of(name)], rare) for family, rare in _FAMILIES for name in family.BARE}
 _NUMBERS = {"eps", "post_eps", "offset", "flags", "bm", "bn", "scale", "skip_threshold"}
 
 
@@ -367,7 +375,7 @@ def bare_differs(name: str, seed: int, dtype: torch.dtype, kernel: Callable[...,
     if name.startswith("write_kv_rows"):
         got, want = (*got, *written[0][3:5]), (*want, *written[1][3:5])
     same = all(map(torch.equal, got, want)) and len(got) in (len(want), len(want) - 1)
-    return "" if same else f"seed {seed} is not {name.removesuffix('_bare')}: {describe(args)}"
+    return "" if same else f"seed {seed} is not {whole_of(name)}: {describe(args)}"
 
 
 def _cloned(args: tuple) -> tuple:
@@ -376,7 +384,7 @@ def _cloned(args: tuple) -> tuple:
 
 def draw_bare(name: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, tuple]:
     """Arguments of one random call of a bare op, and of the whole op for the same results."""
-    op = name.removesuffix("_bare")
+    op = whole_of(name)
     schema, rare = BARE[name]
     names = [part.split()[-1] for part in schema[1 : schema.index(") ->")].split(",")]
     whole = dict(zip(names, draw(op, seed, dtype, device), strict=True))
@@ -385,14 +393,28 @@ def draw_bare(name: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> 
         absent |= {"gate", "scale", "shift", "scale2", "shift2"}
     if whole.get("positions") is not None:  # and these tables have rows of their own
         absent |= {"cos", "sin"}
+    if name == "tile_attention_tested_bare":
+        rare = rare - {"reference_lse"}
+        absent -= {"reference_lse"}
     whole |= dict.fromkeys(absent & whole.keys())
+    numbers: tuple
     if name in attention_schema.BARE:
-        whole |= {"flags": 0, "skip_threshold": 0.0}
-        numbers = attention_schema.packed(whole["bm"], whole["bn"], whole["scale"])
+        numbers = (attention_schema.packed(whole["bm"], whole["bn"], whole["scale"]),)
+        if name == "tile_attention_tested_bare":
+            if whole["bm"] > most_pruned_rows(whole["q"].shape[3]):
+                whole["flags"] &= ~attention_schema.PRUNE
+            numbers += (attention_schema.packed_test(whole["flags"], whole["skip_threshold"]),)
+        else:
+            whole |= {"flags": 0, "skip_threshold": 0.0}
         operands = rare | _NUMBERS
+    elif op == "random_keep":
+        whole |= {"order": None, "labels": None, "quota": None, "force": None, "groups": 1, "rows_kept": 0, "mode": 0}
+        pairs = (whole["batch"] | whole["route"] << 32, whole["n"] | whole["keep"] << 32)
+        numbers = (whole["seed"], whole["offset"], *pairs)
+        operands = whole.keys() - {"step"}
     else:
         whole |= dict.fromkeys({"eps", "post_eps"} & whole.keys(), 1e-5)
-        numbers = packed(whole["flags"], 1e-5, whole.get("offset", 0.0))
+        numbers = (packed(whole["flags"], 1e-5, whole.get("offset", 0.0)),)
         operands = rare | (_NUMBERS - {"scale"})
     if op == "write_kv_rows":  # whose ids are distinct, and caches not fp8
         size = whole["k_cache"].shape[1]
@@ -400,7 +422,7 @@ def draw_bare(name: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> 
         whole["ids"] = drawn[:, : whole["k"].shape[1]].to(torch.int32).contiguous().to(device)
         for cache in ("k_cache", "v_cache"):
             whole[cache] = whole[cache].to(dtype)
-    return (*(value for key, value in whole.items() if key not in operands), numbers), tuple(whole.values())
+    return (*(value for key, value in whole.items() if key not in operands), *numbers), tuple(whole.values())
 
 
 def describe(args: tuple) -> str:

@@ -9,7 +9,7 @@ import cuda_emulator
 import pytest
 import torch
 from _numerics import assert_all_close_to_truth
-from _raw_cases import ADALN, BARE, STEPS, bare_differs, describe, draw, run, run_plain, wanted, widened
+from _raw_cases import ADALN, BARE, STEPS, bare_differs, describe, draw, run, run_plain, wanted, whole_of, widened
 
 from maskaccel.ops.adaln.schema import NEED_SCALE, NEED_SHIFT, NEED_X
 
@@ -45,7 +45,7 @@ def test_bare_ops_are_the_whole_ops(emulated, name):
     """The same bits as the op with every operand."""
     for seed in range(SEEDS):
         dtype = DTYPES[1 + seed % 2 if name.startswith("tile") else seed % 3]
-        kernel, whole = getattr(emulated, name), getattr(emulated, name.removesuffix("_bare"))
+        kernel, whole = getattr(emulated, name), getattr(emulated, whole_of(name))
         assert not bare_differs(name, seed, dtype, kernel, whole)
 
 

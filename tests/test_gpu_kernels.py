@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _raw_cases import ADALN, BARE, OPS, STEPS, bare_differs
+from _raw_cases import ADALN, BARE, OPS, STEPS, bare_differs, whole_of
 from _targets import ANYWHERE, CPU, DTYPES, ON_GPU, SEEDS, assert_same_bits, check, outcome, twins
 
 from maskaccel.ops import _registry
@@ -55,7 +55,7 @@ def test_long_attention(target, op):
 @pytest.mark.parametrize("target", [ON_GPU[0], pytest.param(CPU, id="cpu")])
 def test_bare_ops_are_the_whole_ops(target, name):
     """The same bits as the op with every operand."""
-    bare, whole = target.kernel(name), target.kernel(name.removesuffix("_bare"))
+    bare, whole = target.kernel(name), target.kernel(whole_of(name))
     for seed in range(12):
         assert not bare_differs(name, seed, DTYPES[seed % 3], bare, whole, target.device)
 

@@ -63,9 +63,9 @@ def _check(op: str, backend: str, seed: int, device: str) -> None:
 
 
 def _check_bare(op: str, backend: str, seed: int, device: str) -> None:
-    from _raw_cases import bare_differs
+    from _raw_cases import bare_differs, whole_of
 
-    kernel, whole = kernels.find(backend, op), kernels.find(backend, op.removesuffix("_bare"))
+    kernel, whole = kernels.find(backend, op), kernels.find(backend, whole_of(op))
     assert kernel is not None and whole is not None, f"{op} is there without its whole op"
     differs = bare_differs(op, seed, DTYPES[seed % 3], kernel, whole, device)
     assert not differs, differs

@@ -130,8 +130,9 @@ void attend(AttentionForward& s) {
   }
 }
 
-void forward(StableIValue* stack, bool bare) {
-  Inputs in(stack, bare);
+void forward(StableIValue* stack, AttentionCall form) {
+  const bool whole = form == AttentionCall::whole, tested = form == AttentionCall::tested;
+  Inputs in(stack, !whole);
   AttentionArgs a;
   a.q = in.tensor("q");
   a.k = in.tensor("k");
@@ -139,15 +140,19 @@ void forward(StableIValue* stack, bool bare) {
   a.read_lists(in);
   a.read_lists_t(in);
   a.read_elements_and_scores(in);
-  const Arg reference_lse = in.rare("reference_lse"), out_scale = in.rare("out_scale"), out_add = in.rare("out_add");
+  const Arg reference_lse = tested ? in.optional("reference_lse") : in.rare("reference_lse"),
+            out_scale = in.rare("out_scale"), out_add = in.rare("out_add");
   double threshold = 0;
   int64_t flags = 0;
-  if (bare) {
-    a.read_packed(in);
-  } else {
+  if (whole) {
     a.read_tiles_and_scale(in);
     threshold = in.number();
     flags = in.integer();
+  } else {
+    a.read_packed(in);
+    const PackedTest test(tested ? in.integer() : 0);
+    threshold = test.threshold;
+    flags = test.flags;
   }
   AttentionForward s;
   static_cast<AttentionProblem&>(s) = check_attention(a);
@@ -167,19 +172,23 @@ void forward(StableIValue* stack, bool bare) {
   const bool with_keep = (flags & kKeep) != 0;
   s.keep_words = tiles_of(s.Nk, 32);
   const int64_t keep_sizes[] = {with_keep ? s.B : 0, s.H, s.Mq, s.keep_words};
-  if (!bare) keep = Output(keep_sizes, with_keep ? 4 : 1, codes().i32, int64_t{sizeof(int32_t)});
+  if (form != AttentionCall::bare) keep = Output(keep_sizes, with_keep ? 4 : 1, codes().i32, int64_t{sizeof(int32_t)});
   if (with_keep) s.keep = static_cast<int32_t*>(keep.data());
   if (s.B * s.H * s.Sq > 0) attend(s);
   stack[0] = out.release();
   stack[1] = lse.release();
-  if (!bare) stack[2] = keep.release();
+  if (form != AttentionCall::bare) stack[2] = keep.release();
 }
 
-void tile_attention(StableIValue* stack, uint64_t, uint64_t) { forward(stack, false); }
-void tile_attention_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, true); }
+void tile_attention(StableIValue* stack, uint64_t, uint64_t) { forward(stack, AttentionCall::whole); }
+void tile_attention_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, AttentionCall::bare); }
+void tile_attention_tested_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, AttentionCall::tested); }
 
 void implement(torch::stable::detail::StableLibrary& m) { m.impl("tile_attention", tile_attention); }
-void implement_bare(torch::stable::detail::StableLibrary& m) { m.impl("tile_attention_bare", tile_attention_bare); }
+void implement_bare(torch::stable::detail::StableLibrary& m) {
+  m.impl("tile_attention_bare", tile_attention_bare);
+  m.impl("tile_attention_tested_bare", tile_attention_tested_bare);
+}
 
 }  // namespace
 }  // namespace maskaccel

@@ -17,16 +17,19 @@ void launch_forward(const Call& call, AttentionArgs& a) {
   launch_sm80(a, call.stream());
 }
 
-void forward(StableIValue* stack, bool bare) {
-  Inputs in(stack, bare);
+void forward(StableIValue* stack, AttentionCall form) {
+  const bool whole = form == AttentionCall::whole, tested = form == AttentionCall::tested;
+  Inputs in(stack, !whole);
   const Arg q = in.tensor("q"), k = in.tensor("k"), v = in.tensor("v");
   const ListInputs lists(in, false), unread(in, true);
   const ScoreInputs scores(in);
-  const Arg reference = in.rare("reference_lse"), out_scale = in.rare("out_scale"), out_add = in.rare("out_add");
-  const PackedTiles packed(bare ? in.integer() : 0);
-  const int64_t bm = bare ? packed.bm : in.integer(), bn = bare ? packed.bn : in.integer();
-  const double scale = bare ? packed.scale : in.number(), threshold = bare ? 0 : in.number();
-  const int64_t flags = bare ? 0 : in.integer();
+  const Arg reference = tested ? in.optional("reference_lse") : in.rare("reference_lse"),
+            out_scale = in.rare("out_scale"), out_add = in.rare("out_add");
+  const PackedTiles packed(whole ? 0 : in.integer());
+  const PackedTest test(tested ? in.integer() : 0);
+  const int64_t bm = whole ? in.integer() : packed.bm, bn = whole ? in.integer() : packed.bn;
+  const double scale = whole ? in.number() : packed.scale, threshold = whole ? in.number() : test.threshold;
+  const int64_t flags = whole ? in.integer() : test.flags;
 
   const Call call("tile_attention", q);
   AttentionReader r(call);
@@ -47,7 +50,7 @@ void forward(StableIValue* stack, bool bare) {
   a.keep_words = static_cast<int>(ceil_div(a.tile_columns, 32));
   Result out(call, {a.batch, a.queries, a.heads, a.dim}, a.dtype), lse(call, {a.batch, a.heads, a.queries}, Dtype::f32);
   Result keep;
-  if (!bare && !(flags & kKeep)) keep = integers(call, {0});
+  if (form != AttentionCall::bare && !(flags & kKeep)) keep = integers(call, {0});
   if (flags & kKeep) {
     keep = integers(call, {a.batch, a.heads, a.tile_rows, a.keep_words});
     a.keep = static_cast<int*>(keep.data());
@@ -58,11 +61,12 @@ void forward(StableIValue* stack, bool bare) {
   if (int64_t{a.batch} * a.heads * a.queries > 0) launch_forward(call, a);
   stack[0] = out.release();
   stack[1] = lse.release();
-  if (!bare) stack[2] = keep.release();
+  if (form != AttentionCall::bare) stack[2] = keep.release();
 }
 
-void tile_attention(StableIValue* stack, uint64_t, uint64_t) { forward(stack, false); }
-void tile_attention_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, true); }
+void tile_attention(StableIValue* stack, uint64_t, uint64_t) { forward(stack, AttentionCall::whole); }
+void tile_attention_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, AttentionCall::bare); }
+void tile_attention_tested_bare(StableIValue* stack, uint64_t, uint64_t) { forward(stack, AttentionCall::tested); }
 
 void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
@@ -147,6 +151,7 @@ void attention_column_sums(StableIValue* stack, uint64_t, uint64_t) {
 void register_ops(Library& m) {
   m.impl("tile_attention", &tile_attention);
   m.impl("tile_attention_bare", &tile_attention_bare);
+  m.impl("tile_attention_tested_bare", &tile_attention_tested_bare);
   m.impl("tile_attention_backward", &tile_attention_backward);
   m.impl("attention_column_sums", &attention_column_sums);
 }

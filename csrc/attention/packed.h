@@ -16,4 +16,17 @@ struct PackedTiles {
   }
 };
 
+// Flags in bits 0 to 15, the threshold as fp32 from bit 32 on.
+struct PackedTest {
+  int64_t flags;
+  float threshold;
+  explicit PackedTest(int64_t packed) : flags(packed & 0xffff) {
+    const auto bits = static_cast<uint32_t>(packed >> 32);
+    std::memcpy(&threshold, &bits, sizeof threshold);
+  }
+};
+
+// What a call of `tile_attention` gives: every argument; few; few, and the test of tiles.
+enum class AttentionCall { whole, bare, tested };
+
 }  // namespace maskaccel

@@ -31,19 +31,31 @@ void check_permutation(const Arg& order, int64_t n) {
   }
 }
 
-RandomKeep read_random_keep(Inputs& in) {
-  const Arg step = in.tensor("step"), order = in.optional("order"), labels = in.optional("labels"),
-            quota = in.optional("quota"), force = in.optional("force");
+RandomKeep read_random_keep(Inputs& in, bool bare) {
+  const Arg step = in.tensor("step"), order = in.rare("order"), labels = in.rare("labels"), quota = in.rare("quota"),
+            force = in.rare("force");
   RandomKeep r;
+  int64_t mode = 0;
   r.seed = in.integer();
-  r.route = in.integer();
-  r.offset = in.integer();
-  r.batch = in.integer();
-  r.n = in.integer();
-  r.keep = in.integer();
-  r.groups = in.integer();
-  r.rows_kept = in.integer();
-  const int64_t mode = in.integer();
+  if (bare) {
+    r.offset = in.integer();
+    const int64_t batch_route = in.integer();
+    const PackedKeep packed(batch_route, in.integer());
+    r.batch = packed.batch;
+    r.route = packed.route;
+    r.n = packed.n;
+    r.keep = packed.keep;
+    r.groups = 1;
+  } else {
+    r.route = in.integer();
+    r.offset = in.integer();
+    r.batch = in.integer();
+    r.n = in.integer();
+    r.keep = in.integer();
+    r.groups = in.integer();
+    r.rows_kept = in.integer();
+    mode = in.integer();
+  }
   STD_TORCH_CHECK(mode >= 0 && mode <= 2, "mode is ", mode, "; allowed are 0 to 2");
   r.mode = static_cast<KeepMode>(mode);
   r.step = read_step(step);
@@ -125,12 +137,12 @@ void keep_of_classes(const RandomKeep& r, const uint32_t* words, const uint8_t* 
     mark_smallest(keys + begin[c], begin[c + 1] - begin[c], std::max<int32_t>(quota[c], 0), kToken24, kept);
 }
 
-void random_keep(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
-  const RandomKeep r = read_random_keep(in);
+void draw(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
+  const RandomKeep r = read_random_keep(in, bare);
   const bool ragged = r.mode == KeepMode::classes, lines = r.mode == KeepMode::rows_columns;
-  Output keep = integers({r.batch, r.keep}), inverse = integers({r.batch, r.n}),
-         counts = integers({ragged ? r.batch : 0});
+  Output keep = integers({r.batch, r.keep}), inverse = integers({r.batch, r.n}), counts;
+  if (!bare) counts = integers({ragged ? r.batch : 0});
   const KeepKernels& kernels = keep_kernels();
   parallel(r.batch, grain_for(4 * r.n), [&](int64_t begin, int64_t end) {
     const int64_t drawn = lines ? r.groups + r.n / r.groups : r.n;
@@ -153,8 +165,11 @@ void random_keep(StableIValue* stack, uint64_t, uint64_t) {
   });
   stack[0] = keep.release();
   stack[1] = inverse.release();
-  stack[2] = counts.release();
+  if (!bare) stack[2] = counts.release();
 }
+
+void random_keep(StableIValue* stack, uint64_t, uint64_t) { draw(stack, false); }
+void random_keep_bare(StableIValue* stack, uint64_t, uint64_t) { draw(stack, true); }
 
 // ---------------------------------------------------------------------------------------------- select_active
 
@@ -313,4 +328,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }  // namespace maskaccel
 
 STABLE_TORCH_LIBRARY_IMPL(maskaccel, CPU, m) { maskaccel::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) { maskaccel::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(maskaccel_raw, CPU, m) {
+  maskaccel::implement(m);
+  m.impl("random_keep_bare", maskaccel::random_keep_bare);
+}

@@ -44,17 +44,20 @@ void check_keep(const Call& call, const KeepParams& p, int64_t batch, int64_t n,
   }
 }
 
-void random_keep(StableIValue* stack, uint64_t, uint64_t) {
-  Inputs in(stack);
-  const Arg step = in.tensor("step"), order = in.optional("order"), labels = in.optional("labels");
-  const Arg quota = in.optional("quota"), force = in.optional("force");
+void draw(StableIValue* stack, bool bare) {
+  Inputs in(stack, bare);
+  const Arg step = in.tensor("step"), order = in.rare("order"), labels = in.rare("labels");
+  const Arg quota = in.rare("quota"), force = in.rare("force");
   KeepParams p;
   p.seed = in.integer();
-  p.route = in.integer();
+  if (!bare) p.route = in.integer();
   p.offset = in.integer();
-  const int64_t batch = in.integer(), n = in.integer(), keep = in.integer(), groups = in.integer(),
-                rows_kept = in.integer();
-  const int64_t mode = in.integer();
+  const int64_t first = in.integer(), second = in.integer();
+  const PackedKeep packed(first, second);
+  if (bare) p.route = packed.route;
+  const int64_t batch = bare ? packed.batch : first, n = bare ? packed.n : second;
+  const int64_t keep = bare ? packed.keep : in.integer(), groups = bare ? 1 : in.integer(),
+                rows_kept = bare ? 0 : in.integer(), mode = bare ? 0 : in.integer();
   const Call call("random_keep", step);
   p.step = read_step(call, step);
   check_keep(call, p, batch, n, keep, groups, rows_kept, mode);
@@ -79,8 +82,8 @@ void random_keep(StableIValue* stack, uint64_t, uint64_t) {
   p.groups = static_cast<int>(groups);
   p.rows_kept = static_cast<int>(rows_kept);
   const bool ragged = p.mode == KeepMode::classes;
-  Result ids = integers(call, {batch, keep}), inverse = integers(call, {batch, n}),
-         counts = integers(call, {ragged ? batch : 0});
+  Result ids = integers(call, {batch, keep}), inverse = integers(call, {batch, n}), counts;
+  if (!bare) counts = integers(call, {ragged ? batch : 0});
   if (batch > 0) {
     p.ids = static_cast<int*>(ids.data());
     p.inverse = static_cast<int*>(inverse.data());
@@ -100,8 +103,11 @@ void random_keep(StableIValue* stack, uint64_t, uint64_t) {
   }
   stack[0] = ids.release();
   stack[1] = inverse.release();
-  stack[2] = counts.release();
+  if (!bare) stack[2] = counts.release();
 }
+
+void random_keep(StableIValue* stack, uint64_t, uint64_t) { draw(stack, false); }
+void random_keep_bare(StableIValue* stack, uint64_t, uint64_t) { draw(stack, true); }
 
 void select_active(StableIValue* stack, uint64_t, uint64_t) {
   Inputs in(stack);
@@ -193,7 +199,10 @@ void register_ops(Library& m) {
   m.impl("unmask_select", &unmask_select);
 }
 
+void register_bare(Library& m) { m.impl("random_keep_bare", &random_keep_bare); }
+
 MASKACCEL_CUDA_LIBRARY(register_ops)
+MASKACCEL_CUDA_RAW_LIBRARY(register_bare)
 
 }  // namespace
 }  // namespace maskaccel::cuda

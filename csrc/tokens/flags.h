@@ -20,6 +20,13 @@ enum TokenFlags : int {
 
 enum class Confidence : int { probability, margin, negative_entropy, log_probability };
 
+// Numbers of `random_keep_bare`, two in one each: batch and route, n and keep; the second of each from bit 32 on.
+struct PackedKeep {
+  int64_t batch, route, n, keep;
+  PackedKeep(int64_t batch_route, int64_t n_keep)
+      : batch(batch_route & 0xffffffff), route(batch_route >> 32), n(n_keep & 0xffffffff), keep(n_keep >> 32) {}
+};
+
 constexpr float kFp8Most = 448.0f;  // largest finite e4m3fn
 
 }  // namespace maskaccel

@@ -67,21 +67,22 @@ def define(spec: OpSpec) -> None:
         torch.library.register_autograd(f"maskaccel::{spec.name}", _refuse(spec.name), lib=_LIBRARIES["maskaccel"])
 
 
-def define_bare(name: str, schema: str, fake: Callable[..., Any], unpacked: Callable[[int], dict[str, Any]]) -> None:
-    """Define an op in `maskaccel_raw` alone: a call of the op without `_bare` in its name, with fewer arguments.
+def define_bare(
+    name: str, schema: str, fake: Callable[..., Any], unpacked: Callable[[int], dict[str, Any]] | None = None
+) -> None:
+    """Define an op in `maskaccel_raw` alone: another way to call the kernel of an op, with fewer arguments.
 
     Args:
         name: That of the whole op, and `_bare`.
         schema: Some of the tensors of the whole op, and one number that stands for all of its numbers.
         fake: As in `OpSpec`.
-        unpacked: The numbers of the whole op by name, from that number.
+        unpacked: The numbers of the whole op by name, from that number. None: the bare op has no derivative.
     """
     library = _LIBRARIES["maskaccel_raw"]
     library.define(name + schema)
     torch.library.register_fake(f"maskaccel_raw::{name}", _on_one_device(fake), lib=library)
-    whole = SPECS[name.removesuffix("_bare")]
-    if whole.backward is not None:
-        BARE_SPECS[name] = _bare_spec(schema, fake, whole, unpacked)
+    if unpacked is not None:
+        BARE_SPECS[name] = _bare_spec(schema, fake, SPECS[name.removesuffix("_bare")], unpacked)
 
 
 def _bare_spec(

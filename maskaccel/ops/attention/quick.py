@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from .. import _call, _registry
 from .._backends import automatic, namespace
-from .schema import KEEP, PRUNE, packed
+from .schema import KEEP, PRUNE, packed, packed_test
 
 if TYPE_CHECKING:
     from ...masks.tiles import TileMask
@@ -46,6 +46,13 @@ def _differentiates(*args: Any) -> bool:
     return (_is_grad_enabled() or forward_ad._current_level >= 0) and _call.wants_grad(args)
 
 
+def _lists(mask: TileMask | None) -> tuple:
+    if mask is None:
+        return (None,) * 5
+    index, count, order, _, _, _, pattern_of, patterns = mask.operands(False)
+    return index, count, order, pattern_of, patterns
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: TileMask | None, scale: float | None, bias: Tensor | None,
     out_scale: Tensor | None, out_add: Tensor | None, skip_threshold: float | None, reference_lse: Tensor | None,
@@ -69,20 +76,21 @@ def attention(
     if grad and (prune or out_scale is not None or out_add is not None or _call.transformed()):
         return None
     flags, threshold = 0, 0.0
+    few = bias is None and out_scale is None and out_add is None
+    numbers = packed(bm, bn, scale) if few else None
     if skip_threshold is not None or reference_lse is not None or prune or return_keep:
         flags = (KEEP if return_keep else 0) | (PRUNE if prune else 0)
         if not flags or not _finite(skip_threshold):
             return None
         threshold = skip_threshold  # type: ignore[assignment]
-    elif bias is None and out_scale is None and out_add is None and (mask is None or not grad):
-        # under autograd a mask brings the lists of its transposed form too
+        test = packed_test(flags, threshold)
+        tested = None if grad else _native("tile_attention_tested_bare", q.device, q.dtype, False)
+        if tested is not None and numbers is not None and test is not None:
+            return tested(q, k, v, *_lists(mask), reference_lse, numbers, test)  # type: ignore[no-any-return]
+    elif mask is None or not grad:  # under autograd a mask brings the lists of its transposed form too
         bare = _native("tile_attention_bare", q.device, q.dtype, grad)
-        numbers = packed(bm, bn, scale)
         if bare is not None and numbers is not None:
-            if mask is None:
-                return bare(q, k, v, None, None, None, None, None, numbers)  # type: ignore[no-any-return]
-            index, count, order, _, _, _, pattern_of, patterns = mask.operands(False)
-            return bare(q, k, v, index, count, order, pattern_of, patterns, numbers)  # type: ignore[no-any-return]
+            return bare(q, k, v, *_lists(mask), numbers)  # type: ignore[no-any-return]
     whole = _native("tile_attention", q.device, q.dtype, grad)
     if whole is None:
         return None

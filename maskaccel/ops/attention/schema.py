@@ -99,11 +99,14 @@ SCHEMAS = {
     " float eps) -> (Tensor, Tensor, Tensor)",
 }
 
-# The everyday call, in `maskaccel_raw` alone: without scores of its own, keep bits and epilogue, and with the numbers
-# in one (`packed`). An absent tensor costs the dispatcher 0.15 us, a number 0.2 us, a result that nobody reads as much.
+# The everyday calls, in `maskaccel_raw` alone: without scores of its own and epilogue, and with the numbers in one
+# (`packed`). An absent tensor costs the dispatcher 0.15 us, a number 0.2 us, a result that nobody reads as much.
 BARE = {
     # -> (out, lse)
     "tile_attention_bare": f"(Tensor q, Tensor k, Tensor v, {_LISTS}, {_ELEMENTS}, int packed) -> (Tensor, Tensor)",
+    # -> (out, lse, keep); `test`: flags, and the fp32 bits of skip_threshold from bit 32 on
+    "tile_attention_tested_bare": f"(Tensor q, Tensor k, Tensor v, {_LISTS}, {_ELEMENTS}, Tensor? reference_lse,"
+    " int packed, int test) -> (Tensor, Tensor, Tensor)",
 }
 
 
@@ -112,11 +115,24 @@ def packed(bm: int, bn: int, scale: float) -> int | None:
     """Tiles of bm / 16, bn / 32 and the fp32 bits of scale, from bits 0, 16 and 32 on; None where they do not fit."""
     if bm >= 16 << 16 or bn >= 32 << 16 or not math.isfinite(scale):
         return None
+    bits = _upper(scale)
+    return None if bits is None else bits | (bn // 32) << 16 | bm // 16
+
+
+@functools.lru_cache(maxsize=1024)
+def packed_test(flags: int, threshold: float) -> int | None:
+    """The second number of `tile_attention_tested_bare`; None where it does not fit."""
+    bits = _upper(threshold)
+    return None if bits is None else bits | flags
+
+
+def _upper(value: float) -> int | None:
+    """The fp32 bits of a number, from bit 32 of an int64 on."""
     try:
-        (bits,) = struct.unpack("<i", struct.pack("<f", scale))
+        (bits,) = struct.unpack("<i", struct.pack("<f", value))
     except OverflowError:
         return None
-    return bits << 32 | (bn // 32) << 16 | bm // 16
+    return bits << 32  # type: ignore[no-any-return]
 
 
 def unpacked(numbers: int) -> dict[str, float]:

@@ -35,5 +35,6 @@ def cuda_refusal(q: Tensor, bm: int, flags: int) -> str | None:
 def register() -> None:
     """Tell the choice of backends."""
     limit("cuda", "tile_attention", CUDA_DTYPES, lambda q, *args: cuda_refusal(q, args[-5], args[-1]))
-    for op in ("tile_attention_bare", "tile_attention_backward", "attention_column_sums"):
+    bare = ("tile_attention_bare", "tile_attention_tested_bare")
+    for op in (*bare, "tile_attention_backward", "attention_column_sums"):
         limit("cuda", op, CUDA_DTYPES, lambda *args: None)

@@ -40,6 +40,11 @@ def _fake_random_keep(step, order, labels, quota, force, seed, route, offset, ba
     return _ints(step, batch, keep), _ints(step, batch, n), counts
 
 
+def _fake_random_keep_bare(step, seed, offset, batch_route, n_keep):
+    batch, n = batch_route & 0xFFFFFFFF, n_keep & 0xFFFFFFFF
+    return _ints(step, batch, n_keep >> 32), _ints(step, batch, n)
+
+
 def _fake_select_active(score, age, decay, force, keep, high, threshold, flags):
     batch, n = score.shape
     counts = _ints(score, batch) if flags & THRESHOLD else _ints(score, 0)
@@ -233,5 +238,6 @@ def register() -> None:
     """Define all token ops; called once by `maskaccel.ops`."""
     for name, (fake, save, backward) in _DERIVED.items():
         define(OpSpec(name, SCHEMAS[name], fake, save, backward))
-    for name, fake in (("gather_modulate_bare", _fake_gather_modulate), ("write_kv_rows_bare", _fake_write_kv_rows)):
-        define_bare(name, BARE[name], fake, unpacked)
+    define_bare("gather_modulate_bare", BARE["gather_modulate_bare"], _fake_gather_modulate, unpacked)
+    define_bare("write_kv_rows_bare", BARE["write_kv_rows_bare"], _fake_write_kv_rows)
+    define_bare("random_keep_bare", BARE["random_keep_bare"], _fake_random_keep_bare)

@@ -133,7 +133,7 @@ def _uniform(
     """The everyday draw; LookupError for what is no plain integer in its range."""
     if not type(batch) is type(n) is type(seed) is type(route) is type(offset) is int:
         raise LookupError
-    if batch < 0 or not 1 <= n < MOST_TOKENS or not 0 <= route < MOST_ROUTES:
+    if not 0 <= batch < 1 << 31 or not 1 <= n < MOST_TOKENS or not 0 <= route < MOST_ROUTES:
         raise LookupError
     if not -_MOST <= seed < _MOST or not 0 <= offset < _MOST:
         raise LookupError
@@ -145,9 +145,11 @@ def _uniform(
     else:
         step = _run.step_tensor(step, torch.device("cpu" if device is None else device))
     batch = 1 if shared else batch
-    args = (step, None, None, None, None, seed, route, offset, batch, n, keep, 1, 0, KEEP_GROUPS)
-    ids, inverse, _ = _call.undifferentiated("random_keep", step, args)
-    return _run.token_index().of_kernel(ids, inverse)
+    found = _call.bare("random_keep_bare", step, (step, seed, offset, batch | route << 32, n | keep << 32))
+    if found is None:
+        args = (step, None, None, None, None, seed, route, offset, batch, n, keep, 1, 0, KEEP_GROUPS)
+        found = _call.undifferentiated("random_keep", step, args)
+    return _run.token_index().of_kernel(found[0], found[1])
 
 
 class _Draw:

@@ -152,6 +152,8 @@ SCHEMAS = {
 # The common calls, in `maskaccel_raw` alone, with their numbers in one: as `maskaccel.ops.adaln.schema.BARE`. Of the
 # ids of `write_kv_rows_bare` no two in the cache are equal, so that nothing has to find the last of equal ones.
 BARE = {
+    # -> (keep, inverse); two integers in one, the second of each from bit 32 on
+    "random_keep_bare": "(Tensor step, int seed, int offset, int batch_route, int n_keep) -> (Tensor, Tensor)",
     "gather_modulate_bare": f"(Tensor x, {_INDEX}, Tensor? scale, Tensor? shift, int packed) -> (Tensor, Tensor)",
     "write_kv_rows_bare": "(Tensor? q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids,"
     " Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int packed) -> Tensor",
