@@ -54,7 +54,7 @@ target_include_directories(maskaccel SYSTEM PRIVATE "${cutlass_include}")
 
 # wgmma exists on sm_90a alone, so these sources are compiled for nothing else.
 if("90a" IN_LIST MASKACCEL_CUDA_ARCHS)
-  add_library(maskaccel_sm90 OBJECT csrc/attention/cuda_sm90.cu)
+  add_library(maskaccel_sm90 OBJECT csrc/attention/cuda_sm90.cu csrc/attention/cuda_sm90_backward.cu)
   target_include_directories(maskaccel_sm90 SYSTEM PRIVATE "${cutlass_include}" "${MASKACCEL_TORCH_DIR}/include")
   target_compile_definitions(maskaccel_sm90 PRIVATE USE_CUDA ${MASKACCEL_DEFINITIONS})
   target_compile_options(maskaccel_sm90 PRIVATE "SHELL:-gencode arch=compute_90a,code=sm_90a" ${cuda_common})

@@ -46,12 +46,16 @@ FAMILIES = {
     r"(?<!merge_)attention_(forward|backward|sums)_kernel": Family(("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),
     r"match_tokens_kernelIN7cutlass": Family(("HMMA", "LDSM", "LDGSTS"), ("LDL", "STL")),  # 16-bit rows
     r"copy_rows_kernelI5uint4": Family(("LDG.E.128", "STG.E.128"), ("LDL", "STL")),
-    r"sm90_\w*kernel": Family(
+    r"sm90_forward_kernel": Family(
         ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"),
         ("LDL", "STL", "CALL"),
         # The exponentials of a block run while one product is in flight, not after it.
         ("WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2", 32),
     ),
+    r"sm90_backward_kernel": Family(
+        ("HGMMA", "UTMALDG", "UBLKCP", "SYNCS", "USETMAXREG", "STSM", "REDG.E.ADD.F32x4"), ("LDL", "STL", "CALL")
+    ),
+    r"query_gradient_kernel": Family(("LDG.E.128", "STG.E.128"), ("LDL", "STL")),
 }
 # ptxas says so where it puts waits between wgmma instructions.
 SERIALIZED = re.compile(r"\(C75\d\d\).*'(\w+)'")

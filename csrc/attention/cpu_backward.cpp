@@ -122,7 +122,7 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   s.out = head_rows(out, a.q.code, s.B, s.Sq, s.H, s.D);
   s.lse = statistics(lse, s);
   if (dlse) s.dlse = statistics(dlse, s);
-  STD_TORCH_CHECK(needs >= 0 && needs < 16, "needs is ", needs, "; allowed are 0 to 15");
+  STD_TORCH_CHECK(needs >= 0 && needs < 32, "needs is ", needs, "; allowed are 0 to 31");
   STD_TORCH_CHECK(bool(a.lists.index) == bool(a.lists_t.index), "index and index_t must be given together");
   s.needs = static_cast<int>(needs);
 

@@ -17,6 +17,18 @@ void launch_forward(const Call& call, AttentionArgs& a) {
   launch_sm80(a, call.stream());
 }
 
+void launch_backward(const Call& call, const AttentionArgs& a) {
+  Workspace workspace(call);
+#ifdef MASKACCEL_SM90A
+  if (call.info().capability == 90 && sm90_backward_serves(a)) {
+    Result sums(call, {sm90_backward_sums(a)}, Dtype::f32);
+    sums.clear(call);
+    return launch_sm90_backward(a, workspace(sm90_backward_workspace(a)), sums.floats(), call.stream());
+  }
+#endif
+  launch_sm80_backward(a, workspace(backward_workspace(a)), call.stream());
+}
+
 void forward(StableIValue* stack, AttentionCall form) {
   const bool whole = form == AttentionCall::whole, tested = form == AttentionCall::tested;
   Inputs in(stack, !whole);
@@ -79,7 +91,7 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t needs = in.integer();
 
   const Call call("tile_attention_backward", q);
-  call.check(needs >= 0 && needs < 16, "needs are ", needs, "; allowed are 0 to 15");
+  call.check(needs >= 0 && needs < 32, "needs are ", needs, "; allowed are 0 to 31");
   AttentionReader r(call);
   r.qkv(q, k, v);
   r.tiles(bm, bn);
@@ -112,10 +124,7 @@ void tile_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
     a.ds = ds.floats();
     ds.clear(call);
   }
-  if (!empty && needs != 0) {
-    Workspace workspace(call);
-    launch_sm80_backward(a, workspace(backward_workspace(a)), call.stream());
-  }
+  if (!empty && (needs & ~kSameBits) != 0) launch_backward(call, a);
   stack[0] = dq.release();
   stack[1] = dk.release();
   stack[2] = dv.release();

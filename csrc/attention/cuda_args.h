@@ -7,7 +7,7 @@
 namespace maskaccel::cuda {
 
 enum AttentionFlags : int { kKeep = 1, kPrune = 2 };
-enum AttentionNeeds : int { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedS = 8 };
+enum AttentionNeeds : int { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedS = 8, kSameBits = 16 };
 
 /// A (B, S, H, D) operand with a contiguous last dim; strides in elements.
 struct Rows {
@@ -82,6 +82,13 @@ void launch_sm80(const AttentionArgs& a, Stream stream);
 int64_t backward_workspace(const AttentionArgs& a);
 void launch_sm80_backward(const AttentionArgs& a, float* workspace, Stream stream);
 
+/// Of each query, padded: lse in log2 units, +inf where a row keeps nothing, and delta. (B, H, padded) each.
+struct RowTerms {
+  float *lse = nullptr, *delta = nullptr;
+  int padded = 0;
+};
+void launch_row_terms(const AttentionArgs& a, const RowTerms& terms, Stream stream);
+
 /// Of each key the attention it receives: fp32 (B, H, Sk).
 void launch_sm80_sums(const AttentionArgs& a, float* sums, Stream stream);
 
@@ -89,6 +96,12 @@ void launch_sm80_sums(const AttentionArgs& a, float* sums, Stream stream);
 /// The path of sm_90a: wgmma and TMA. Where it does not serve a call, the path above does.
 bool sm90_serves(const AttentionArgs& a);
 void launch_sm90(const AttentionArgs& a, Stream stream);
+
+/// Its backward adds dq up in no fixed order. `workspace` and `sums` are of so many floats, `sums` zeroed.
+bool sm90_backward_serves(const AttentionArgs& a);
+int64_t sm90_backward_workspace(const AttentionArgs& a);
+int64_t sm90_backward_sums(const AttentionArgs& a);
+void launch_sm90_backward(const AttentionArgs& a, float* workspace, float* sums, Stream stream);
 #endif
 
 }  // namespace maskaccel::cuda

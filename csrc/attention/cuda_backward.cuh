@@ -12,12 +12,6 @@
 
 namespace maskaccel::cuda {
 
-/// Of each query, padded: lse in log2 units, +inf where a row keeps nothing, and delta. (B, H, padded) each.
-struct RowTerms {
-  float *lse = nullptr, *delta = nullptr;
-  int padded = 0;
-};
-
 struct GradientParams {
   AttentionArgs a;
   RowTerms terms;

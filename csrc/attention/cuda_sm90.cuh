@@ -37,10 +37,9 @@
 
 #include "cuda_schedule.h"
 #include "cuda_sm90_products.cuh"
+#include "cuda_sm90_ring.cuh"
 
 namespace maskaccel::cuda::sm90 {
-
-constexpr int kConsumerWarps = 8;
 
 struct Params {
   TensorMap q, k, v;
@@ -85,37 +84,6 @@ struct alignas(1024) Storage {
     publish_barriers();
   }
 };
-
-/// Bytes to ask for: the start of dynamic shared memory is only known to lie on 16 bytes.
-template <typename S>
-constexpr int kSharedBytes = sizeof(Storage<S>) + 1024;
-
-template <typename S>
-__device__ __forceinline__ Storage<S>& storage() {
-  char* bytes = reinterpret_cast<char*>(dynamic_shared());
-  return *reinterpret_cast<Storage<S>*>(bytes + (1024 - shared_address(bytes) % 1024) % 1024);
-}
-
-/// A place in a ring of stages, and the parity of its present round.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-/// Loads rows from `first` on of one head, slab by slab.
-template <int kRowsOfSlab, int kSlab, int kColumns, typename T>
-__device__ __forceinline__ void load(const TensorMap& map, Barrier& full, bool once, T* to, int first, int head,
-                                     int batch) {
-#pragma unroll
-  for (int c = 0; c < kColumns; c += kSlab) load_box(map, full, once, to + c * kRowsOfSlab, c, first, head, batch);
-}
 
 /// The thread that loads.
 template <typename S>

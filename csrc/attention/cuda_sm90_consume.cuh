@@ -5,11 +5,6 @@
 
 namespace maskaccel::cuda::sm90 {
 
-__device__ __forceinline__ void arrive(Barrier& barrier) {
-  sync_warp();
-  if (threadIdx.x % kWarp == 0) barrier.arrive();
-}
-
 /// A consumer. kKeepBits: with keep bits, and pruning where the flags ask for it.
 template <typename S, bool kKeepBits>
 __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int group) {
@@ -137,7 +132,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int
 template <typename S, bool kKeepBits>
 __global__ void __launch_bounds__(kThreads, 1) sm90_forward_kernel(const __grid_constant__ Params p) {
 #if defined(MASKACCEL_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  Storage<S>& shared = storage<S>();
+  auto& shared = storage<Storage<S>>();
   if (threadIdx.x == 0) shared.start_barriers();
   sync_threads();
   const int group = warp_group();

@@ -167,6 +167,13 @@ struct Cta {
   Passes& of(const Barrier* barrier) {
     return barriers.try_emplace(barrier, Passes{static_cast<int>(barriers.size())}).first->second;
   }
+  /// Starts a load, which `land` finishes now or when `full` is waited for.
+  void load(const Barrier& full, const void* to, int bytes, std::function<void()> land) {
+    const Passes& passes = of(&full);
+    order.load(shared_address(to), bytes, passes.number, passes.phases);
+    if (emulation::random() % 2 == 0) return land();
+    loads.emplace_back(&full, std::move(land));
+  }
 };
 
 inline Cta& cta() {
@@ -215,20 +222,40 @@ inline void publish_barriers() {
 }
 
 inline void load_box(const TensorMap& map, Barrier& full, bool, void* to, int column, int row, int head, int batch) {
-  const Cta::Passes& passes = cta().of(&full);
-  cta().order.load(shared_address(to), box_bytes(fields(map)), passes.number, passes.phases);
-  const auto land = [f = fields(map), &full, to = shared_address(to), column, row, head, batch] {
-    int inside = 0;
-    for_each_element(f, to, {column, row, head, batch}, [&](uint32_t address, const char* from) {
-      char* element = shared_pointer(address, 2);
-      if (from != nullptr) std::memcpy(element, from, 2);
-      if (from == nullptr) std::memset(element, 0, 2);
-      inside += from != nullptr ? 2 : 0;
-    });
-    full.complete(fault("bytes-inside") ? inside : box_bytes(f));  // all of them, also those out of bounds
-  };
-  if (emulation::random() % 2 == 0) return land();
-  cta().loads.emplace_back(&full, land);
+  cta().load(full, to, box_bytes(fields(map)),
+             [f = fields(map), &full, to = shared_address(to), column, row, head, batch] {
+               int inside = 0;
+               for_each_element(f, to, {column, row, head, batch}, [&](uint32_t address, const char* from) {
+                 char* element = shared_pointer(address, 2);
+                 if (from != nullptr) std::memcpy(element, from, 2);
+                 if (from == nullptr) std::memset(element, 0, 2);
+                 inside += from != nullptr ? 2 : 0;
+               });
+               full.complete(fault("bytes-inside") ? inside : box_bytes(f));  // all of them, also those out of bounds
+             });
+}
+inline void load_plain(const float* from, Barrier& full, float* to, int bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || shared_address(to) % 16 != 0 || bytes % 16 != 0)
+    stop("a copy of %d bytes that does not lie on 16", bytes);
+  cta().load(full, to, bytes, [=, &full] {
+    std::memcpy(to, from, bytes);
+    full.complete(bytes);
+  });
+}
+
+inline void store_matrices(void* row, const uint32_t (&words)[4]) {
+  if (shared_address(row) % 16 != 0) stop("a row of a matrix that does not lie on 16 bytes");
+  cta().order.write(row, 16);
+  const int lane = emulation::current() % 32;
+  emulation::Mail<char*> rows(static_cast<char*>(row));
+  for (int m = 0; m < 4; ++m) std::memcpy(rows[8 * m + lane / 4] + lane % 4 * 4, &words[m], 4);
+}
+inline void publish_to_products() {
+  if (!fault("no-fence")) cta().order.fence_async();
+}
+
+inline void add_to_global(float* to, float a, float b, float c, float d) {
+  to[0] += a, to[1] += b, to[2] += c, to[3] += d;
 }
 
 /// Whether M or N is contiguous in an operand of this kind of fragment.
@@ -315,6 +342,7 @@ inline void named_arrive(int id) {
   ++emulation::machine().progress;
 }
 inline void named_wait(int id) {
+  if (fault("no-barrier")) return;
   const unsigned generation = cta().named[id].generation;
   named_arrive(id);
   while (cta().named[id].generation == generation) emulation::yield();

@@ -30,10 +30,12 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
 #include "cuda_sm90_emulation.h"
 #else
 
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/tensor.hpp>
 
 namespace maskaccel::cuda::sm90 {
 
@@ -55,9 +57,7 @@ inline Encode encoder() {
 }
 
 /// Address in shared memory.
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return cute::cast_smem_ptr_to_uint(pointer);
-}
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return cute::cast_smem_ptr_to_uint(pointer); }
 
 /// mbarrier in shared memory. All that other threads wrote before they arrived is there after a wait; "memory" keeps
 /// the compiler from moving reads and writes of cards across, which the barriers of CUTLASS leave to it.
@@ -91,6 +91,24 @@ __device__ __forceinline__ void load_box(const TensorMap& map, Barrier& full, bo
   constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST, kAgain = cute::TMA::CacheHintSm90::EVICT_LAST;
   cute::SM90_TMA_LOAD_4D::copy(&map, &full.word, static_cast<uint64_t>(once ? kOnce : kAgain), to, column, row, head,
                                batch);
+}
+
+/// Loads plain bytes, a multiple of 16.
+__device__ __forceinline__ void load_plain(const float* from, Barrier& full, float* to, int bytes) {
+  cute::SM90_BULK_COPY_G2S::copy(from, &full.word, to, bytes);
+}
+
+/// Writes four 8 x 8 matrices of 16-bit elements: lane 8 m + r gives the address of row r of matrix m, words[m] are its
+/// elements 2 (lane % 4) and the next of row lane / 4.
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&words)[4]) {
+  cute::SM90_U32x4_STSM_N::copy(words[0], words[1], words[2], words[3], *static_cast<cute::uint128_t*>(row));
+}
+/// What this thread wrote to shared memory is there for wgmma after the next barrier.
+__device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// Adds to four sums in global memory, side by side, in no fixed order with other threads.
+__device__ __forceinline__ void add_to_global(float* to, float a, float b, float c, float d) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
 /// Starts the products of kSteps slices of 16, a(_, _, i) b(_, _, i): fragments of operands in shared memory or, for a,

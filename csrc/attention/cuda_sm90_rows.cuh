@@ -122,25 +122,6 @@ struct KeepTest {
   }
 };
 
-/// The four words of a thread become those of one block of eight columns: thread t of four gets block t.
-__device__ __forceinline__ void transpose_of_four(uint32_t (&words)[4]) {
-  const int t = threadIdx.x % 4;
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const bool upper = t & step;
-      const uint32_t got = shuffle_xor(upper ? words[i] : words[i ^ step], step);
-      if (upper) {
-        words[i] = got;
-      } else {
-        words[i ^ step] = got;
-      }
-    }
-  }
-}
-
 /// Writes out and lse of the two rows of a thread: `first` and `first + 8`.
 template <typename S>
 __device__ __forceinline__ void write(const Params& p, const ItemCard& item, int first, float (&out)[S::kOut],
@@ -178,22 +159,7 @@ __device__ __forceinline__ void write(const Params& p, const ItemCard& item, int
           nothing ? kNone : softmax.most[r] * a.scale + logf(softmax.sum[r]);
     }
     T* to = static_cast<T*>(a.out) + ((int64_t{item.batch} * a.queries + row) * a.heads + item.head) * a.dim;
-    constexpr int kBlocks = S::kDim / 8;
-#pragma unroll
-    for (int group = 0; group < kBlocks; group += 4) {
-      uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int i = 0; i < 4 && group + i < kBlocks; ++i) {
-        const int at = (group + i) * 4 + r * 2;
-        T pair[2];
-        round_all({out[at], out[at + 1]}, pair);
-        std::memcpy(&words[i], pair, sizeof pair);
-      }
-      transpose_of_four(words);
-      const int column = (group + static_cast<int>(threadIdx.x) % 4) * 8;
-      if (inside && column < a.dim)
-        *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    write_row(out, r, inside, to, a.dim);
   }
 }
 

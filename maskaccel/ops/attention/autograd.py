@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from .._registry import OpSpec, define, define_bare, op
 from . import reference
-from .schema import BARE, KEEP, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE, SCHEMAS, unpacked
+from .schema import BARE, KEEP, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE, SAME_BITS, SCHEMAS, unpacked
 
 # Arguments of `tile_attention` by position.
 _MASK, _SCORES, _EPILOGUE, _NUMBERS = slice(3, 11), slice(11, 15), slice(16, 18), slice(18, 23)
@@ -119,6 +119,8 @@ def _attention_backward(namespace: str, plain: tuple, needs: tuple, saved: tuple
     none: tuple = (None,) * len(needs)
     if not asked or (dout is None and dlse is None):
         return none
+    if torch.are_deterministic_algorithms_enabled():
+        asked |= SAME_BITS
     dout = torch.zeros_like(out) if dout is None else _checks.dense_last(dout)
     dlse = None if dlse is None else dlse.contiguous()
     mask = _with_transposed(mask, q, k, bm, bn)

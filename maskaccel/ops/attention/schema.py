@@ -46,7 +46,8 @@ raise the running maximum).
 **Backward.** Scores are formed again; `P = exp(s - lse)`, `dS = P * (dP - delta)` with
 `delta = sum_d(dout * out) - dlse`. `needs` asks for dq, dk, dv and `ds` (bits 0 to 3), what is not asked for has 0
 elements. `ds` is fp32 `(B, H, Sq, Sk)`, the gradient of the scores, 0 where not kept; the caller reduces it to that of
-bias or table. dk and dv are summed over the query heads of a key head. No atomics: the same input gives the same bits.
+bias or table. dk and dv are summed over the query heads of a key head. Bit 4, SAME_BITS, asks that the same input gives
+the same bits, which all kernels do but that of sm_90a, whose dq is a sum in no fixed order: torch's deterministic mode.
 `out` is softmax(s) v, before any epilogue.
 
 `attention_column_sums`: fp32 `(B, H, Sk)`, for each key the sum over queries of `P`.
@@ -67,7 +68,7 @@ import math
 import struct
 
 KEEP, PRUNE = 1, 2  # bits of `flags`
-NEED_Q, NEED_K, NEED_V, NEED_S = 1, 2, 4, 8  # bits of `needs`
+NEED_Q, NEED_K, NEED_V, NEED_S, SAME_BITS = 1, 2, 4, 8, 16  # bits of `needs`
 FEATURE_MAPS = {"relu": 0, "elu1": 1}
 NORMALIZE = {"sum": 0, "mean": 1}
 
