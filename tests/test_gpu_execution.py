@@ -46,7 +46,7 @@ def _all_bits(results: tuple[Tensor, ...], args: tuple) -> list[Tensor]:
 def test_a_graph_reads_what_its_arguments_hold(target, op):
     """Captured once and replayed with other values in the same memory, a call gives what a plain call gives."""
     kernel = target.kernel(op)
-    for seed, args in target.calls(op, count=CALLS):
+    for seed, args in target.repeatable(op, count=CALLS):
         plain, captured = twins(args), twins(args)
         results, replay = target.capture(kernel, captured)
         for number in range(3):
@@ -75,7 +75,7 @@ def test_a_call_does_not_wait(target, op):
 def test_a_call_runs_on_the_current_stream(target, op):
     """What the stream wrote just before, behind a long wait, is what the call reads."""
     kernel = target.kernel(op)
-    for seed, args in target.calls(op, count=CALLS):
+    for seed, args in target.repeatable(op, count=CALLS):
         want = outcome(kernel, twins(args))
         here = twins(args)
         read = [memory(t) for t in here if isinstance(t, Tensor) and t.is_floating_point()]
@@ -130,7 +130,10 @@ def test_a_graph_counts_steps(target, n):
 @pytest.mark.parametrize("dim", [64, 72, 128, 256])
 @pytest.mark.parametrize("target", ANYWHERE)
 def test_attention_of_a_mask(target, dim):
-    """The public call: two runs give the same bits, forward and backward, and so does a graph of it."""
+    """The public call: two runs give the same bits, and so does a graph of it; so do gradients where that is asked for.
+
+    Otherwise they may differ by roundings: the backward of sm_90a adds to dq in no fixed order.
+    """
     target.kernel("tile_attention")
     tokens = 1500 if target.device != "cpu" else 150
     gen = torch.Generator().manual_seed(0)
@@ -145,7 +148,14 @@ def test_attention_of_a_mask(target, dim):
         return [out, lse, *torch.autograd.grad(out.float().square().sum() + lse.nan_to_num(neginf=0).sum(), (q, k, v))]
 
     first, second = once(), once()
-    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first[:2], second[:2]))
+    for one, other in zip(first[2:], second[2:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * one.abs().max().item())
+    torch.use_deterministic_algorithms(target.device != "cpu")
+    try:
+        assert all(map(torch.equal, once(), once()))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
     def plain(*qkv: Tensor) -> Tensor:
         return tile_attention(*qkv, mask, backend=target.backend)
