@@ -9,7 +9,7 @@ import cuda_emulator
 import pytest
 import torch
 from _numerics import assert_all_close_to_truth
-from _raw_cases import ADALN, BARE, STEPS, bare_differs, describe, draw, run, run_plain, wanted, whole_of, widened
+from _raw_cases import ADALN, BARE, OPS, STEPS, bare_differs, describe, draw, run, run_plain, wanted, whole_of, widened
 
 from maskaccel.ops.adaln.schema import NEED_SCALE, NEED_SHIFT, NEED_X
 
@@ -80,6 +80,14 @@ def test_backward_is_deterministic(emulated):
     first, second = (emulated.gate_residual_norm_modulate_backward(*args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert any(a.numel() for a in first)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.endswith("_backward") and not op.startswith("linear")])
+def test_results_share_nothing(emulated, op):
+    """Those that were not asked for neither: the schema promises it."""
+    for seed in range(3000, 3006):
+        args = draw(op, seed, torch.bfloat16)
+        torch.library.opcheck(getattr(emulated, op).default, args, test_utils=("test_schema",))
 
 
 def test_empty(emulated):

@@ -41,9 +41,6 @@ class Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
   ~Call() {
-    for (AtenTensorHandle empty : nothing_) {
-      if (empty != nullptr) aoti_torch_delete_tensor_object(empty);
-    }
     if (guard_ != nullptr) aoti_torch_delete_device_guard(guard_);
   }
 
@@ -81,24 +78,10 @@ class Call {
   int32_t device_type() const { return device_type_; }
   int32_t device() const { return device_; }
   DeviceInfo info() const { return device_info(device_); }
-  /// A tensor without elements; one for each dtype of a call, since making one costs as much as any other.
-  AtenTensorHandle nothing(Dtype dtype) const {
-    AtenTensorHandle& empty = nothing_[static_cast<int>(dtype)];
-    if (empty == nullptr) {
-      const int64_t size = 0, stride = 1;
-      MASKACCEL_SHIM(
-          aoti_torch_empty_strided(1, &size, &stride, codes().of(dtype), device_type_, device_, &empty));
-#ifdef MASKACCEL_EMULATE
-      ++emulation::machine().allocations;
-#endif
-    }
-    return empty;
-  }
 
  private:
   const char* op_;
   int32_t device_type_ = 0, device_ = 0;
-  mutable AtenTensorHandle nothing_[3] = {};
   DeviceGuardHandle guard_ = nullptr;
   Stream stream_ = nullptr;
 };
@@ -120,19 +103,16 @@ class Result {
     MASKACCEL_SHIM(
         aoti_torch_empty_strided(dim, sizes, strides, code, call.device_type(), call.device(), &handle_));
 #ifdef MASKACCEL_EMULATE
-    ++emulation::machine().allocations;
+    if (count > 0) ++emulation::machine().allocations;
 #endif
     MASKACCEL_SHIM(aoti_torch_get_data_ptr(handle_, &data_));
     bytes_ = count * item;
   }
   Result(const Call& call, std::initializer_list<int64_t> sizes, Dtype dtype)
       : Result(call, sizes.begin(), static_cast<int>(sizes.size()), dtype) {}
-  /// What stands for a result that was not asked for.
-  static Result nothing(const Call& call, Dtype dtype) {
-    Result r;
-    MASKACCEL_SHIM(aoti_torch_new_tensor_handle(call.nothing(dtype), &r.handle_));
-    return r;
-  }
+  /// What stands for a result that was not asked for. Each is a tensor of its own: schemas promise that results share
+  /// no storage, of no elements either.
+  static Result nothing(const Call& call, Dtype dtype) { return Result(call, {0}, dtype); }
   Result(const Result&) = delete;
   Result& operator=(const Result&) = delete;
   Result(Result&& o) noexcept { *this = std::move(o); }
