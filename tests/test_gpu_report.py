@@ -64,12 +64,13 @@ def test_figures_below_their_goals_are_missed(found):
     """Reached, missed and not measured, each by its figure; losing ops are marked in their own table too."""
     text = report.text({"gpu": found}, {})
     said = verdicts(text)
+    unmeasured = next(line for line in text.splitlines() if line.startswith("Not measured: "))
     assert said[FAST] == "reached" and said[f"{FAST} against torch.compile"] == "reached"
     assert said[SLOW] == "**missed**" and said[f"{SLOW} against torch.compile"] == "**missed**"
     wanted = {"dense": "reached", "50% skipped": "**missed**", "75% skipped": "reached", "90% skipped": "reached"}
     for label, verdict in wanted.items():
         assert said[f"tile_attention 16384x24x128 forward, {label}, of dense cuDNN"] == verdict
-        assert said[f"tile_attention 16384x24x128 backward, {label}, of dense cuDNN"] == "not measured"
+        assert f"tile_attention 16384x24x128 backward, {label}, of dense cuDNN" in unmeasured
     # 0.1 ms of lists: 0.1 / (10 - 10 / 1.7) and 0.1 / (10 - 10 / 9)
     share = "building the lists, 16384x24x128, {} skipped, of the time saved"
     assert said[share.format("50%")] == "**missed**" and said[share.format("90%")] == "reached"

@@ -16,6 +16,7 @@ import compiling
 import correctness
 import kernels
 import micro
+import stages
 from pool import INDUCTOR_CACHE
 from stage import Context
 
@@ -80,6 +81,13 @@ def test_distance_sees_what_is_not_a_number_and_what_does_not_pair():
     assert not kernels.distance(torch.tensor([torch.inf] * 4), one) <= 1
     assert not kernels.distance((one, one), one) <= 1
     assert kernels.distance((one, torch.empty(0)), one) == 0.0
+
+
+def test_a_budget_leaves_every_stage_time_for_its_first_item():
+    """No item is begun with less time left than it usually takes, so a stage's share must be longer."""
+    for name, plan in stages.STAGES.items():
+        module = stages.load(plan)
+        assert plan.seconds >= min(stages.expected(module), module.SECONDS) + 15, name
 
 
 def test_every_op_with_a_goal_has_the_shapes_of_models():

@@ -39,20 +39,21 @@ def goals(found: Mapping[str, Any]) -> Iterator[Target]:
 
 
 def goal_table(targets: Iterable[Target]) -> str:
-    """Missed goals first, then those reached, then those without a measurement."""
-    order = {False: 0, True: 1, None: 2}
-    rows = sorted(targets, key=lambda target: order[target.reached])
+    """Missed goals first, then those reached; those without a measurement by name alone."""
+    rows = sorted(targets, key=lambda target: target.reached is not False)
     count = Counter(target.reached for target in rows)
     lines = [
         f"{count[True]} reached, {count[False]} missed, {count[None]} not measured.", "",
         "| what | goal | measured | |", "|---|---:|---:|---|",
     ]  # fmt: skip
     for target in rows:
-        sign, unit = "≤" if target.at_most else "≥", target.unit
-        got = "" if target.got is None else f"{target.got:.3g} {unit}"
-        words = {False: "**missed**", True: "reached", None: "not measured"}[target.reached]
-        lines.append(f"| {target.what} | {sign} {target.goal:g} {unit} | {got} | {words} |")
-    return "\n".join(lines)
+        if target.got is not None:
+            sign, words = "≤" if target.at_most else "≥", "reached" if target.reached else "**missed**"
+            lines.append(
+                f"| {target.what} | {sign} {target.goal:g} {target.unit} | {target.got:.3g} {target.unit} | {words} |"
+            )
+    absent = [target.what for target in rows if target.got is None]
+    return "\n".join([*lines, *(["", f"Not measured: {'; '.join(absent)}."] if absent else [])])
 
 
 def stage_text(name: str, found: Mapping[str, Any]) -> str:

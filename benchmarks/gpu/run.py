@@ -187,19 +187,20 @@ def _short(words: str) -> str:
 
 
 def listing(runner: Runner) -> Iterator[str]:
-    """Stages, their items and expected seconds."""
+    """Stages, when each is expected to begin, their items and expected seconds."""
     total = 0.0
     for name, items in runner.todo.items():
         module = runner.modules[name]
-        one, workers = stages.expected(module), getattr(module, "PARALLEL", 1)
+        one, workers, most = stages.expected(module), getattr(module, "PARALLEL", 1), runner.plan[name].seconds
         seconds = one * len(items) / workers
-        total += seconds
         yield (
-            f"{name}: {len(items)} items, {workers} at once, {one:g} s each (killed after {module.SECONDS:g}): "
-            f"{seconds:.0f} s, in a budget at most {runner.plan[name].seconds:g}"
+            f"{name}: from {total:.0f} s, {len(items)} items, {workers} at once, {one:g} s each (killed after "
+            f"{module.SECONDS:g}): {seconds:.0f} s" + (f", cut to {most:g} by a budget" if seconds > most else "")
         )
+        total += seconds if runner.budget is None else min(seconds, most)
         yield from (f"  {item}" for item in items)
-    yield f"expected: {total:.0f} s, without the starts of workers"
+    words = "" if runner.budget is None else f", cut to the budget of {runner.budget:g} s"
+    yield f"expected: {total:.0f} s{words}, without the starts of workers"
     yield from (f"{name}: {problem}" for name, problem in runner.problems.items())
 
 

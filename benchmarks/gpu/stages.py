@@ -30,11 +30,11 @@ PLAN = {
     "lists": Plan("lists", 30),
     "host": Plan("host", 40),
     "models": Plan("models", 150),
-    "fashion": Plan("fashion", 150),
+    "fashion": Plan("fashion", 370),
     "tokens": Plan("tokens", 60),
     "sync": Plan("sync", 60),
     "sanitize": Plan("sanitize", 90),
-    "tests": Plan("tests", 120),
+    "tests": Plan("tests", 200),
 }
 STAGES = {name: plan for name, plan in PLAN.items() if Path(__file__).with_name(f"{plan.module}.py").exists()}
 
