@@ -14,7 +14,38 @@ from torch.nn import functional as F
 
 import maskaccel
 from maskaccel import methods as m
+from maskaccel.masks import TileMask
+from maskaccel.patching.once import Places
 from maskaccel.patching.transaction import PatchError
+
+
+class _Asked(Exception):
+    """`TileMask.from_rule` was called: with a rule, and a device."""
+
+
+@pytest.mark.parametrize(
+    ("method", "grid"),
+    [
+        (m.SlidingTile(window=(3, 3, 3), tile=(2, 2, 4)), GRID),
+        (m.RadialAttention(block=(32, 32)), GRID),
+        (m.CLEAR(radius=3, patch=(4, 4), block=(32, 32)), (8, 24)),
+    ],
+)
+def test_masks_are_made_where_the_tokens_are(method, grid, monkeypatch) -> None:
+    """On a GPU by its own work: a rule that is moved leaves nothing behind, and meta tensors do not mix with others."""
+
+    def asked(rule, shape, block, device):
+        raise _Asked(rule, device)
+
+    monkeypatch.setattr(TileMask, "from_rule", asked)
+    for place, maker in (("cuda:0", "cuda:0"), ("cpu", "cpu"), ("meta", "cpu")):
+        with pytest.raises(_Asked) as found:
+            method.fixed(Places(grid, (0, 0), TOKENS, TOKENS, 3, torch.device(place)))
+        rule, device = found.value.args
+        assert device == torch.device(maker)
+    rows = torch.arange(64, device="meta").view(2, 32)
+    moved = rule.to(torch.device("meta"))
+    assert moved.classify(rows, rows).shape[2:] == (2, 2) and moved.keep(rows, rows).shape[2:] == (2, 32, 32)
 
 
 @pytest.mark.parametrize("radius", [2, 3.5, 6])

@@ -118,19 +118,20 @@ class CLEAR(SparseAttention):
         if places.grid[0] % f or places.grid[1] % f:
             raise ValueError(f"{self.name}: the grid {places.grid} is no multiple of the pooling's factor {f}")
         order = beside(places.grid, places.text, self.patch)
-        return order, self.tile_mask(order)
+        return order, self.tile_mask(order, places.maker)
 
-    def tile_mask(self, order: TokenOrder) -> TileMask:
+    def tile_mask(self, order: TokenOrder, device: torch.device | None = None) -> TileMask:
         """The mask of tokens in the order of patches; with pooling, the pooled tokens are the last keys."""
         if self.pooling is None:
-            return TileMask.from_rule(GridWindow(order, self.radius, "euclid"), (order.tokens,) * 2, self.block)
+            disc = GridWindow(order, self.radius, "euclid")
+            return TileMask.from_rule(disc, (order.tokens,) * 2, self.block, device)
         pooled = math.prod(order.grid) // self.pooling.factor**2
         keys = TokenOrder(order.grid, order.patch, order.prefix, order.suffix + pooled)
         image = (order.coordinates[:, 0] >= 0).long()
         classes = torch.cat([image, torch.full((pooled,), 2)])
         relation = ((ALWAYS, ALWAYS, NEVER), (ALWAYS, WHERE, ALWAYS))  # text and image see text, image, pooled
         rule = Segments(image, classes, relation, GridWindow(order, self.radius, "euclid", keys=keys))
-        return TileMask.from_rule(rule, (order.tokens, keys.tokens), self.block)
+        return TileMask.from_rule(rule, (order.tokens, keys.tokens), self.block, device)
 
 
 class _Disc(FixedMask):

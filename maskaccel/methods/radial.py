@@ -135,12 +135,12 @@ class RadialAttention(SparseAttention):
         if len(places.grid) != 3:
             return "it is for videos"
         order = beside((places.grid[0], math.prod(places.grid[1:])), places.text)
-        return None, self.tile_mask(order)
+        return None, self.tile_mask(order, places.maker)
 
-    def tile_mask(self, order: TokenOrder) -> TileMask:
-        """The mask of tokens in raster order, of the grid `(frames, tokens of a frame)`."""
+    def tile_mask(self, order: TokenOrder, device: torch.device | None = None) -> TileMask:
+        """The mask of tokens in raster order, of the grid `(frames, tokens of a frame)`, made on a device."""
         rule = FrameBands(order, self.decay, self.block[0], self.sink)
-        mask = TileMask.from_rule(rule, (order.tokens, order.tokens), self.block)
+        mask = TileMask.from_rule(rule, (order.tokens, order.tokens), self.block, device)
         return whole(mask) if self.whole_tiles else mask
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from ..masks import GridWindow, TileMask, TokenOrder
 from ..masks.tiles import DEFAULT_BLOCK
 from ..ops._checks import count as check_count
@@ -74,13 +76,13 @@ class SlidingTile(SparseAttention):
         if len(self._windows) not in (1, places.heads):
             raise ValueError(f"window is for {len(self._windows)} heads; the attention has {places.heads}")
         order = beside(places.grid, places.text, self.tile[-axes:])
-        masks = [self.tile_mask(order, window[-axes:]) for window in self._windows]
+        masks = [self.tile_mask(order, window[-axes:], places.maker) for window in self._windows]
         return order, TileMask.stack(masks) if len(masks) > 1 else masks[0]
 
-    def tile_mask(self, order: TokenOrder, window: tuple[int, ...]) -> TileMask:
-        """The mask of one head, of tokens in tile order."""
+    def tile_mask(self, order: TokenOrder, window: tuple[int, ...], device: torch.device | None = None) -> TileMask:
+        """The mask of one head, of tokens in tile order, made on a device."""
         assert order.patch is not None
         tokens = math.prod(order.patch)
         block = (tokens, tokens) if tokens % 32 == 0 and order.prefix == 0 else DEFAULT_BLOCK
         rule = GridWindow(order, tuple(size // 2 for size in window), unit=order.patch, clamp=True)
-        return TileMask.from_rule(rule, (order.tokens, order.tokens), block)
+        return TileMask.from_rule(rule, (order.tokens, order.tokens), block, device)

@@ -34,6 +34,11 @@ class Places:
     heads: int
     device: torch.device
 
+    @property
+    def maker(self) -> torch.device:
+        """Where rules are looked at element by element: on a GPU; else on the CPU, which takes seconds for a video."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
 
 _NUMBERS = itertools.count()
 
