@@ -16,7 +16,7 @@ import paths  # noqa: F401
 import torch
 
 from maskaccel.ops._backends import call_refusal, refusal
-from maskaccel.ops.attention.schema import KEEP, PRUNE
+from maskaccel.ops.attention.schema import KEEP, NEED_K, NEED_Q, NEED_V, PRUNE
 
 FAMILIES = ("adaln", "steps", "tokens", "attention", "sm90", "triton")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -53,12 +53,12 @@ def random_calls(family: str, device: str, seeds: int) -> dict[str, int]:
 
 
 def hopper_calls(device: str) -> dict[str, int]:
-    """Calls of `tile_attention` that the kernels of sm_90a take: head dims, masks, keep bits, pruning."""
+    """Attention that the kernels of sm_90a take: head dims, masks, keep bits, pruning, gradients."""
     from maskaccel.masks import TileMask
 
-    kernel = kernels.find(device, "tile_attention")
+    kernel, backward = kernels.find(device, "tile_attention"), kernels.find(device, "tile_attention_backward")
     counts: dict[str, int] = {}
-    if kernel is None:
+    if kernel is None or backward is None:
         return counts
     generator = torch.Generator().manual_seed(0)
     for dim in (64, 72, 96, 128, 256):
@@ -67,10 +67,15 @@ def hopper_calls(device: str) -> dict[str, int]:
         some = (torch.rand(1, 2, 300, 520, generator=generator) < 0.7).to(device)
         masks = (None, TileMask.from_tiles(tiles, (300, 520)), TileMask.from_bool(some, (128, 128)))
         for mask in masks:
-            lists = (None,) * 8 if mask is None else (*mask.lists(), *(None,) * 3, mask.pattern_of, mask.patterns)
-            for flags in (0, KEEP, KEEP | PRUNE) if dim <= 128 else (0,):
-                kernel(q, k, v, *lists, *(None,) * 7, 128, 128, dim**-0.5, -1.0, flags)
+            lists: tuple = (None,) * 8
+            if mask is not None:
+                lists = (*mask.lists(), *mask.transposed_lists(), mask.pattern_of, mask.patterns)
+            for flags in (KEEP, KEEP | PRUNE, 0) if dim <= 128 else (0,):
+                out, lse, _ = kernel(q, k, v, *lists, *(None,) * 7, 128, 128, dim**-0.5, -1.0, flags)
                 counts[f"dim {dim}"] = counts.get(f"dim {dim}", 0) + 1
+            gradients = NEED_Q | NEED_K | NEED_V
+            backward(q, None, q, k, v, out, lse, *lists, *(None,) * 4, 128, 128, dim**-0.5, gradients)
+            counts[f"gradients, dim {dim}"] = counts.get(f"gradients, dim {dim}", 0) + 1
     return counts
 
 
