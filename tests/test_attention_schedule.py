@@ -3,57 +3,35 @@
 from __future__ import annotations
 
 import ctypes
-import heapq
 import itertools
 import random
 import shutil
-import subprocess
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+import torch
+
+from benchmarks.attention import schedule, schedule_model
+from benchmarks.attention.schedule_model import MULTIPROCESSORS, Kernel, Launch, Shape, simulate
+from maskaccel.masks import TileMask
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-HEADER = Path(__file__).resolve().parent.parent / "csrc" / "attention" / "cuda_schedule.h"
-CTAS = 132
-SOURCE = f"""
-#include <initializer_list>
-#include "{HEADER}"
-using namespace maskaccel::cuda;
-extern "C" int sequence(const int* order, const int* sizes, int* out) {{
-  Schedule s{{order, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]}};
-  for (int place = 0; place < s.items(); ++place) {{
-    const Item i = s.item(place);
-    for (int x : {{i.batch, i.head, i.tile_row, i.sub, i.line}}) *out++ = x;
-  }}
-  return s.items();
-}}
-extern "C" int walk(const int* index, int partial, int total, int bn, int block, int keys, int* out) {{
-  int blocks = 0;
-  for (Walk w(index, partial, total, bn, block, keys); w.next(); ++blocks) {{
-    for (int x : {{w.begin, w.tile, int(w.is_partial()), int(w.last())}}) *out++ = x;
-  }}
-  return blocks;
-}}
-"""
+FORWARD = Kernel("forward")
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    """The header behind two C functions."""
-    folder = tmp_path_factory.mktemp("schedule")
-    (folder / "schedule.cpp").write_text(SOURCE)
-    command = ["g++", "-std=c++17", "-shared", "-fPIC", str(folder / "schedule.cpp"), "-o", str(folder / "schedule.so")]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(folder / "schedule.so"))
+def native():
+    """The headers behind C functions."""
+    return schedule_model.native()
 
 
 def _sequence(native, order, tile_rows, subs, batch, heads, mask_batch, mask_heads, window):
     count = tile_rows * subs * batch * heads
     out = (ctypes.c_int * (5 * count))()
     pointer = None if order is None else (ctypes.c_int * len(order))(*order)
-    sizes = (ctypes.c_int * 7)(tile_rows, subs, batch, heads, mask_batch, mask_heads, window)
-    assert native.sequence(pointer, sizes, out) == count
+    launch = Launch(tile_rows, subs, batch, heads, mask_batch, mask_heads, window)
+    assert native.sequence(ctypes.byref(launch), pointer, out) == count
     return [tuple(out[i : i + 5]) for i in range(0, 5 * count, 5)]
 
 
@@ -80,37 +58,58 @@ def test_without_a_mask_heads_come_one_after_the_other(native):
 def test_neighbours_share_keys(native):
     """At most a few heads at a time, and longest first to within a window."""
     items = _sequence(native, list(range(64)), 64, 1, 1, 24, 1, 1, 16)
-    for at in range(0, len(items) - CTAS, CTAS):
-        assert len(Counter(i[1] for i in items[at : at + CTAS])) <= CTAS // 16 + 2
+    for at in range(0, len(items) - MULTIPROCESSORS, MULTIPROCESSORS):
+        assert len(Counter(i[1] for i in items[at : at + MULTIPROCESSORS])) <= MULTIPROCESSORS // 16 + 2
     ranks = [i[2] for i in items]
     assert all(a // 16 <= b // 16 for a, b in itertools.pairwise(ranks))
 
 
-def _claimed(lengths: list[int]) -> int:
-    """Load of the busiest CTA when each takes the next item as it gets free."""
-    load = [0] * CTAS
-    for n in lengths:
-        heapq.heapreplace(load, load[0] + n)
-    return max(load)
-
-
 def _in_turns(lengths: list[int]) -> int:
-    """The same when every CTA takes every CTAS-th."""
-    return max(sum(lengths[c::CTAS]) for c in range(CTAS))
+    """Load of the busiest CTA when every one takes every so-many-th item."""
+    return max(sum(lengths[c::MULTIPROCESSORS]) for c in range(MULTIPROCESSORS))
 
 
-@pytest.mark.parametrize("copies", [1, 24])
-def test_balance(native, copies):
+@pytest.mark.parametrize("heads", [1, 24])
+def test_balance(heads):
     """A tenth of the rows is ten times as long, as text tokens make them: claims lose little, turns would lose more."""
-    rows = 6144 // copies
-    rng = random.Random(1)
-    length = [256 if rng.random() < 0.1 else 25 for _ in range(rows)]
-    order = sorted(range(rows), key=lambda i: -length[i])
-    items = _sequence(native, order, rows, 1, 1, copies, 1, 1, 16)
-    lengths = [length[i[2]] for i in items]
-    mean = sum(lengths) / CTAS
-    assert _claimed(lengths) < 1.03 * mean
-    assert _claimed(lengths) < _in_turns(lengths)
+    rows = 3072 // heads
+    generator = torch.Generator().manual_seed(1)
+    length = torch.where(torch.rand(rows, generator=generator) < 0.1, 120, 12)
+    mask = TileMask.from_tiles(torch.arange(rows) < length[:, None], (128 * rows,) * 2)
+    run = simulate(replace(FORWARD, per_item=0.0), Shape("text", 128 * rows, heads, 16), mask)
+    assert run.blocks == int(length.sum()) * heads
+    assert run.balance > 0.97
+    longest_first = sorted(length.tolist(), reverse=True) * heads
+    assert sum(longest_first) / MULTIPROCESSORS / _in_turns(longest_first) < run.balance
+
+
+def test_order_of_masks_by_head():
+    """Rows of every length in every head: nearly as balanced as longest first over all heads, with less to fetch."""
+    shape = Shape("uneven", 16384, 24, 128)
+    mask = schedule.uneven(shape, 0.1)
+    count = mask.lists()[1].sum(-1).flatten()
+    longest_first = count.sort(descending=True, stable=True).indices
+    run, plain = simulate(FORWARD, shape, mask), simulate(FORWARD, shape, mask, order=longest_first)
+    assert run.blocks == plain.blocks == int(count.sum())
+    assert run.balance > plain.balance - 0.01
+    assert run.balance > 0.98
+    assert run.missed < 0.6 * plain.missed
+
+
+def test_grid_takes_every_line_once():
+    """As the persistent kernel does: the same steps, for a mask of all heads and one of each."""
+    shape, grid = Shape("small", 1024, 4, 64), replace(FORWARD, persistent=False)
+    for mask in (None, schedule.even(shape, 0.25), TileMask.full((1024, 1024))):
+        assert simulate(grid, shape, mask).blocks == simulate(FORWARD, shape, mask).blocks
+
+
+def test_busy_time_and_ends():
+    """One item a multiprocessor: as long as an item, and every step misses L2 once for each head."""
+    shape = Shape("one", 128, MULTIPROCESSORS, 128)
+    run = simulate(FORWARD, shape, None)
+    assert run.cycles == pytest.approx(FORWARD.per_item + FORWARD.block_cycles(128))
+    assert run.balance == pytest.approx(1.0)
+    assert (run.blocks, run.missed) == (MULTIPROCESSORS, MULTIPROCESSORS)
 
 
 @pytest.mark.parametrize(("bn", "block"), [(128, 128), (512, 128), (128, 64)])

@@ -61,13 +61,14 @@ forms = st.sampled_from(["dense", "heads first", "fused"])
 # ------------------------------------------------------------------------------------------------------- tile_lists
 def _lists(kept: torch.Tensor, partial: torch.Tensor) -> tuple[list[list[int]], list[list[int]], list[int]]:
     """The lists of (slabs, rows, tiles) by the words of the schema."""
-    rows, counts = [], []
-    for slab, part in zip(kept.tolist(), partial.tolist(), strict=True):
+    rows, counts, slabs = [], [], []
+    for at, (slab, part) in enumerate(zip(kept.tolist(), partial.tolist(), strict=True)):
         for row, cut in zip(slab, part, strict=True):
             first = [n for n, have in enumerate(row) if have and cut[n]]
             rows.append(first + [n for n, have in enumerate(row) if have and not cut[n]])
             counts.append([len(first), len(rows[-1]) - len(first)])
-    order = sorted(range(len(rows)), key=lambda r: (-len(rows[r]), r))
+            slabs.append(at)
+    order = sorted(range(len(rows)), key=lambda r: (-len(rows[r]).bit_length(), slabs[r], -len(rows[r]), r))
     return rows, counts, order
 
 

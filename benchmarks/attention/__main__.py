@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks.attention {tiles,speed,sampling} ...`."""
+"""Command line: `python -m benchmarks.attention {tiles,speed,schedule,sampling} ...`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--tokens", type=int, default=4096)
     speed.add_argument("--rounds", type=int, default=5)
     speed.add_argument("--no-flex", action="store_true", help="leave FlexAttention out, which compiles for minutes")
+    commands.add_parser("schedule", help="predicted balance of the GPU kernels; a minute or two on one core")
     sampling = commands.add_parser("sampling", help="methods on the trained example")
     sampling.add_argument("weights", type=Path, help="pipeline folder of the example at 1,024 tokens")
     sampling.add_argument("--images", type=int, default=32)
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         from . import speed
 
         speed.run(args.tokens, args.rounds, RESULTS, DOCS, flex=not args.no_flex)
+    elif args.what == "schedule":
+        from . import schedule
+
+        schedule.run(DOCS / "attention-speed.md")
     else:
         from . import sampling
 

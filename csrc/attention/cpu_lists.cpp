@@ -69,13 +69,25 @@ void write_row(const TileBits& t, int64_t row, int32_t* index, int32_t* count) {
   for (int64_t w = 0; w < t.words; ++w) to = append(~kept[w] & t.valid(w), w * kBits, to);
 }
 
-// Counting sort: rows with most tiles first, equal ones in order.
-void order_rows(const int32_t* count, int64_t rows, int64_t most, int32_t* order) {
-  std::vector<int32_t> place(static_cast<size_t>(most) + 2, 0);  // by number of tiles left out
-  const auto key = [&](int64_t r) { return static_cast<size_t>(most - count[2 * r] - count[2 * r + 1]); };
-  for (int64_t r = 0; r < rows; ++r) ++place[key(r) + 1];
-  for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
-  for (int64_t r = 0; r < rows; ++r) order[place[key(r)]++] = static_cast<int32_t>(r);
+// The order of schema.py. A counting sort of the rows of each slab, then class by class what each slab has of it.
+void order_rows(const int32_t* count, int64_t slabs, int64_t rows, int64_t most, int32_t* order) {
+  std::vector<int32_t> sorted(static_cast<size_t>(slabs * rows));
+  const auto total = [&](int64_t r) { return static_cast<int64_t>(count[2 * r]) + count[2 * r + 1]; };
+  for (int64_t s = 0; s < slabs; ++s) {
+    std::vector<int64_t> place(static_cast<size_t>(most) + 2, s * rows);  // by number of tiles left out
+    for (size_t i = 1; i < place.size(); ++i) place[i] = 0;
+    const auto key = [&](int64_t r) { return static_cast<size_t>(most - total(r)); };
+    for (int64_t r = s * rows; r < (s + 1) * rows; ++r) ++place[key(r) + 1];
+    for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
+    for (int64_t r = s * rows; r < (s + 1) * rows; ++r) sorted[place[key(r)]++] = static_cast<int32_t>(r);
+  }
+  std::vector<int64_t> at(static_cast<size_t>(slabs));
+  for (int64_t s = 0; s < slabs; ++s) at[s] = s * rows;
+  for (int digits = 32; digits >= 0; --digits) {
+    const int64_t least = digits == 0 ? 0 : int64_t{1} << (digits - 1);
+    for (int64_t s = 0; s < slabs; ++s)
+      while (at[s] < (s + 1) * rows && total(sorted[at[s]]) >= least) *order++ = sorted[at[s]++];
+  }
 }
 
 struct ListsCall {
@@ -155,7 +167,7 @@ void tile_lists(StableIValue* stack, uint64_t, uint64_t) {
     for (int64_t r = begin; r < end; ++r)
       write_row(all, r, static_cast<int32_t*>(index.data()) + r * length, counts + 2 * r);
   });
-  order_rows(counts, slabs * rows, length, static_cast<int32_t*>(order.data()));
+  order_rows(counts, slabs, rows, length, static_cast<int32_t*>(order.data()));
   stack[0] = index.release();
   stack[1] = count.release();
   stack[2] = order.release();

@@ -50,7 +50,8 @@ void tile_lists(StableIValue* stack, uint64_t, uint64_t) {
   if (p.all_lines > 0) {
     const auto blocks = [&](int64_t threads) { return dim3(static_cast<unsigned>(ceil_div(threads, kListThreads))); };
     launch(call.op(), tile_lists_kernel, blocks(int64_t{p.all_lines} * kWarp), kListThreads, 0, call.stream(), p);
-    launch(call.op(), tile_order_kernel, blocks(p.all_lines), kListThreads, 0, call.stream(), p);
+    const dim3 slabs_and_parts(static_cast<unsigned>(slabs), static_cast<unsigned>(ceil_div(p.lines, kOrderThreads)));
+    launch(call.op(), tile_order_kernel, slabs_and_parts, kOrderThreads, 0, call.stream(), p);
   }
   stack[0] = index.release();
   stack[1] = count.release();

@@ -5,7 +5,7 @@
 
 namespace maskaccel::cuda {
 
-constexpr int kListThreads = 128;
+constexpr int kListThreads = 128, kOrderThreads = 256;
 
 struct ListParams {
   const unsigned* bits = nullptr;   // (B, H, rows, words)
@@ -62,22 +62,67 @@ static __global__ void __launch_bounds__(kListThreads) tile_lists_kernel(const _
   }
 }
 
-/// One thread is one line: its place is the number of lines that go before it. Quadratic, and still small beside the
-/// attention that the lists are for: lines are the tokens of all heads divided by the rows of a tile.
-static __global__ void __launch_bounds__(kListThreads) tile_order_kernel(const __grid_constant__ ListParams p) {
-  __shared__ int totals[kListThreads];
-  const int at = blockIdx.x * kListThreads + threadIdx.x;
-  const int mine = at < p.all_lines ? p.total[at] : 0;
-  int place = 0;
-  for (int first = 0; first < p.all_lines; first += kListThreads) {
-    const int other = first + static_cast<int>(threadIdx.x);
-    totals[threadIdx.x] = other < p.all_lines ? p.total[other] : -1;
+/// Adds one to a counter of shared memory.
+__device__ __forceinline__ void count_one(int& counter) {
+#ifdef MASKACCEL_EMULATE
+  ++counter;
+#else
+  atomicAdd(&counter, 1);
+#endif
+}
+
+/// Binary digits of a number of tiles.
+__device__ __forceinline__ int digits_of(int n) {
+#ifdef MASKACCEL_EMULATE
+  return n == 0 ? 0 : 32 - __builtin_clz(n);
+#else
+  return 32 - __clz(n);
+#endif
+}
+
+/// One thread is one line: its place is the number of lines that go before it. Those of its own slab are compared one
+/// by one; of the others it is enough to know how many have how many digits. grid: slabs, parts of their lines.
+static __global__ void __launch_bounds__(kOrderThreads) tile_order_kernel(const __grid_constant__ ListParams p) {
+  constexpr int kDigits = 32;  // 0 to 31
+  // By lane, so that lanes do not collide: of all lines, and of those of earlier slabs.
+  __shared__ int all[kDigits][kWarp], earlier[kDigits][kWarp], lines_with[kDigits], before[kDigits];
+  __shared__ int totals[kOrderThreads];
+  const int first = blockIdx.x * p.lines, lane = threadIdx.x & 31;
+  for (int i = threadIdx.x; i < kDigits * kWarp; i += kOrderThreads) all[i / kWarp][lane] = earlier[i / kWarp][lane] = 0;
+  sync_threads();
+  for (int i = threadIdx.x; i < p.all_lines; i += kOrderThreads) {
+    const int digits = digits_of(p.total[i]);
+    count_one(all[digits][lane]);
+    if (i < first) count_one(earlier[digits][lane]);
+  }
+  sync_threads();
+  if (threadIdx.x < kDigits) {  // thread: a number of digits
+    int with = 0, sum = 0;
+    for (int i = 0; i < kWarp; ++i) with += all[lane][(lane + i) % kWarp], sum += earlier[lane][(lane + i) % kWarp];
+    lines_with[lane] = with;
+    before[lane] = sum;
+  }
+  sync_threads();
+  if (threadIdx.x < kDigits) {
+    for (int more = lane + 1; more < kDigits; ++more) before[lane] += lines_with[more];
+  }
+  sync_threads();
+  const int line = blockIdx.y * kOrderThreads + threadIdx.x;
+  const bool inside = line < p.lines;
+  const int mine = inside ? p.total[first + line] : 0, digits = digits_of(mine);
+  int place = before[digits];
+  for (int begin = 0; begin < p.lines; begin += kOrderThreads) {
+    const int other = begin + static_cast<int>(threadIdx.x);
+    totals[threadIdx.x] = other < p.lines ? p.total[first + other] : -1;
     sync_threads();
 #pragma unroll 8
-    for (int i = 0; i < kListThreads; ++i) place += totals[i] > mine || (totals[i] == mine && first + i < at);
+    for (int i = 0; i < kOrderThreads; ++i) {
+      const bool longer = totals[i] > mine || (totals[i] == mine && begin + i < line);
+      place += longer && digits_of(totals[i]) == digits;
+    }
     sync_threads();
   }
-  if (at < p.all_lines) p.order[place] = at;
+  if (inside) p.order[place] = first + line;
 }
 
 }  // namespace maskaccel::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda_args.h"
+#include "cuda_grid.h"
 #include "cuda_mma.cuh"
 
 namespace maskaccel::cuda {
@@ -31,11 +32,6 @@ void by_instance(const AttentionArgs& a, F&& f) {
   by_dim<fp16>(a.dim, f);
 }
 
-/// The line of tiles (a row of them, or a column) that a CTA works on.
-struct Line {
-  int b, h, line;
-};
-
 /// Of a kernel that walks rows of tiles, over keys, or (kKeyRows) columns of tiles, over queries.
 template <bool kKeyRows>
 struct Axis {
@@ -52,21 +48,11 @@ struct Axis {
   static __device__ __forceinline__ int end(const AttentionArgs& p) { return kKeyRows ? p.queries : p.keys; }
 };
 
-/// The `item`-th line to start, of `heads` heads. Lists are taken in their order, longest first, within each group of
-/// samples and heads that share them: neighbouring CTAs read the same keys where a mask is shared, and short lines come
-/// last everywhere.
+/// The line of tiles that the CTA of this number works on, of `heads` heads.
 template <bool kKeyRows>
 __device__ __forceinline__ Line locate(const AttentionArgs& p, int heads, int item) {
   const TileLists& lists = Axis<kKeyRows>::lists(p);
-  const int lines = Axis<kKeyRows>::lines(p);
-  // The lists of a key head whose query heads have one each are several lines of it: they have no order here.
-  if (lists.order == nullptr || (lists.heads != 1 && lists.heads != heads)) {
-    const int bh = item / lines;
-    return Line{bh / heads, bh % heads, item % lines};
-  }
-  const int listed = lists.batch * lists.heads * lines, id = lists.order[item % listed], copy = item / listed;
-  const int copies = lists.heads == 1 ? heads : 1, head = id / lines % lists.heads, sample = id / lines / lists.heads;
-  return Line{lists.batch == 1 ? copy / copies : sample, lists.heads == 1 ? copy % copies : head, id % lines};
+  return line_of(lists.order, lists.batch, lists.heads, Axis<kKeyRows>::lines(p), heads, item);
 }
 
 /// Walks the pieces, `kPiece` wide, of the tiles of a line, of head h and then of the further heads before h_end.

@@ -41,8 +41,16 @@ def tile_lists(bits: Tensor, pattern_of: Tensor | None, tiles: int, transpose: b
     rank = torch.where(partial, 0, torch.where(kept, 1, 2))
     index = rank.sort(dim=-1, stable=True).indices.to(torch.int32).contiguous()
     count = torch.stack([partial.sum(-1), (kept & ~partial).sum(-1)], dim=-1).to(torch.int32)
-    order = count.sum(-1).flatten().sort(descending=True, stable=True).indices.to(torch.int32)
-    return index, count, order
+    return index, count, line_order(count)
+
+
+def line_order(count: Tensor) -> Tensor:
+    """The order of `schema.py` of lines with these counts `(B, H, M, 2)`."""
+    total = count.sum(-1, dtype=torch.int64).flatten(0, 1)  # (slabs, M)
+    bits = torch.frexp(total.double()).exponent.long()
+    slab = torch.arange(len(total), device=count.device)[:, None]
+    key = ((bits + 1) * len(total) - slab << 31) + total
+    return key.flatten().sort(descending=True, stable=True).indices.to(torch.int32)
 
 
 def kept_tiles(index: Tensor, count: Tensor, tiles: int) -> Tensor:

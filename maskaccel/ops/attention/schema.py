@@ -10,7 +10,10 @@ dim; `H % Hk == 0`, query head `h` reads key head `h // (H / Hk)`. `D` is a mult
 * `count` int32 `(Bm, Hm, Mq, 2)`: how many partial tiles and how many full ones a row of tiles has;
 * `index` int32 `(Bm, Hm, Mq, L)`: ids of the key tiles, first the partial ones ascending, then the full ones
   ascending. Entries past the counts are not read;
-* `order` int32 `(Bm * Hm * Mq,)`: all rows of tiles by flat id, those with most tiles first (ties: ascending).
+* `order` int32 `(Bm * Hm * Mq,)`: all rows of tiles by flat id. Rows whose numbers of tiles have equally many binary
+  digits go together, most digits first; among these, samples and heads go one after the other, and in each the rows
+  with most tiles first (ties: ascending). Long rows begin early and short ones come last, which balances the load, and
+  rows that run at the same time read the keys of few heads, which stay in a GPU's L2 (docs/attention-speed.md).
 
 `Bm` is 1 or B, `Hm` is 1 or H (of the queries). `index_t (Bm, Hm, Nk, L')`, `count_t`, `order_t` are the same of the
 transposed mask (for each key tile its query tiles); only the backward and the column sums read them. Without a mask all

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton as host
+from .reference import line_order
 from .triton_call import check_heads, check_plain
 from .triton_config import precision
 
@@ -43,8 +44,7 @@ def tile_lists(bits: Tensor, pattern_of: Tensor | None, tiles: int, transpose: b
         block, warps = host.block_and_warps(min(length, _LIST_BLOCK), 4)
         host.launch(list_rows, (batch * heads * rows,), bits, bits, pattern_of, index, count, heads, m, words, tiles,
                     rows, length, p_batch, p_head, TRANSPOSE=transpose, BLOCK=block, num_warps=warps)  # fmt: skip
-    total = count.sum(-1, dtype=torch.int32).flatten()
-    return index, count, total.sort(descending=True, stable=True).indices.to(torch.int32)
+    return index, count, line_order(count)
 
 
 def _check_parts(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> None:
