@@ -96,13 +96,6 @@ def test_order_of_masks_by_head():
     assert run.missed < 0.6 * plain.missed
 
 
-def test_grid_takes_every_line_once():
-    """As the persistent kernel does: the same steps, for a mask of all heads and one of each."""
-    shape, grid = Shape("small", 1024, 4, 64), replace(FORWARD, persistent=False)
-    for mask in (None, schedule.even(shape, 0.25), TileMask.full((1024, 1024))):
-        assert simulate(grid, shape, mask).blocks == simulate(FORWARD, shape, mask).blocks
-
-
 def test_busy_time_and_ends():
     """One item a multiprocessor: as long as an item, and every step misses L2 once for each head."""
     shape = Shape("one", 128, MULTIPROCESSORS, 128)

@@ -21,16 +21,16 @@ from .schedule_model import Kernel, Run, Shape, narrower, simulate
 
 FLUX, FLUX_2048 = Shape("FLUX, 1024 px", 4608, 24, 128), Shape("FLUX, 2048 px", 16896, 24, 128)
 WAN = Shape("Wan 1.3B, 480p", 32760, 12, 128)
-WAN_14B = Shape("Wan 14B, 720p", 75600, 40, 128)
+WAN_14B = Shape("Wan 14B, 720p, on one of 4 GPUs", 75600, 10, 128)
 TARGET, NARROW = Shape("16k", 16384, 24, 128), Shape("4k", 4096, 24, 64)
 STA = Shape("30 x 48 x 80", 115200, 24, 128)
 WAN_GRID, STA_GRID = (21, 30, 52), (30, 48, 80)
 
 SM90 = Kernel("sm_90a")
 # mma.sync has a lower peak, and two CTAs of a multiprocessor hide each other's waits.
-SM80 = Kernel("sm_80", block=64, rate=0.45, residents=2, persistent=False)
-ROWS = Kernel("dq", rows=64, block=32, products=3, rate=0.4, residents=2, persistent=False)
-COLUMNS = Kernel("dk, dv", rows=64, block=32, products=4, rate=0.4, residents=2, persistent=False)
+SM80 = Kernel("sm_80", block=64, rate=0.45, residents=2)
+ROWS = Kernel("dq", rows=64, block=32, products=3, rate=0.4, residents=2)
+COLUMNS = Kernel("dk, dv", rows=64, block=32, products=4, rate=0.4, residents=2)
 
 
 def even(shape: Shape, kept: float, block: tuple[int, int] = (128, 128)) -> TileMask:

@@ -9,13 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/attention/cuda_grid.h"
 #include "../../csrc/attention/cuda_schedule.h"
 
 namespace {
 
 using maskaccel::cuda::Item;
-using maskaccel::cuda::Line;
 using maskaccel::cuda::Schedule;
 using maskaccel::cuda::Walk;
 
@@ -50,7 +48,7 @@ class Cache {
 struct Launch {
   int tile_rows, subs, batch, heads, mask_batch, mask_heads, window;  // of the Schedule
   int width, bn, block, keys, key_heads;                             // of the lists and the Walk
-  int workers, persistent, cached_blocks;  // CTAs at a time; else a grid; blocks of keys and values that L2 holds
+  int workers, cached_blocks;  // CTAs at a time; blocks of keys and values that L2 holds
   double per_item, per_block, per_partial;
 };
 
@@ -76,14 +74,6 @@ extern "C" int walk(const int* index, int partial, int total, int bn, int block,
   return blocks;
 }
 
-/// The item that is begun at this place.
-static Item item_of(const Launch& l, const Schedule& s, const int* order, int place) {
-  if (l.persistent) return s.item(place);
-  const Line line = maskaccel::cuda::line_of(order, l.mask_batch, l.mask_heads, l.tile_rows, l.heads, place / l.subs);
-  const int mask = (l.mask_batch == 1 ? 0 : line.b) * l.mask_heads + (l.mask_heads == 1 ? 0 : line.h);
-  return Item{line.b, line.h, line.line, place % l.subs, mask * l.tile_rows + line.line};
-}
-
 extern "C" Outcome simulate(const Launch* launch, const int* index, const int* count, const int* order) {
   const Launch& l = *launch;
   const Schedule s{order, l.tile_rows, l.subs, l.batch, l.heads, l.mask_batch, l.mask_heads, l.window};
@@ -102,7 +92,7 @@ extern "C" Outcome simulate(const Launch* launch, const int* index, const int* c
   const auto take = [&](int w, double now) {
     if (place == items) return;
     Worker& worker = workers[w];
-    worker.item = item_of(l, s, order, place++);
+    worker.item = s.item(place++);
     const int line = worker.item.line;
     worker.walk = index == nullptr
                       ? Walk(nullptr, 0, (l.keys + l.bn - 1) / l.bn, l.bn, l.block, l.keys)

@@ -1,7 +1,7 @@
 """A launch of an attention kernel without a GPU: which multiprocessor works on what when, and what L2 has to fetch.
 
-The sequence of items and the walk along a row of tiles are the kernels' own code (`csrc/attention/cuda_schedule.h`,
-`cuda_grid.h`); costs are cycles that a `Kernel` assumes.
+The sequence of items and the walk along a row of tiles are the kernels' own code (`csrc/attention/cuda_grid.h`,
+`cuda_schedule.h`); costs are cycles that a `Kernel` assumes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Launch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in (
             "tile_rows", "subs", "batch", "heads", "mask_batch", "mask_heads", "window",
-            "width", "bn", "block", "keys", "key_heads", "workers", "persistent", "cached_blocks",
+            "width", "bn", "block", "keys", "key_heads", "workers", "cached_blocks",
         )),
         *((name, ctypes.c_double) for name in ("per_item", "per_block", "per_partial")),
     ]  # fmt: skip
@@ -76,7 +76,6 @@ class Kernel:
             softmax of the first block has nothing beside it, results are written.
         per_partial: Cycles of the bits of a block that is kept in part.
         residents: CTAs of a multiprocessor.
-        persistent: Whether CTAs claim items by themselves.
         window: Rows of a shared mask before the next head takes its turn.
     """
 
@@ -88,7 +87,6 @@ class Kernel:
     per_item: float = 1200.0
     per_partial: float = 400.0
     residents: int = 1
-    persistent: bool = True
     window: int = 16
 
     def block_cycles(self, head_dim: int) -> float:
@@ -150,7 +148,7 @@ def simulate(kernel: Kernel, shape: Shape, mask: TileMask | None, *, order: Tens
     bm, bn = (kernel.rows, kernel.block) if mask is None else mask.block
     launch = Launch(
         batch=shape.batch, heads=shape.heads, mask_batch=1, mask_heads=1, keys=shape.tokens, key_heads=shape.heads,
-        block=kernel.block, workers=MULTIPROCESSORS * kernel.residents, persistent=kernel.persistent,
+        block=kernel.block, workers=MULTIPROCESSORS * kernel.residents,
         per_item=kernel.per_item * kernel.residents, per_block=kernel.block_cycles(shape.head_dim) * kernel.residents,
         per_partial=kernel.per_partial * kernel.residents,
         cached_blocks=L2_BYTES // (4 * kernel.block * shape.head_dim),

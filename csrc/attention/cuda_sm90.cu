@@ -12,12 +12,11 @@ using namespace sm90;
 
 constexpr const char* kOp = "tile_attention";
 constexpr int64_t kMostInt = (int64_t{1} << 31) - 1;
-constexpr int kWindow = 16;  // rows of a mask that heads share, before the next head takes its turn
 
 /// Without lists and keep bits the tiles of the call do not matter: the kernel takes its own.
 bool uses_mask_tiles(const AttentionArgs& a) { return a.lists.index != nullptr || a.flags != 0; }
 int rows_of_tile(const AttentionArgs& a) { return uses_mask_tiles(a) ? a.bm : kRows; }
-int keys_of_tile(const AttentionArgs& a) { return uses_mask_tiles(a) ? a.bn : kRows; }
+int keys_of_tile(const AttentionArgs& a) { return uses_mask_tiles(a) ? a.bn : block_keys(a.dim); }
 
 Schedule schedule(const AttentionArgs& a) {
   Schedule s;
@@ -27,7 +26,7 @@ Schedule schedule(const AttentionArgs& a) {
   s.subs = bm / kRows;
   s.batch = a.batch, s.heads = a.heads;
   s.mask_batch = a.lists.batch, s.mask_heads = a.lists.heads;
-  s.window = a.lists.index != nullptr ? std::min(kWindow, s.lines()) : s.tile_rows;
+  s.window = a.lists.index != nullptr ? std::min(kTuning.window, s.lines()) : s.tile_rows;
   return s;
 }
 
@@ -46,19 +45,29 @@ void launch_shape(const AttentionArgs& a, Stream stream) {
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.schedule.items(), a.multiprocessors)));
   constexpr int kShared = kSharedBytes<Storage<S>>;
   static_assert(kShared <= 227 * 1024);
-  if constexpr (S::kKeys == kRows) {
+  if constexpr (S::kKeys == kRows && kTuning.dim == 0) {
     if (a.flags != 0) return launch(kOp, sm90_forward_kernel<S, true>, grid, kThreads, kShared, stream, p);
   }
   launch(kOp, sm90_forward_kernel<S, false>, grid, kThreads, kShared, stream, p);
 }
 
-template <typename T>
-void launch_dtype(const AttentionArgs& a, Stream stream) {
-  if (a.dim <= 64) return launch_shape<Shapes<T, 64>>(a, stream);
-  if (a.dim <= 80) return launch_shape<Shapes<T, 80>>(a, stream);
-  if (a.dim <= 96) return launch_shape<Shapes<T, 96>>(a, stream);
-  if (a.dim <= 128) return launch_shape<Shapes<T, 128>>(a, stream);
-  launch_shape<Shapes<T, 256>>(a, stream);
+/// The head dim of the kernel that serves a head.
+constexpr int width_of(int dim) { return dim <= 64 ? 64 : dim <= 80 ? 80 : dim <= 96 ? 96 : dim <= 128 ? 128 : 256; }
+
+template <typename T, int kDim>
+void launch_width(const AttentionArgs& a, Stream stream) {
+  if constexpr (kTuning.dim == 0 || kTuning.dim == kDim) {
+    if (width_of(a.dim) == kDim) launch_shape<Shapes<T, kDim>>(a, stream);
+  }
+}
+template <typename T, int... kDims>
+void launch_widths(const AttentionArgs& a, Stream stream) {
+  (launch_width<T, kDims>(a, stream), ...);
+}
+
+/// Whether this build has the kernel.
+bool compiled(const AttentionArgs& a) {
+  return kTuning.dim == 0 || (width_of(a.dim) == kTuning.dim && a.dtype == Dtype::bf16 && a.flags == 0);
 }
 
 }  // namespace
@@ -67,9 +76,10 @@ bool sm90_serves(const AttentionArgs& a) {
   if (a.queries == 0 || a.keys == 0 || a.bias.data != nullptr || a.relpos_table != nullptr) return false;
   // The largest of the unscaled scores is that of the scaled ones only for a positive scale.
   if (!(a.scale > 0.f) || !std::isfinite(a.scale)) return false;
-  if (uses_mask_tiles(a) && (a.bm % kRows != 0 || a.bn % kRows != 0)) return false;
+  if (!compiled(a)) return false;
+  if (uses_mask_tiles(a) && (a.bm % kRows != 0 || a.bn % block_keys(a.dim) != 0)) return false;
   // The test of keep bits is for whole mask tiles: the rows of a warp group pair, the keys of a block.
-  if (a.flags != 0 && (a.bm != kRows || a.bn != kRows || a.dim > 128)) return false;
+  if (a.flags != 0 && (a.bm != kRows || a.bn != block_keys(a.dim) || a.dim > 128)) return false;
   const int64_t lines = ceil_div(a.queries, rows_of_tile(a)) * a.batch * a.heads;
   if (lines > kMostInt / 2 || schedule(a).items() > kMostInt / 2) return false;
   if (int64_t{a.keys} + keys_of_tile(a) > kMostInt || int64_t{a.queries} + rows_of_tile(a) > kMostInt) return false;
@@ -78,8 +88,8 @@ bool sm90_serves(const AttentionArgs& a) {
 }
 
 void launch_sm90(const AttentionArgs& a, Stream stream) {
-  if (a.dtype == Dtype::bf16) return launch_dtype<bf16>(a, stream);
-  launch_dtype<fp16>(a, stream);
+  if (a.dtype == Dtype::bf16) return launch_widths<bf16, 64, 80, 96, 128, 256>(a, stream);
+  if constexpr (kTuning.dim == 0) launch_widths<fp16, 64, 80, 96, 128, 256>(a, stream);
 }
 
 }  // namespace maskaccel::cuda

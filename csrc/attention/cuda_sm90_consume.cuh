@@ -9,12 +9,13 @@ namespace maskaccel::cuda::sm90 {
 template <typename S, bool kKeepBits>
 __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int group) {
   constexpr int kKeys = S::kKeys;
-  constexpr bool kTurns = kKeys == 128;  // with short blocks, waiting costs more than it gains
+  // With short blocks, waiting costs more than it gains.
+  constexpr bool kTurns = kTuning.turns < 0 ? kKeys >= 128 : kTuning.turns != 0;
   float out[S::kOut];
   alignas(4) typename S::T weights[S::kScores];
   const int thread = threadIdx.x % kGroup, row_of_group = group * 64 + fragment_row(thread, 0);
   Ring<S::kStages> keys, values;
-  if (kTurns && group == 1) named_arrive(kTurn);
+  if (kTurns && group == kConsumers - 1) named_arrive(kTurn);
 
   for (uint32_t parity = 0;; parity ^= 1) {
     shared.query_full.wait(parity);
@@ -46,7 +47,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int
       start_values<S>(weights, shared.v[values.stage], out);
     };
     const auto pass_turn = [&] {
-      if (kTurns) named_arrive(kTurn + 1 - group);
+      if (kTurns) named_arrive(kTurn + (group + 1) % kConsumers);
     };
     const auto release_keys = [&] {
       arrive(shared.key_empty[keys.stage]);
@@ -137,10 +138,10 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_forward_kernel(const __grid_
   sync_threads();
   const int group = warp_group();
   if (group == 0) {
-    give_registers<40>();
+    give_registers<kConsumers == 2 ? 40 : 32>();
     if (threadIdx.x == 0) Producer<S>{p, shared}.run();
   } else {
-    take_registers<232>();
+    take_registers<kConsumers == 2 ? 232 : 160>();
     consume<S, kKeepBits>(p, shared, group - 1);
   }
 #endif

@@ -9,11 +9,13 @@
 #pragma once
 
 #include "cuda_sm90_machine.cuh"
+#include "cuda_sm90_tuning.h"
 
 namespace maskaccel::cuda::sm90 {
 
-constexpr int kRows = 128;     // of a query tile
-constexpr int kThreads = 384;  // producer, two consumers
+constexpr int kConsumers = kTuning.consumers;
+constexpr int kRows = 64 * kConsumers;               // of a query tile
+constexpr int kThreads = kGroup * (1 + kConsumers);  // producer, consumers
 
 /// Sizes for heads of up to kDim elements. TMA fills what a head does not have with zeros.
 ///
@@ -24,8 +26,8 @@ template <typename T_, int kDim_>
 struct Shapes {
   using T = T_;
   static constexpr int kDim = kDim_, kWide = (kDim + 63) / 64 * 64;
-  static constexpr int kKeys = kDim > 128 ? 64 : 128;  // of a block
-  static constexpr int kStages = kDim > 128 ? 2 : kDim > 64 ? 3 : 4;
+  static constexpr int kKeys = block_keys(kDim);
+  static constexpr int kStages = kTuning.stages != 0 ? kTuning.stages : kDim > 128 ? 2 : kDim > 64 ? 3 : 4;
   static constexpr int kSlab = 64, kSlabV = kDim % 64 == 0 ? 64 : kDim % 32 == 0 ? 32 : 16;
   static constexpr int kScores = 64 * kKeys / kGroup, kOut = 64 * kDim / kGroup;  // elements of a thread
   static constexpr int kBytesQ = kRows * kWide * 2, kBytesK = kKeys * kWide * 2, kBytesV = kKeys * kDim * 2;

@@ -7,7 +7,7 @@
 
 namespace maskaccel::cuda::sm90 {
 
-constexpr int kConsumerWarps = 8;
+constexpr int kConsumerWarps = 4 * kConsumers;
 
 /// Bytes to ask for: the start of dynamic shared memory is only known to lie on 16 bytes.
 template <typename Storage>

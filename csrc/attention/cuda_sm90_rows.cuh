@@ -8,14 +8,15 @@ namespace maskaccel::cuda::sm90 {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kNone = -INFINITY;
-enum NamedBarrier : int { kTurn = 1, kVote = 3 };  // of the consumers; kTurn has one for each of them
+enum NamedBarrier : int { kTurn = 1, kVote = kTurn + kConsumers };  // of the consumers; kTurn has one for each of them
 
 /// Bits of the elements of a block that are kept, for the two rows of a thread. Bit 8 i + e is of column 8 i + 2 (lane
 /// % 4)
 /// + e: shifted once, so that a test is of a constant bit.
 template <int kKeys>
 struct KeptBits {
-  uint32_t words[2][kKeys / 32];
+  static constexpr int kWords = (kKeys + 31) / 32;
+  uint32_t words[2][kWords];
 
   /// `row` is the thread's first row within the mask tile, `pattern` -1 for a full one.
   __device__ __forceinline__ KeptBits(const Params& p, const BlockCard& block, int pattern, int row) {
@@ -24,7 +25,7 @@ struct KeptBits {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 32; ++i) {
+      for (int i = 0; i < kWords; ++i) {
         const int left = p.a.keys - block.begin - 32 * i;
         const uint32_t inside = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
         words[r][i] = pattern < 0 ? ~0u : static_cast<uint32_t>(read(from + int64_t{8} * r * across + i));
@@ -41,6 +42,26 @@ struct KeptBits {
     }
   }
 };
+
+/// 2^x, x <= 0, on the units of multiply-add, whose share of a block's exponentials FlashAttention-4 (Dao-AILab, 2026)
+/// takes off the slower special function unit. x is split at the nearest integer n, which is added to the exponent of
+/// 2^(x - n). Relative error below 4e-6; results below 2^-127 are 0, and so is that of a NaN.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kToInteger = 12582912.f;  // 1.5 * 2^23: the sum has no bits for fractions
+  x = fmaxf(x, -127.f);
+  const float shifted = x + kToInteger, f = x - (shifted - kToInteger);
+  float y = 0.0095828576f;
+  y = fmaf(y, f, 0.0559064373f);
+  y = fmaf(y, f, 0.240240991f);
+  y = fmaf(y, f, 0.693124175f);
+  y = fmaf(y, f, 1.f);
+  uint32_t bits, n;
+  std::memcpy(&bits, &y, sizeof bits);
+  std::memcpy(&n, &shifted, sizeof n);
+  bits += n << 23;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
 
 /// Online softmax of the two rows of a thread. `most` is of unscaled scores and of the whole row, `sum` of the thread's
 /// part.
@@ -73,7 +94,9 @@ struct Softmax {
     }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      scores[i] = exp2_of(scores[i] * scale_log2 - base[i / 2 % 2]);
+      const float x = scores[i] * scale_log2 - base[i / 2 % 2];
+      constexpr int kEvery = kTuning.polynomial;
+      scores[i] = kEvery != 0 && i % (kEvery != 0 ? kEvery : 1) == 0 ? exp2_polynomial(x) : exp2_of(x);
       sum[i / 2 % 2] += scores[i];
     }
   }

@@ -48,11 +48,25 @@ struct Axis {
   static __device__ __forceinline__ int end(const AttentionArgs& p) { return kKeyRows ? p.queries : p.keys; }
 };
 
-/// The line of tiles that the CTA of this number works on, of `heads` heads.
+/// A line of tiles: a row of them, or a column.
+struct Line {
+  int b, h, line;
+};
+
+/// The line that the CTA of this number works on, of `heads` heads.
 template <bool kKeyRows>
 __device__ __forceinline__ Line locate(const AttentionArgs& p, int heads, int item) {
   const TileLists& lists = Axis<kKeyRows>::lists(p);
-  return line_of(lists.order, lists.batch, lists.heads, Axis<kKeyRows>::lines(p), heads, item);
+  // The lists of a key head whose query heads have one each are several lines of it: they have no order here.
+  const bool several = lists.heads != 1 && lists.heads != heads;
+  Schedule s;
+  s.order = several ? nullptr : lists.order;
+  s.tile_rows = Axis<kKeyRows>::lines(p);
+  s.batch = p.batch, s.heads = heads;
+  s.mask_batch = lists.batch, s.mask_heads = several ? heads : lists.heads;
+  s.window = s.order != nullptr ? smaller(kWindow, s.lines()) : s.tile_rows;
+  const Item i = s.item(item);
+  return Line{i.batch, i.head, i.tile_row};
 }
 
 /// Walks the pieces, `kPiece` wide, of the tiles of a line, of head h and then of the further heads before h_end.
