@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskaccel.masks import TileMask
 from maskaccel.ops.attention import reference
-from maskaccel.ops.attention.schema import KEEP, PRUNE
+from maskaccel.ops.attention.schema import ABOVE, KEEP, MASS, PRUNE, TOP
 
 HEAD_DIMS = (16, 24, 40, 64, 72, 80, 96, 128, 160, 256)
 LENGTHS = (15, 16, 33, 64, 65, 96, 130, 200)
@@ -136,6 +136,23 @@ def _tile_lists(d: Draw) -> tuple:
     return bits.to(torch.int32).to(d.device), pattern_of, tiles, d.rng.random() < 0.5
 
 
+def _tile_means(d: Draw) -> tuple:
+    return d.rows(d.sq, d.heads), d.rng.choice([16, 32, 64, 128]), d.rng.random() < 0.5
+
+
+def _select_tiles(d: Draw) -> tuple:
+    """Scores whose sums are exact, so that every order of summation chooses the same tiles; many are equal."""
+    tiles, rows, rule = d.rng.choice([1, 7, 32, 70]), d.rng.choice([1, 5, 40]), d.rng.choice([TOP, MASS, ABOVE])
+    scores = torch.randint(-8, 64, (d.batch, d.heads, rows, tiles), generator=d.generator) / 64
+    masks = [torch.rand(*d.lead(d.batch, d.heads, rows, tiles), generator=d.generator) < 0.2 for _ in range(2)]
+    force, forbid = (m.to(d.device) if d.rng.random() < 0.5 else None for m in masks)
+    value = {TOP: float(d.rng.choice([1, 5, 100])), MASS: d.rng.choice([0.25, 0.625, 1.0]), ABOVE: 0.5}[rule]
+    limits = None
+    if rule != TOP and d.rng.random() < 0.5:
+        limits = torch.randint(1, 5, tuple(d.lead(d.batch, d.heads)), generator=d.generator).to(d.device) / 4
+    return scores.to(d.device), force, forbid, limits, rule, value, d.rng.choice([0, 1, 3])
+
+
 def _linear(d: Draw) -> tuple:
     q, k, v = d.rows(d.sq, d.heads), d.rows(d.sk, d.kv_heads), d.rows(d.sk, d.kv_heads)
     return q, k, v, d.rng.choice([0, 1]), d.rng.choice([0, 1]), 1e-4
@@ -152,6 +169,8 @@ DRAWS: dict[str, Callable[[Draw], tuple]] = {
     "merge_attention": _merge,
     "merge_attention_backward": _merge_backward,
     "tile_lists": _tile_lists,
+    "tile_means": _tile_means,
+    "select_tiles": _select_tiles,
     "linear_attention": _linear,
     "linear_attention_backward": _linear_backward,
 }
@@ -175,6 +194,8 @@ def run(op: str, kernel: Callable[..., Any], args: tuple) -> tuple[Tensor, ...]:
         index, count, order = out
         used = torch.arange(index.shape[-1], device=index.device) < count.sum(-1, keepdim=True)
         return torch.where(used, index, -1).float(), count.float(), order.float()
+    if op == "select_tiles":
+        return (reference.unpack_words(out, 32 * out.shape[-1]).float(),)
     return out if isinstance(out, tuple) else (out,)
 
 

@@ -19,7 +19,7 @@ from maskaccel.masks import GridWindow, TileMask, TokenOrder
 from maskaccel.ops._backends import namespace, refusal
 from maskaccel.ops._registry import SPECS, op
 from maskaccel.ops.attention import reference
-from maskaccel.ops.attention.schema import SCHEMAS
+from maskaccel.ops.attention.schema import MASS, SCHEMAS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -389,6 +389,8 @@ def _samples() -> dict[str, tuple]:
         "merge_attention": (q, lse, out, lse + 1),
         "merge_attention_backward": (q, lse, q, lse, out, lse + 1),
         "tile_lists": (mask.bits, mask.pattern_of, mask.columns, True),
+        "tile_means": (q, 16, True),
+        "select_tiles": (torch.rand(2, 2, 3, 40), None, torch.rand(2, 1, 40) < 0.3, None, MASS, 0.5, 1),
         "linear_attention": (q, k, v, 1, 0, 1e-6),
         "linear_attention_backward": (q, q, k, v, 1, 0, 1e-6),
     }  # fmt: skip

@@ -322,8 +322,22 @@ def small_attention_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
             for given in (None, patterns):
                 name = f"{'columns' if transpose else 'rows'}{'' if given is None else ' patterns'}"
                 yield f"{prefix} lists {name}", lambda t=transpose, p=given: KERNELS["tile_lists"](bits, p, 80, t)
+        scores, flags = empty(1, HEADS, 80, 80, dtype=torch.float32), empty(1, 1, 80, 80, dtype=torch.bool)
+        limits = empty(1, HEADS, dtype=torch.float32)
+        for rule in (0, 1, 2):
+            for force, limit in ((None, None), (flags, limits)):
+                args = (scores, force, force, limit, rule, 0.5, 1 if force is None else 0)
+                yield (
+                    f"{prefix} select {rule}{' masks' if force is not None else ''}",
+                    lambda a=args: KERNELS["select_tiles"](*a),
+                )
     for width in (64, 72, 128, 256):
         q, k = empty(BATCH, 1024, 8, width), empty(BATCH, 1024, 2, width)
+        for alike in (False, True):
+            yield (
+                f"{prefix} means {width}{' alike' if alike else ''}",
+                lambda q=q, a=alike: KERNELS["tile_means"](q, 128, a),
+            )
         lse = empty(BATCH, 8, 1024, dtype=torch.float32)
         if width < 128:
             yield f"{prefix} merge {width}", lambda q=q, lse=lse: KERNELS["merge_attention"](q, lse, q, lse)

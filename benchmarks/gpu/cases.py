@@ -16,6 +16,7 @@ from torch import Tensor
 from maskaccel.bench import registry
 from maskaccel.ops._registry import SPECS
 from maskaccel.ops.attention import reference as attention
+from maskaccel.ops.attention import schema as attention_schema
 from maskaccel.ops.tokens import reference as tokens
 
 EPS = 1e-6
@@ -186,6 +187,26 @@ def lists_case(model: str, shape: tuple[int, int, int, int]) -> Case:
     return Case("tile_lists", model, shape, 2 * math.prod(shape), operands, lambda a: (attention.tile_lists, a))
 
 
+def selection_cases(model: str, shape: tuple[int, int, int, int], block: int = 128) -> list[Case]:
+    """Means of blocks of `(B, S, H, D)` with their likeness, and the choice of half of the mass of their scores."""
+    batch, sequence, heads, _ = shape
+    blocks = -(-sequence // block)
+
+    def means(device: str, dtype: torch.dtype) -> tuple:
+        return torch.randn(shape, device=device, dtype=dtype), block, True
+
+    def select(device: str, dtype: torch.dtype) -> tuple:
+        scores = torch.randn(batch, heads, blocks, blocks, device=device).mul_(3).softmax(-1)
+        return scores, None, None, None, attention_schema.MASS, 0.5, 1
+
+    pairs = 2 * batch * heads * blocks * blocks  # fp32, counted in elements of two bytes
+    return [
+        Case("tile_means", model, shape, math.prod(shape), means, lambda a: (attention.tile_means, a)),
+        Case("select_tiles", model, (batch, heads, blocks, blocks), pairs, select,
+             lambda a: (attention.select_tiles, a)),
+    ]  # fmt: skip
+
+
 def token_cases(shapes: list[tuple[str, tuple[int, int, int]]]) -> list[Case]:
     """The token ops that choose: random ids, matching, which masked positions are revealed."""
 
@@ -306,11 +327,13 @@ def all_cases(tiny: bool) -> dict[str, Case]:
     known = {"norm_modulate", "gate_residual_norm_modulate", QK.name, *MOVERS}
     if tiny:
         cases += [*pair_cases("tiny", (2, 8, 64)), lists_case("tiny", (1, 2, 5, 37))]
+        cases += selection_cases("tiny", (1, 40, 2, 16), 16)
         cases += token_cases([("tiny", (2, 16, 64))])
     else:
         cases += [*adaln_cases("batch of 8", BATCHED[0]), qk_case("batch of 8", BATCHED[1])]
         cases += pair_cases("SD3.5-medium 1024px", (2, 4096, 1536))
         cases += [lists_case("Wan 14B 720p", (1, 40, 591, 591)), lists_case("FLUX", (1, 24, 36, 36))]
+        cases += selection_cases("Wan 14B 480p", (1, 32760, 40, 128))
         cases += token_cases([("FLUX", (1, 4096, 3072)), ("SiT-XL/2", (256, 256, 1152))])
     cases += registry_cases(tiny, known)
     named = {case.name: case for case in cases}

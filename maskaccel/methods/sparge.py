@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..masks import TileMask
-from ..ops import tile_pool, tile_select
+from ..ops import tile_select
 from ..ops._checks import count as check_count
 from ..ops.attention.check import check_block
 from ..ops.attention.check import number as check_number
-from ..ops.attention.select import check_top_k
+from ..ops.attention.select import check_top_k, tile_likeness
 from ._attention import SelectingAttention
 
 
@@ -72,9 +72,9 @@ class SpargeAttn(SelectingAttention):
         bm, bn = self.block
         heads = q.shape[2]
         k = k if k.shape[2] == heads else k.repeat_interleave(heads // k.shape[2], dim=2)
-        alike_q, alike_k = (self._alike(x, block) for x, block in ((q, bm), (k, bn)))  # (B, H, blocks)
-        pooled_q, pooled_k = (tile_pool(x, block).float().transpose(1, 2) for x, block in ((q, bm), (k, bn)))
-        s = pooled_q @ pooled_k.mT * q.shape[3] ** -0.5
+        (pooled_q, cosines_q), (pooled_k, cosines_k) = (tile_likeness(x, block) for x, block in ((q, bm), (k, bn)))
+        alike_q, alike_k = cosines_q > self.similarity, cosines_k > self.similarity  # (B, H, blocks)
+        s = pooled_q.float().transpose(1, 2) @ pooled_k.float().transpose(1, 2).mT * q.shape[3] ** -0.5
         # Columns that are always computed take no part in the prediction; one that holds nothing else stays uniform.
         s = s.masked_fill(~alike_k[:, :, None], -torch.inf)
         s = s.masked_fill(~alike_k.any(-1)[..., None, None], 0.0)
@@ -85,9 +85,3 @@ class SpargeAttn(SelectingAttention):
         if self.top_k is not None:
             return tile_select(s.softmax(-1), shape, self.block, top_k=self.top_k, force=force)
         return tile_select(s.softmax(-1), shape, self.block, cdf=self.cdf, force=force)
-
-    def _alike(self, x: Tensor, block: int) -> Tensor:
-        """Whether the mean cosine of all pairs of a block's tokens is above `similarity`."""
-        unit = torch.nn.functional.normalize(x.float(), dim=-1)
-        # The mean of all products of pairs is the squared length of the mean.
-        return tile_pool(unit, block).square().sum(-1).transpose(1, 2) > self.similarity

@@ -75,6 +75,17 @@ def _fake_tile_lists(bits, pattern_of, tiles, transpose):
     )
 
 
+def _fake_tile_means(x, block, alike):
+    b, s, h, d = x.shape
+    blocks = -(-s // block)
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(b, blocks, h, d), x.new_empty((b, h, blocks) if alike else (0,), dtype=wide)
+
+
+def _fake_select_tiles(scores, force, forbid, limits, rule, value, min_per_row):
+    return scores.new_empty((*scores.shape[:3], -(-scores.shape[3] // 32)), dtype=torch.int32)
+
+
 def _fake_linear(q, k, v, *_):
     return q.new_empty(q.shape)
 
@@ -177,6 +188,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "merge_attention": _fake_merge,
     "merge_attention_backward": _fake_merge_backward,
     "tile_lists": _fake_tile_lists,
+    "tile_means": _fake_tile_means,
+    "select_tiles": _fake_select_tiles,
     "linear_attention": _fake_linear,
     "linear_attention_backward": _fake_linear_backward,
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schema import KEEP, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE
+from .schema import KEEP, MASS, NEED_K, NEED_Q, NEED_S, NEED_V, PRUNE, TOP
 
 _LOG2E = math.log2(math.e)
 
@@ -51,6 +51,48 @@ def line_order(count: Tensor) -> Tensor:
     slab = torch.arange(len(total), device=count.device)[:, None]
     key = ((bits + 1) * len(total) - slab << 31) + total
     return key.flatten().sort(descending=True, stable=True).indices.to(torch.int32)
+
+
+def tile_means(x: Tensor, block: int, alike: bool) -> tuple[Tensor, Tensor]:
+    """Means of blocks of tokens, and how alike the tokens of each are."""
+    wide = _wide(x)
+    missing = -x.shape[1] % block
+    counts = torch.full((-(-x.shape[1] // block), 1, 1), block, dtype=wide.dtype, device=x.device)
+    counts[-1:] -= missing
+
+    def mean(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, block)).sum(2) / counts
+
+    # The mean of all products of pairs is the squared length of the mean.
+    cosines = wide.new_empty(0)
+    if alike:
+        cosines = mean(torch.nn.functional.normalize(wide, dim=-1)).square().sum(-1).transpose(1, 2).contiguous()
+    return mean(wide).to(x.dtype).contiguous(), cosines
+
+
+def select_tiles(
+    scores: Tensor, force: Any, forbid: Any, limits: Any, rule: int, value: float, min_per_row: int
+) -> Tensor:
+    """Words of the tiles that a rule keeps."""
+    if forbid is not None:
+        scores = scores.masked_fill(forbid, -torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    limit = value if limits is None else limits.to(scores)[:, :, None, None]
+    if rule == TOP:
+        chosen = (places < limit).expand(scores.shape)
+    elif rule == MASS:
+        mass = order.values.clamp(min=0)
+        before = mass.cumsum(-1) - mass
+        chosen = before <= limit * mass.sum(-1, keepdim=True)
+    else:
+        chosen = order.values >= limit
+    tiles = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order.indices, chosen | (places < min_per_row))
+    if force is not None:
+        tiles = tiles | force
+    if forbid is not None:
+        tiles = tiles & ~forbid
+    return pack_words(tiles)
 
 
 def kept_tiles(index: Tensor, count: Tensor, tiles: int) -> Tensor:
@@ -301,6 +343,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "merge_attention": merge_attention,
     "merge_attention_backward": merge_attention_backward,
     "tile_lists": tile_lists,
+    "tile_means": tile_means,
+    "select_tiles": select_tiles,
     "linear_attention": linear_attention,
     "linear_attention_backward": linear_attention_backward,
 }

@@ -59,6 +59,14 @@ the same bits, which all kernels do but that of sm_90a, whose dq is a sum in no 
 `out1, out2 (B, S, H, D)` of one dtype, last dim contiguous; lse contiguous.
 `tile_lists`: of `bits` int32 `(Bm, Hm, M, W)`, the mask's rows (transpose: of its columns, `tiles` of them), where
 `tiles` is Nk and bits from `tiles` on are ignored. `pattern_of` has bits' M and leading dims 1 or those of bits.
+`tile_means`: of blocks of `block` tokens of `x (B, S, H, D)` (the last one may be shorter) the means
+`(B, ceil(S / block), H, D)` in x's dtype, formed in fp32, and with `alike` fp32 `(B, H, ceil(S / block))`, the mean
+cosine of all pairs of a block's tokens (else 0 elements).
+`select_tiles`: int32 words of the tiles that are kept, `(B, H, M, ceil(N / 32))`, of `scores (B, H, M, N)`. Tiles of a
+row are ranked by score, ties by place. `rule` says which are kept: 0 the first `value`; 1 those before which the
+scores, negative ones as 0, sum to at most `value` of the row's sum; 2 those with a score of `value` or more. `limits`
+fp32 `(1|B, 1|H)` is `value` of each sample and head. The first `min_per_row` are kept by every rule, and tiles of
+`force` in any case; tiles of `forbid` never. Both are bool, broadcastable to the scores.
 `linear_attention`: `out = phi(q) kv / z`, `kv = sum_j phi(k_j) v_j`, `z = phi(q) . sum_j phi(k_j) + eps` (normalize 0,
 "sum"); with normalize 1, "mean", both sums are means over the Sk keys. phi: 0 relu, 1 elu + 1. GQA as above. kv and z
 fp32.
@@ -71,6 +79,7 @@ import math
 import struct
 
 KEEP, PRUNE = 1, 2  # bits of `flags`
+TOP, MASS, ABOVE = 0, 1, 2  # values of `rule`
 NEED_Q, NEED_K, NEED_V, NEED_S, SAME_BITS = 1, 2, 4, 8, 16  # bits of `needs`
 FEATURE_MAPS = {"relu": 0, "elu1": 1}
 NORMALIZE = {"sum": 0, "mean": 1}
@@ -97,6 +106,10 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # -> (index, count, order); L is `tiles` (transpose: M)
     "tile_lists": "(Tensor bits, Tensor? pattern_of, int tiles, bool transpose) -> (Tensor, Tensor, Tensor)",
+    # -> (means, alike)
+    "tile_means": "(Tensor x, int block, bool alike) -> (Tensor, Tensor)",
+    "select_tiles": "(Tensor scores, Tensor? force, Tensor? forbid, Tensor? limits, int rule, float value,"
+    " int min_per_row) -> Tensor",
     "linear_attention": "(Tensor q, Tensor k, Tensor v, int feature_map, int normalize, float eps) -> Tensor",
     # -> (dq, dk, dv)
     "linear_attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, int feature_map, int normalize,"

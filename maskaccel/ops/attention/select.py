@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _call, _checks
+from .._registry import op
 from . import check
 from .check import check_block
-from .reference import pack_words
+from .schema import ABOVE, MASS, TOP
 
 if TYPE_CHECKING:
     from ...masks.order import TokenOrder
@@ -45,6 +46,8 @@ def tile_pool(x: Tensor, block: int | TokenOrder, *, mode: str = "mean", weight:
     """
     x = _checks.activation("x", x, "B, S, H, D")
     _checks.choice("mode", mode, ("mean", "sum"))
+    if type(block) is int and block > 0 and weight is None and mode == "mean" and not _call.wants_grad((x,)):
+        return op("maskaccel", "tile_means")(_checks.dense_last(x), block, False)[0]
     wide = x if x.dtype == torch.float64 else x.float()
     if isinstance(block, int):
         if isinstance(block, bool) or block < 1:
@@ -74,6 +77,20 @@ def tile_pool(x: Tensor, block: int | TokenOrder, *, mode: str = "mean", weight:
             counts = torch.outer(counts, along).flatten()
         pooled = pooled / counts[:, None, None]
     return pooled.to(x.dtype)
+
+
+def tile_likeness(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The means of `tile_pool`, and the mean cosine of all pairs of a block's tokens, in one pass; no derivative.
+
+    Args:
+        x: `(B, S, H, D)`.
+        block: Tokens of a block.
+
+    Returns:
+        `(B, ceil(S / block), H, D)` in x's dtype, and fp32 `(B, H, ceil(S / block))`.
+    """
+    with torch.no_grad():
+        return op("maskaccel", "tile_means")(_checks.dense_last(x), block, True)  # type: ignore[no-any-return]
 
 
 def _axes_of(order: TokenOrder, tokens: int) -> list[tuple[int, int]]:
@@ -131,11 +148,11 @@ def tile_scores(
     check.heads_divide(q, k)
     scale = q.shape[3] ** -0.5 if scale is None else check.number("scale", scale)
     heads = q.shape[2]
-    wide = lambda t: t if t.dtype == torch.float64 else t.float()  # noqa: E731
-    q_wide, k_wide = wide(q).transpose(1, 2), wide(k).transpose(1, 2)
-    k_wide = k_wide.repeat_interleave(heads // k_wide.shape[1], dim=1)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    if k.shape[1] != heads:
+        k = k.repeat_interleave(heads // k.shape[1], dim=1)
     if mode == "mean":
-        return (q_wide @ k_wide.mT * scale).softmax(-1)
+        return (_products(q, k) * scale).softmax(-1)
     if block is None:
         raise ValueError("mode='antidiagonal' needs the block")
     bm, bn = check_block(block)
@@ -143,17 +160,30 @@ def tile_scores(
         raise ValueError(f"stride={stride!r} must divide the block {(bm, bn)}")
 
     def groups(t: Tensor, flip: bool) -> Tensor:
-        t = torch.nn.functional.pad(t, (0, 0, 0, -t.shape[2] % stride)).unflatten(2, (-1, stride))
+        t = _padded(t, 0, -t.shape[2] % stride).unflatten(2, (-1, stride))
         return (t.flip(3) if flip else t).flatten(3)
 
     # Queries in reversed order within a group: pairs of equal place are those of an antidiagonal.
-    s = groups(q_wide, True) @ groups(k_wide, False).mT * (scale / stride)
-    p = s.softmax(-1)
-    m, n = (math.ceil(t.shape[2] / b) for t, b in ((q_wide, bm), (k_wide, bn)))
+    p = (_products(groups(q, True), groups(k, False)) * (scale / stride)).softmax(-1)
+    m, n = math.ceil(q.shape[2] / bm), math.ceil(k.shape[2] / bn)
     rows, columns = bm // stride, bn // stride
-    p = torch.nn.functional.pad(p, (0, n * columns - p.shape[3], 0, m * rows - p.shape[2]))
+    p = _padded(p, n * columns - p.shape[3], m * rows - p.shape[2])
     p = p.unflatten(3, (n, columns)).sum(-1).unflatten(2, (m, rows)).sum(3)
     return p / p.sum(-1, keepdim=True)
+
+
+def _padded(x: Tensor, columns: int, rows: int) -> Tensor:
+    """Zeros behind the last two dims; torch copies where there are none to add."""
+    return torch.nn.functional.pad(x, (0, columns, 0, rows)) if columns or rows else x
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """`q k^T` of `(B, H, M, D)` and `(B, H, N, D)` in fp32, or fp64."""
+    if q.is_cuda and q.dtype == k.dtype and q.element_size() == 2 and not _call.wants_grad((q, k)):
+        # 16-bit operands have the tensor cores, and are exact in fp32 sums.
+        return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, torch.float32).unflatten(0, q.shape[:2])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.to(wide) @ k.to(wide).mT
 
 
 def tile_select(
@@ -208,36 +238,29 @@ def tile_select(
         raise ValueError(f"min_per_row={min_per_row!r} must be an integer, 0 or more")
     forced = _tiles("force", force, scores, block, shape)
     forbidden = _tiles("forbid", forbid, scores, block, shape)
-    allowed = None if forbidden is None else ~forbidden
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    order = scores.sort(dim=-1, descending=True, stable=True)
-    places = torch.arange(columns, device=scores.device)
-    least = places < min_per_row
+    limits, value = None, 0.0
     if top_k is not None:
-        count = _count(top_k, columns)
-        chosen = places < max(count, min_per_row)
-        chosen = chosen.expand(scores.shape)
+        rule, value = TOP, float(_count(top_k, columns))
     elif cdf is not None:
-        limit = _fraction("cdf", cdf, scores)
-        mass = order.values.clamp(min=0)
-        before = mass.cumsum(-1) - mass  # a tile is needed while those above it do not reach the limit
-        chosen = (before <= limit * mass.sum(-1, keepdim=True)) | least
+        rule, limit = MASS, _fraction("cdf", cdf, scores)
+        limits, value = (limit[None], 0.0) if isinstance(limit, Tensor) else (None, float(limit))
     else:
+        rule = ABOVE
         assert percentile is not None
         if not 0 <= check.number("percentile", percentile) <= 1:
             raise ValueError(f"percentile={percentile!r} must be in [0, 1]")
-        if not scores.shape[2]:
-            return TileMask(pack_words(scores > 0), block, shape)
-        ranks = scores.flatten(2).sort(dim=-1).values
-        at = min(int(percentile * ranks.shape[-1]), ranks.shape[-1] - 1)
-        chosen = (order.values >= ranks[..., at, None, None]) | least
-    tiles = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order.indices, chosen)
-    if forced is not None:
-        tiles = tiles | forced
-    if allowed is not None:
-        tiles = tiles & allowed
-    return TileMask(pack_words(tiles), block, shape)
+        limits = _percentile(scores if forbidden is None else scores.masked_fill(forbidden, -torch.inf), percentile)
+    with torch.no_grad():
+        bits = op("maskaccel", "select_tiles")(scores, forced, forbidden, limits, rule, value, min_per_row)
+    return TileMask(bits, block, shape)
+
+
+def _percentile(scores: Tensor, percentile: float) -> Tensor:
+    """`(B, H)`: the score above which the rest of a head's tiles lies."""
+    flat = scores.flatten(2)
+    if not flat.shape[2]:
+        return flat.new_zeros(flat.shape[:2])
+    return flat.kthvalue(min(int(percentile * flat.shape[2]), flat.shape[2] - 1) + 1, dim=-1).values
 
 
 def _tiles(name: str, value: Any, scores: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor | None:
@@ -283,7 +306,7 @@ def _fraction(name: str, value: float | Tensor, scores: Tensor) -> float | Tenso
         on_host = value.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
         if on_host and value.numel() and not bool(((value > 0) & (value <= 1)).all()):
             raise ValueError(f"{name} holds values in [{float(value.min())}, {float(value.max())}]; allowed is (0, 1]")
-        return value.to(scores)[:, None, None]
+        return value.to(scores)
     if not 0 < check.number(name, value) <= 1:
         raise ValueError(f"{name}={value!r} must be in (0, 1]")
     return value

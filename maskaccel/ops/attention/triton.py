@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import _triton as host
-from . import triton_launch, triton_launch_backward, triton_small
+from . import triton_launch, triton_launch_backward, triton_select, triton_small
 
-KERNELS: dict[str, Callable] = {**triton_launch.KERNELS, **triton_launch_backward.KERNELS, **triton_small.KERNELS}
+KERNELS: dict[str, Callable] = {
+    **triton_launch.KERNELS,
+    **triton_launch_backward.KERNELS,
+    **triton_small.KERNELS,
+    **triton_select.KERNELS,
+}
 
 
 def available() -> str | None:
