@@ -309,7 +309,7 @@ def attention_cases(dtype: torch.dtype, prefix: str) -> Iterator[tuple[str, Call
 
 def small_attention_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Tile lists, merged and linear attention."""
-    from maskaccel.ops.attention.triton_small import KERNELS
+    from maskaccel.ops.attention.triton import KERNELS
 
     prefix = "bf16" if dtype == torch.bfloat16 else "fp32"
 
