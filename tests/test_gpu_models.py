@@ -69,6 +69,9 @@ def test_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(row["step_ms"]) == 2 and math.isclose(sum(row["step_ms"]), row["run_ms"])
     assert "failed: broken" in record["summary"]
     assert "| broken | | RuntimeError: cannot |" in models.table({"some": record})
+    best = max(("FusedAdaLN", "SpargeAttn"), key=lambda name: rows[name]["over_eager"])
+    (target,) = models.targets({"some": record, "other": {"skipped": "no diffusers"}})
+    assert target.got == rows[best]["over_best_peer"] and target.what.startswith(f"some: {best} over ")
 
 
 def test_equal_schedules_compute_equal_steps() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import setups
 import torch
 from setups import COMPILE, CUDNN, EAGER, FUSED, FUSED_COMPILE, SEER, TILE, TOP, Activity, Setup, cached, ours
-from stage import Context, Record
+from stage import Context, Record, Target
 from torch import nn
 
 from maskaccel import methods as m
@@ -249,16 +249,30 @@ def _rank(rows: dict[str, Record]) -> None:
             row["over_best_peer"] = rivals[row["best_peer"]] / row["run_ms"]
 
 
+def _fastest(rows: dict[str, Record]) -> str | None:
+    """The fastest of ours, if any was timed."""
+    timed = {name: row["over_eager"] for name, row in rows.items() if "over_best_peer" in row}
+    return max(timed, key=timed.__getitem__, default=None)
+
+
 def _summary(rows: dict[str, Record]) -> str:
     """The fastest of ours, in a line."""
-    timed = {name: row for name, row in rows.items() if "over_best_peer" in row}
     text = f"eager {rows[EAGER.name]['run_ms']:.1f} ms"
-    if timed:
-        name = max(timed, key=lambda name: timed[name]["over_eager"])
-        row = timed[name]
+    if name := _fastest(rows):
+        row = rows[name]
         text += f"; {name}: {row['over_eager']:.2f}x of it, {row['over_best_peer']:.2f}x of {row['best_peer']}"
     failed = [name for name, row in rows.items() if "failed" in row]
     return text + (f"; failed: {', '.join(failed)}" if failed else "")
+
+
+def targets(records: dict[str, Record]) -> list[Target]:
+    """The fastest of ours is ahead of every peer, in each item."""
+    found = []
+    for item, record in records.items():
+        if name := _fastest(record.get("setups", {})):
+            row = record["setups"][name]
+            found.append(Target(f"{item}: {name} over {row['best_peer']}", 1.0, row["over_best_peer"]))
+    return found
 
 
 def table(records: dict[str, Record]) -> str:
