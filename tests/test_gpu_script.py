@@ -82,7 +82,8 @@ def items(context):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Stages of these tests, for this process and for workers."""
-    texts = {"stage_of_tests": STAGE, "preparing": PREPARING, "listless": LISTLESS, "side_by_side": SIDE_BY_SIDE}
+    texts = {"stage_of_tests": STAGE, "preparing": PREPARING, "listless": LISTLESS, "side_by_side": SIDE_BY_SIDE,
+             "unable": UNABLE}  # fmt: skip
     for name, text in texts.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -180,6 +181,17 @@ def test_stages_prepare_later_ones_and_one_that_cannot_start_is_named(folder):
     assert found["stages"]["tried"]["good"]["record"]["earlier"] == {"first": ["tried good", "tried last"]}
     again = runner(folder, plan, only="good|last", resume=True)
     assert again.todo == {"first": ["tried last"], "tried": ["last"]}
+
+
+def test_a_stage_whose_workers_do_not_start_is_given_up(folder, monkeypatch):
+    """Two starts, no third: the items are left out with the reason, and later stages run."""
+    monkeypatch.setenv("RUNNER_OF_TESTS", str(os.getpid()))
+    made = runner(folder, {"unable": Plan("unable", 9), "tried": Plan("stage_of_tests", 9)}, only="/[abc]$|good")
+    good, found = go(made)
+    assert not good and "no such device" in made.problems["unable"]
+    (note,) = found["left_out"]
+    assert note["items"] == list("abc") and "no such device" in note["why"]
+    assert found["stages"]["tried"]["good"]["state"] == "ok"
 
 
 def test_a_target_below_its_goal_is_missed():

@@ -14,6 +14,7 @@ import attention
 import cases
 import compiling
 import correctness
+import interleaved
 import kernels
 import micro
 import stages
@@ -100,6 +101,18 @@ def test_every_op_with_a_goal_has_the_shapes_of_models():
     for op in forward - {"qk_norm_rope", "write_kv_rows"}:
         assert {width for name, width in shapes if name == op} == {3072, 1536, 5120, 2432}
     assert all(case.goal == 0.85 for case in with_goals if case.op.startswith(("norm_", "gate_")) and case.graph)
+
+
+def test_rounds_are_interleaved():
+    """Every call once a round; who is first, and who runs after whom, changes."""
+    order: list[str] = []
+    measures = {name: (lambda name=name: order.append(name) or float(len(order))) for name in "abc"}
+    found = interleaved.samples(measures, 6)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 18, 3)]
+    assert all(sorted(round_) == ["a", "b", "c"] for round_ in rounds)
+    assert {round_[0] for round_ in rounds} == set("abc") and {"ab", "ba"} <= {round_[:2] for round_ in rounds}
+    assert {name: len(values) for name, values in found.items()} == {"a": 6, "b": 6, "c": 6}
+    assert interleaved.medians({"a": iter([5.0, 1.0, 2.0]).__next__}, 3) == {"a": 2.0}
 
 
 def test_compiling_forgets_which_configuration_was_fastest(tmp_path, monkeypatch):

@@ -189,7 +189,7 @@ class Pool:
             for process in list(self._busy):
                 problem = self._look(process, job) or problem
                 starts_failed += process not in self._busy and not process.ready
-        job.left = [*job.left, *waiting]
+        job.left = [*job.left, *(p.item for p in self._busy if p.item is not None), *waiting]
         for process in list(self._busy):
             self._drop(process, reuse=process.ready)
         return problem if starts_failed >= STARTS else None
