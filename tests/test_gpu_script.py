@@ -71,6 +71,15 @@ def run(item, context):
         time.sleep(0.02)
     return {"process": os.getpid()}
 """
+UNABLE = """
+import os
+SECONDS = 5.0
+if os.environ["RUNNER_OF_TESTS"] != str(os.getpid()):
+    raise OSError("no such device")
+
+def items(context):
+    return list("abc")
+"""
 LISTLESS = """
 SECONDS = 1.0
 
