@@ -8,6 +8,7 @@ dtype, but not every product of them (there are thousands).
 
     python tools/compile_triton.py                       # sm_80, 90, 100, 120
     python tools/compile_triton.py --arch 90 --json out.json
+    python tools/compile_triton.py --arch 90 --only random --random 4   # random calls of every op
 
 Exits with 1 if a kernel does not compile, or if one spills more than SPILL_LIMIT bytes a thread; smaller spills are
 listed.
@@ -16,6 +17,7 @@ listed.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import re
@@ -97,12 +99,36 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, call) of everything to compile; names start with the dtype."""
+def cases(random: int = 0) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, call) of everything to compile, and so many random calls of every op; names start with the dtype."""
     for dtype in (torch.bfloat16, torch.float32):
         yield from cases_of(dtype)
         yield from small_attention_cases(dtype)
         yield from token_cases(dtype)
+        yield from random_cases(dtype, random)
+
+
+def random_cases(dtype: torch.dtype, count: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls over the whole contract, which meet other specialisations: sizes of one, odd strides, absent operands."""
+    if not count:
+        return
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    from _raw_cases import OPS, draw
+
+    from maskaccel.ops._backends import _TRITON_MODULES
+
+    kernels = {name: kernel for m in _TRITON_MODULES for name, kernel in importlib.import_module(m).KERNELS.items()}
+
+    def empty(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor):
+            return t
+        return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
+
+    for op in OPS:
+        for seed in range(count):
+            args = tuple(map(empty, draw(op, seed, dtype)))
+            name = f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} random {op} {seed}"
+            yield name, lambda op=op, args=args: kernels[op](*args)
 
 
 def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -357,9 +383,9 @@ def small_attention_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
             )
 
 
-def compile_part(job: tuple[int, int, int, str]) -> tuple[list[Compiled], list[str], int]:
+def compile_part(job: tuple[int, int, int, str, int]) -> tuple[list[Compiled], list[str], int]:
     """Compile every `parts`-th case for one architecture: (results, failures, cases)."""
-    arch, part, parts, only = job
+    arch, part, parts, only, random = job
     warnings.filterwarnings("ignore")
     from triton.runtime import driver
 
@@ -386,7 +412,7 @@ def compile_part(job: tuple[int, int, int, str]) -> tuple[list[Compiled], list[s
 
     _triton.launcher = compile_only
     count = 0
-    for i, (name, call) in enumerate(cases()):
+    for i, (name, call) in enumerate(cases(random)):
         if i % parts != part or only not in name:
             continue
         count += 1
@@ -420,10 +446,11 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", help="compute capability as in 90; may repeat")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result to FILE")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name contains TEXT")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="also N random calls of every op (none)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     args = parser.parse_args()
     archs, parts = args.arch or ARCHS, 8
-    jobs = [(arch, part, parts, args.only) for arch in archs for part in range(parts)]
+    jobs = [(arch, part, parts, args.only, args.random) for arch in archs for part in range(parts)]
     results: list[Compiled] = []
     failures: list[str] = []
     known: set[str] = set()
