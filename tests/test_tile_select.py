@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.attention import selection
 from maskaccel.masks import TileMask, TokenOrder
 from maskaccel.ops import tile_pool, tile_scores, tile_select
 
@@ -111,3 +112,12 @@ def test_forbidden_tiles_are_never_chosen():
     assert torch.equal(
         mask.tiles()[0, 0].int(), torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 1, 0]], dtype=torch.int)
     )
+
+
+@pytest.mark.parametrize(("name", "most"), [("SpargeAttn", 16), ("VSA", 7), ("DraftAttention", 11), ("XAttention", 14)])
+def test_choosing_tiles_is_few_kernels(name: str, most: int) -> None:
+    """On a GPU, counted on tensors without data; two of them make the lists. Queries and keys are read once."""
+    found = selection.cost(selection.METHODS[name], 4096, 8, 128)
+    assert found.kernels <= most
+    if name != "XAttention":
+        assert found.moved < 1.25 * 2 * 4096 * 8 * 128 * 2

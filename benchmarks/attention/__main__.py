@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks.attention {tiles,speed,schedule,sampling} ...`."""
+"""Command line: `python -m benchmarks.attention {tiles,speed,schedule,selection,sampling} ...`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--rounds", type=int, default=5)
     speed.add_argument("--no-flex", action="store_true", help="leave FlexAttention out, which compiles for minutes")
     commands.add_parser("schedule", help="predicted balance of the GPU kernels; a minute or two on one core")
+    commands.add_parser("selection", help="predicted cost of choosing tiles on a GPU; seconds")
     sampling = commands.add_parser("sampling", help="methods on the trained example")
     sampling.add_argument("weights", type=Path, help="pipeline folder of the example at 1,024 tokens")
     sampling.add_argument("--images", type=int, default=32)
@@ -49,6 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         from . import schedule
 
         schedule.run(DOCS / "attention-speed.md")
+    elif args.what == "selection":
+        from . import selection
+
+        selection.run(DOCS / "attention-speed.md")
     else:
         from . import sampling
 

@@ -19,7 +19,7 @@ from ..ops import tile_select
 from ..ops._checks import count as check_count
 from ..ops.attention.check import check_block
 from ..ops.attention.check import number as check_number
-from ..ops.attention.select import check_top_k, tile_likeness
+from ..ops.attention.select import check_top_k, products, tile_likeness
 from ._attention import SelectingAttention
 
 
@@ -73,12 +73,11 @@ class SpargeAttn(SelectingAttention):
         heads = q.shape[2]
         k = k if k.shape[2] == heads else k.repeat_interleave(heads // k.shape[2], dim=2)
         (pooled_q, cosines_q), (pooled_k, cosines_k) = (tile_likeness(x, block) for x, block in ((q, bm), (k, bn)))
-        alike_q, alike_k = cosines_q > self.similarity, cosines_k > self.similarity  # (B, H, blocks)
-        s = pooled_q.float().transpose(1, 2) @ pooled_k.float().transpose(1, 2).mT * q.shape[3] ** -0.5
-        # Columns that are always computed take no part in the prediction; one that holds nothing else stays uniform.
-        s = s.masked_fill(~alike_k[:, :, None], -torch.inf)
-        s = s.masked_fill(~alike_k.any(-1)[..., None, None], 0.0)
-        force = ~alike_q[..., None] | ~alike_k[:, :, None]
+        unlike_q, unlike_k = ~(cosines_q > self.similarity), ~(cosines_k > self.similarity)  # (B, H, blocks)
+        s = products(pooled_q.transpose(1, 2), pooled_k.transpose(1, 2)) * q.shape[3] ** -0.5
+        # Columns that are always computed take no part in the prediction; finite, so that a row of them is uniform.
+        s = s.masked_fill(unlike_k[:, :, None], torch.finfo(s.dtype).min)
+        force = unlike_q[..., None] | unlike_k[:, :, None]
         if beside is not None:
             force = force | beside.tiles()
         shape = (q.shape[1], k.shape[1])

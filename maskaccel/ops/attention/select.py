@@ -152,7 +152,7 @@ def tile_scores(
     if k.shape[1] != heads:
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
     if mode == "mean":
-        return (_products(q, k) * scale).softmax(-1)
+        return (products(q, k) * scale).softmax(-1)
     if block is None:
         raise ValueError("mode='antidiagonal' needs the block")
     bm, bn = check_block(block)
@@ -164,7 +164,7 @@ def tile_scores(
         return (t.flip(3) if flip else t).flatten(3)
 
     # Queries in reversed order within a group: pairs of equal place are those of an antidiagonal.
-    p = (_products(groups(q, True), groups(k, False)) * (scale / stride)).softmax(-1)
+    p = (products(groups(q, True), groups(k, False)) * (scale / stride)).softmax(-1)
     m, n = math.ceil(q.shape[2] / bm), math.ceil(k.shape[2] / bn)
     rows, columns = bm // stride, bn // stride
     p = _padded(p, n * columns - p.shape[3], m * rows - p.shape[2])
@@ -177,9 +177,14 @@ def _padded(x: Tensor, columns: int, rows: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns, 0, rows)) if columns or rows else x
 
 
-def _products(q: Tensor, k: Tensor) -> Tensor:
+def products(q: Tensor, k: Tensor) -> Tensor:
     """`q k^T` of `(B, H, M, D)` and `(B, H, N, D)` in fp32, or fp64."""
-    if q.is_cuda and q.dtype == k.dtype and q.element_size() == 2 and not _call.wants_grad((q, k)):
+    if (
+        q.device.type in ("cuda", "meta")
+        and q.dtype == k.dtype
+        and q.element_size() == 2
+        and not _call.wants_grad((q, k))
+    ):
         # 16-bit operands have the tensor cores, and are exact in fp32 sums.
         return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, torch.float32).unflatten(0, q.shape[:2])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
