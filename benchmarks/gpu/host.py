@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import paths  # noqa: F401
@@ -124,8 +125,24 @@ def _record(calls: Mapping[str, overhead.Call], peers: Mapping[str, overhead.Cal
 def _family(item: str, context: Context) -> Record:
     o = _operands(context, False)
     with torch.no_grad():
-        calls = _of_family(item, {**overhead.differentiable(o), **overhead.others(o)})
+        calls = _of_family(item, {**overhead.differentiable(o), **overhead.others(o), **_whole_tiles(context)})
         return _record(calls, overhead.peers(o), context)
+
+
+def _whole_tiles(context: Context) -> dict[str, overhead.Call]:
+    """Attention as the kernels of sm_90a take it: tiles of 128 x 128, heads of 128."""
+    from maskaccel import ops
+    from maskaccel.masks import TileMask
+
+    q = torch.randn(1, 256, 2, 128, device=context.device, dtype=torch.bfloat16)
+    mask = TileMask.full((256, 256), device=context.device)
+    return {
+        "tile_attention, 128 x 128": partial(ops.tile_attention, q, q, q),
+        "tile_attention, 128 x 128, mask": partial(ops.tile_attention, q, q, q, mask),
+        "tile_attention, 128 x 128, keep bits": partial(
+            ops.tile_attention, q, q, q, mask, skip_threshold=-6.0, return_keep=True
+        ),
+    }
 
 
 def _training(context: Context) -> Record:
@@ -186,7 +203,8 @@ def _launches(context: Context) -> Record:
     """Kernels, memsets and copies of a call, and the runtime calls that torch's profiler sees, if it sees any."""
     o = _operands(context, False)
     with torch.no_grad():
-        calls, bad = _measured({**overhead.peers(o), **overhead.differentiable(o), **overhead.others(o)}, context)
+        every = {**overhead.peers(o), **overhead.differentiable(o), **overhead.others(o), **_whole_tiles(context)}
+        calls, bad = _measured(every, context)
         found = _events(calls, context)
     seen = sum(1 for row in found.values() if row["kernels"])
     return {"ops": found, "failed": bad, "summary": f"{len(found)} ops, kernels seen of {seen}"}
