@@ -113,12 +113,18 @@ def test_the_common_calls_are_one_launch_and_their_results(asked, name):
     assert asked(name, args) == (1, cleared, 0, results)
 
 
-def test_attention_of_hopper_clears_a_counter_for_masks_alone(asked, monkeypatch):
-    """Rows of tiles that differ in length are dealt out by a counter; equal ones need none."""
+def test_attention_of_hopper_clears_a_counter_in_graphs_alone(asked, monkeypatch):
+    """Rows of tiles that differ in length are dealt out by a counter, which the kernel leaves at 0 as it found it."""
     monkeypatch.setenv("MASKACCEL_EMULATE_CAPABILITY", "90")
     monkeypatch.setenv("MASKACCEL_EMULATE_SHARED", str(227 * 1024))
-    q = torch.randn(1, 128, 1, 64).bfloat16()
-    mask = TileMask.full((128, 128))
+    q = torch.randn(1, 384, 1, 64).bfloat16()  # more rows of tiles than the one CTA
+    mask = TileMask.full((384, 384))
     lists, numbers = mask.lists(), packed(128, 128, 0.125)
-    assert asked("tile_attention_bare", (q, q, q, None, None, None, None, None, numbers))[:3] == (1, 0, 0)
-    assert asked("tile_attention_bare", (q, q, q, *lists, None, None, numbers)) == (1, 1, 0, 3)
+    assert asked("tile_attention_bare", (q, q, q, None, None, None, None, None, numbers)) == (1, 0, 0, 2)
+    masked = (q, q, q, *lists, None, None, numbers)
+    expected = torch.ops.maskaccel_emulated.tile_attention_bare(*masked)[0]
+    for _ in range(4):  # of the emulation's counters each one is used again
+        assert asked("tile_attention_bare", masked) == (1, 0, 0, 2)
+        assert torch.equal(torch.ops.maskaccel_emulated.tile_attention_bare(*masked)[0], expected)
+    monkeypatch.setenv("MASKACCEL_EMULATE_CAPTURE", "1")
+    assert asked("tile_attention_bare", masked) == (1, 1, 0, 3)

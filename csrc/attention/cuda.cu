@@ -8,9 +8,13 @@ namespace {
 void launch_forward(const Call& call, AttentionArgs& a) {
 #ifdef MASKACCEL_SM90A
   if (call.info().capability == 90 && sm90_serves(a)) {
-    Result counter = integers(call, {a.lists.index != nullptr ? 1 : 0});
-    counter.clear(call);
-    if (a.lists.index != nullptr) a.counter = static_cast<int*>(counter.data());
+    Result counter;  // in a graph every replay clears its own
+    if (a.lists.index != nullptr) a.counter = held_counter(call.device(), call.stream());
+    if (a.lists.index != nullptr && a.counter == nullptr) {
+      counter = integers(call, {1});
+      counter.clear(call);
+      a.counter = static_cast<int*>(counter.data());
+    }
     return launch_sm90(a, call.stream());
   }
 #endif

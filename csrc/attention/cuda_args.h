@@ -36,7 +36,7 @@ struct Broadcast {
 struct AttentionArgs {
   Dtype dtype = Dtype::bf16;
   int multiprocessors = 0;  // of the device
-  int* counter = nullptr;   // of the rows of tiles taken, 0 before the launch; sm_90a with lists alone
+  int* counter = nullptr;   // of the rows of tiles taken, 0 before and after the launch; sm_90a with lists alone
   int batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, dim = 0;
   Rows q, k, v;
   float scale = 1.f;

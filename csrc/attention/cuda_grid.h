@@ -21,7 +21,7 @@ struct Item {
 
 /// All items in one sequence, longest first as `order` gives them. A CTA begins with the item at its own number; with a
 /// mask it then takes the next that nobody took, from a counter in memory, and without one, where all items are as
-/// long, every ctas-th. Dealing out in turns with a mask too would save clearing the counter, and leave CTAs idle where
+/// long, every ctas-th. Dealing out in turns with a mask too would save the claims, and leave CTAs idle where
 /// few rows are long (docs/cuda-kernels.md).
 ///
 /// Samples and heads that share a mask are copies of its rows. They take turns after `window` rows: neighbours in the

@@ -125,10 +125,19 @@ struct Producer {
     load<kRows, S::kSlab, S::kWide>(p.q, shared.query_full, true, shared.q, item.tile_row * p.bm + item.sub * kRows,
                                     item.head, item.batch);
   }
+  /// The place after this one. Every CTA claims once in vain: the claims number as many as the items, and whoever makes
+  /// the last of them leaves the counter as it was found.
+  __device__ __forceinline__ int next(int place, int total) const {
+    const int ctas = gridDim.x;
+    if (p.a.counter == nullptr) return place + ctas;
+    const int claim = count_up(p.a.counter);
+    if (claim == total - 1) *p.a.counter = 0;
+    return ctas + claim;
+  }
   __device__ __forceinline__ void run() {
-    const int total = static_cast<int>(p.schedule.items()), ctas = gridDim.x;
+    const int total = static_cast<int>(p.schedule.items());
     int place = blockIdx.x;
-    for (; place < total; place = p.a.counter != nullptr ? ctas + count_up(p.a.counter) : place + ctas) {
+    for (; place < total; place = next(place, total)) {
       item = p.schedule.item(place);
       if (item.tile_row * p.bm + item.sub * kRows >= p.a.queries) continue;
       key_head = item.head / (p.a.heads / p.a.key_heads);

@@ -77,6 +77,12 @@ void set_shared_limit(const void* kernel, int bytes) {
   emulation::machine().shared_limit = static_cast<size_t>(bytes);
 }
 
+int* held_counter(int, Stream) {
+  static int counters[4] = {};
+  static unsigned next = 0;
+  return std::getenv("MASKACCEL_EMULATE_CAPTURE") != nullptr ? nullptr : &counters[next++ % 4];
+}
+
 /// Launches, memsets, attribute calls and allocations so far.
 extern "C" void maskaccel_emulated_counts(long* counts) {
   const emulation::Machine& m = emulation::machine();
@@ -143,6 +149,31 @@ void set_shared_limit(const void* kernel, int bytes) {
   shared_limits().raise(kernel, device, bytes, [&] {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory limit");
   });
+}
+
+int* held_counter(int device, Stream stream) {
+  constexpr unsigned kCounters = 1 << 14;  // more than launches can be under way
+  struct Ring {
+    std::once_flag once;
+    int* data = nullptr;
+    std::atomic<unsigned> next{0};
+  };
+  static Ring rings[kMaxDevices];
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  if (status != cudaStreamCaptureStatusNone) return nullptr;
+  Ring& ring = rings[device];
+  std::call_once(ring.once, [&] {
+    void* data = nullptr;
+    check(cudaMalloc(&data, kCounters * sizeof(int)), "counters");
+    check(cudaMemsetAsync(data, 0, kCounters * sizeof(int), stream), "counters");
+    check(cudaStreamSynchronize(stream), "counters");  // other streams will read them
+    ring.data = static_cast<int*>(data);
+  });
+  return ring.data + ring.next++ % kCounters;
 }
 
 bool several_devices() {
