@@ -43,7 +43,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_is_judged_resumed_and_prolonged(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fashion, "OUT", tmp_path / "out")
+    monkeypatch.setattr(fashion, "RUNS", tmp_path / "out")
     assert fashion.warm("SPRINT", DRY)["seconds"] > 0 and not (tmp_path / "out").exists()
     record = fashion.run("SPRINT", DRY)
     folder = tmp_path / "out" / "tiny" / "SPRINT"
@@ -66,12 +66,16 @@ def test_a_run_is_judged_resumed_and_prolonged(images: Path, tmp_path: Path, mon
     assert again["steps"] == record["steps"] and (folder / "log.jsonl").read_text() == log
     # prolonged
     longer = 2 * record["steps"] * max(record["seconds_of_a_step"])
-    more = fashion.trained("SPRINT", longer, folder, DRY, resume=True)
+    more = fashion.trained("SPRINT", longer, folder, tmp_path / "shown", DRY, resume=True)
+    assert {path.name for path in (tmp_path / "shown").iterdir()} == {
+        "fashion-SPRINT.png",
+        "fashion-SPRINT.safetensors",
+    }
     assert more["steps"] > record["steps"] and (folder / "log.jsonl").read_text().startswith(log)
 
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Path) -> None:
-    monkeypatch.setattr(fashion, "OUT", tmp_path / "out")
+    monkeypatch.setattr(fashion, "RUNS", tmp_path / "out")
     (images / "train-images-idx3-ubyte.gz").unlink()
     assert "train-images-idx3-ubyte.gz is missing" in fashion.run("none", DRY)["skipped"]
     assert fashion.warm("none", DRY) == {}

@@ -8,7 +8,7 @@ time by the cost of a step, measured before. Read from the environment:
 
 * MASKACCEL_FASHION_DATA: folder of the images;
 * MASKACCEL_FASHION_SECONDS: of training in an item of `make gpu` (100);
-* MASKACCEL_FASHION_OUT: where runs, samples and weights go (build/gpu-fashion).
+* MASKACCEL_FASHION_OUT: where samples and weights go (build/gpu-fashion, where the runs are kept too).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ DENSE_SHARE = {"none": 0.0, "TREAD": 0.0, "SPRINT": 0.2}  # SPRINT's second stag
 TRAINING_SECONDS = float(os.environ.get("MASKACCEL_FASHION_SECONDS") or 100)
 SECONDS = 2 * TRAINING_SECONDS + 150  # compiling and judging come on top
 EXPECTED = TRAINING_SECONDS + 50
-OUT = Path(os.environ.get("MASKACCEL_FASHION_OUT") or paths.ROOT / "build" / "gpu-fashion")
+RUNS = paths.ROOT / "build" / "gpu-fashion"
+OUT = Path(os.environ.get("MASKACCEL_FASHION_OUT") or RUNS)
 _LARGE = {
     "size": 64,
     "patch": 2,
@@ -56,8 +57,9 @@ def run(item: str, context: Context) -> Record:
     """One training; it goes on where an earlier one was ended before its time."""
     if importlib.util.find_spec("diffusers") is None:
         return {"skipped": "no diffusers", "summary": "skipped: no diffusers"}
-    folder = OUT / ("tiny" if context.tiny else "") / item
-    return trained(item, 0.5 if context.tiny else TRAINING_SECONDS, folder, context, unfinished(folder))
+    folder = RUNS / ("tiny" if context.tiny else "") / item
+    out = folder.parent if context.tiny else OUT
+    return trained(item, 0.5 if context.tiny else TRAINING_SECONDS, folder, out, context, unfinished(folder))
 
 
 def warm(item: str, context: Context) -> Record:
@@ -72,7 +74,7 @@ def warm(item: str, context: Context) -> Record:
     if not (DEFAULT_ROOT / "train-images-idx3-ubyte.gz").is_file():
         return {}
     begin = time.perf_counter()
-    make = _options(item, OUT, context, steps=1000)
+    make = _options(item, RUNS, context, steps=1000)
     with parallel.ranks(context.device) as where:
         one = Run(make(depth=6, eval_every=0), where)
     one.step(next(iter(one.batches())))
@@ -92,8 +94,8 @@ def _examples() -> None:
             sys.path.append(path)
 
 
-def trained(method: str, seconds: float, folder: Path, context: Context, resume: bool) -> Record:
-    """Train for so long, judge what came out, and write samples and weights beside the folder of the run."""
+def trained(method: str, seconds: float, folder: Path, out: Path, context: Context, resume: bool) -> Record:
+    """Train for so long in the folder of the run, judge what came out, and write samples and weights into another."""
     _examples()
     from train_dit import train
 
@@ -114,7 +116,7 @@ def trained(method: str, seconds: float, folder: Path, context: Context, resume:
     done = torch.load(checkpoint, map_location="cpu", weights_only=True)["step"] if checkpoint.is_file() else 0
     if done < steps:
         train(make(resume=done > 0))
-    record = _judged(method, folder, context) | {"seconds_of_a_step": costs, "planned_seconds": seconds}
+    record = _judged(method, folder, out, context) | {"seconds_of_a_step": costs, "planned_seconds": seconds}
     result_file.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
@@ -164,7 +166,7 @@ def _wait(context: Context) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- judging
-def _judged(method: str, folder: Path, context: Context) -> Record:
+def _judged(method: str, folder: Path, out: Path, context: Context) -> Record:
     """Curves of loss and Fréchet distance, and the files of samples and weights."""
     from sample import grid, samples
 
@@ -179,7 +181,8 @@ def _judged(method: str, folder: Path, context: Context) -> Record:
         step = int(path.stem.partition("-")[2])
         images = samples(path, judge.count, **sampling)
         judged.append({"step": step, "seconds": curve.get(step, {}).get("seconds")} | judge(images))
-    picture, weights = (folder.parent / f"fashion-{method}.{kind}" for kind in ("png", "safetensors"))
+    out.mkdir(parents=True, exist_ok=True)
+    picture, weights = (out / f"fashion-{method}.{kind}" for kind in ("png", "safetensors"))
     shown = samples(path, 40, guidance=2.0, **sampling)
     grid(shown, 10).save(picture)
     _export(path, weights)
@@ -252,12 +255,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=tuple(DENSE_SHARE), default="none")
     parser.add_argument("--seconds", type=float, default=TRAINING_SECONDS, help="of training in all")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of samples and weights")
     parser.add_argument("--resume", action="store_true", help="go on from the run that is there")
     parser.add_argument("--tiny", action="store_true", help="sizes of a dry run, on the CPU")
     args = parser.parse_args()
     context = Context(device="cpu" if args.tiny else "cuda", tiny=args.tiny)
-    print(trained(args.method, args.seconds, args.out / args.method, context, args.resume)["summary"])
+    print(trained(args.method, args.seconds, args.runs / args.method, args.out, context, args.resume)["summary"])
 
 
 if __name__ == "__main__":
