@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import paths
-from sanitized import FAMILIES
 from stage import Context, Record
 
 SECONDS = 150.0
 EXPECTED = 30.0
 PARALLEL = 8  # nothing is timed; most of an item is starting Python and instrumenting code
+FAMILIES = ("adaln", "steps", "tokens", "attention", "sm90", "triton")
 # Which bugs are worst, and which tools are fastest, first.
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 ABSENT = "compute-sanitizer is not here"
@@ -95,10 +95,8 @@ def run(item: str, context: Context) -> Record:
             wrong[tool] = found["problem"]
         elif found["reports"]:
             first = found["reports"][0]
-            wrong[tool] = (
-                f"{found['errors']} errors, {found['warnings']} warnings; {first['what']} in {first['kernel']}"
-            )
-    said = "not watched" if tool == "none" else f"{found['errors']} errors, {found['warnings']} warnings"
+            wrong[tool] = f"{_counts(found)}; {first['what']} in {first['kernel']}"
+    said = "not watched" if tool == "none" else _counts(found)
     return record | {"wrong": wrong, "summary": f"{record['calls']} calls, {said}"}
 
 

@@ -14,11 +14,11 @@ import sys
 import kernels
 import paths  # noqa: F401
 import torch
+from sanitize import FAMILIES
 
 from maskaccel.ops._backends import call_refusal, refusal
 from maskaccel.ops.attention.schema import KEEP, NEED_K, NEED_Q, NEED_V, PRUNE
 
-FAMILIES = ("adaln", "steps", "tokens", "attention", "sm90", "triton")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
