@@ -148,6 +148,11 @@ def test_the_library_travels_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     library.write_bytes(b"one that was built here")
     bundle.unpack(folder, tmp_path)
     assert library.read_bytes() == b"one that was built here"
+    (folder / "libmaskaccel.so.xz").write_bytes(lzma.compress(b"mended machine code"))
+    later = library.stat().st_mtime + 10
+    os.utime(folder / "libmaskaccel.so.xz", (later, later))
+    bundle.unpack(folder, tmp_path)
+    assert library.read_bytes() == b"mended machine code", "a second run on one machine kept the first run's library"
 
 
 def test_a_library_without_cuda_kernels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -208,7 +208,11 @@ def pack(args: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- run
 def unpack(folder: Path, target: Path) -> dict[str, str]:
-    """Unpack a bundle into `target`, the library into the tree if it has none; the environment that finds it all."""
+    """Unpack a bundle into `target`, the library into the tree if that has none as new.
+
+    Returns:
+        The environment that finds it all.
+    """
     environment = dict(os.environ)
     wheels = sorted(folder.glob("*.whl"))
     if wheels:
@@ -221,7 +225,7 @@ def unpack(folder: Path, target: Path) -> dict[str, str]:
             for line in unmet(wheels):
                 print(f"bundle: {line}")
     library = folder / f"{LIBRARY.name}.xz"
-    if library.is_file() and not LIBRARY.is_file():
+    if library.is_file() and not (LIBRARY.is_file() and LIBRARY.stat().st_mtime >= library.stat().st_mtime):
         LIBRARY.parent.mkdir(exist_ok=True)
         partial = LIBRARY.with_suffix(".partial")
         partial.write_bytes(lzma.decompress(library.read_bytes()))
