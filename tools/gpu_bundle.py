@@ -223,7 +223,7 @@ def unpack(folder: Path, target: Path) -> dict[str, str]:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), environment.get("PYTHONPATH"))))
         if importlib.util.find_spec("packaging"):
             for line in unmet(wheels):
-                print(f"bundle: {line}")
+                print(f"bundle: {line}", flush=True)
     library = folder / f"{LIBRARY.name}.xz"
     if library.is_file() and not (LIBRARY.is_file() and LIBRARY.stat().st_mtime >= library.stat().st_mtime):
         LIBRARY.parent.mkdir(exist_ok=True)
@@ -231,7 +231,7 @@ def unpack(folder: Path, target: Path) -> dict[str, str]:
         partial.write_bytes(lzma.decompress(library.read_bytes()))
         partial.chmod(0o755)
         partial.replace(LIBRARY)
-        print(f"bundle: {LIBRARY.relative_to(ROOT)} from {library.name}")
+        print(f"bundle: {LIBRARY.relative_to(ROOT)} from {library.name}", flush=True)
     data = sorted(folder.glob("*-ubyte.xz"))
     if data:
         images = target / "fashion-mnist"

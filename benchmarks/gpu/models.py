@@ -221,14 +221,14 @@ def _timed(one: _Contender, latents: torch.Tensor, inputs: dict[str, torch.Tenso
 
 
 def _medians(runs: list[dict[str, Any]]) -> Record:
-    """Of the rounds of one setup: a run, each of its steps, and the most memory beyond the weights."""
+    """Of the rounds of one setup: a run, its steps, those well below the longest, memory beyond the weights."""
     if not runs:
         return {}
     totals = [run["run_ms"] for run in runs]
-    steps = zip(*(run["step_ms"] for run in runs))
+    steps = [statistics.median(step) for step in zip(*(run["step_ms"] for run in runs))]
     return {
         "run_ms": statistics.median(totals), "min_ms": min(totals), "max_ms": max(totals), "rounds": len(runs),
-        "step_ms": [statistics.median(step) for step in steps],
+        "step_ms": steps, "short_steps": sum(step < 0.8 * max(steps) for step in steps),
         "peak_bytes": max(run["peak_bytes"] or 0 for run in runs),
     }  # fmt: skip
 
@@ -283,17 +283,18 @@ def table(records: dict[str, Record]) -> str:
             continue
         lines += [
             f"**{item}**: {record['steps']} steps", "",
-            "| setup | computed steps | run, ms | over eager | over the best peer | memory, MiB | error |",
-            "|---|---|---|---|---|---|---|",
+            "| setup | computed steps | short ones | run, ms | over eager | over the best peer | memory, MiB | error |",
+            "|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for name, row in record["setups"].items():
             if "run_ms" not in row:
-                lines.append(f"| {name} | | {row.get('failed') or row.get('skipped')} | | | | |")
+                lines.append(f"| {name} | | | {row.get('failed') or row.get('skipped')} | | | | |")
                 continue
             over = f"{row['over_best_peer']:.2f} ({row['best_peer']})" if "best_peer" in row else ""
-            lines.append(
-                f"| {name} | {row['schedule']} | {row['run_ms']:.1f} | {row['over_eager']:.2f} | {over} | "
-                f"{row['peak_bytes'] / 2**20:.0f} | {row['error']:.2e} |"
-            )
+            cells = (
+                name, row["schedule"], str(row["short_steps"]), f"{row['run_ms']:.1f}", f"{row['over_eager']:.2f}",
+                over, f"{row['peak_bytes'] / 2**20:.0f}", f"{row['error']:.2e}",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
