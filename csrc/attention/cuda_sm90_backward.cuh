@@ -17,19 +17,17 @@
 //   dout_full[s]    producer, + bytes of dout and delta                         both consumers   the same
 //   empty[s]        each consumer warp, after the step's products               producer         the same
 //
-// * Counts, phases and the empty first round are as in cuda_sm90.cuh. The last pass of query_full carries a card
-// without a
-//   block, and no bytes.
-// * Products of a warp group finish in order. Within a block a step starts its scores before those of the step before
-// it
-//   are waited for, dv runs beside the score gradients, dk beside the additions of dq.
-// * No deadlock. The producer's order is q(0), dout(0), q(1), ... A consumer lets go of step n once it has q(n + 1), at
-//   the end of a block without it. With two stages or more, loading step n + 2 needs no more than that.
+// * Counts, phases and the empty first round are as in cuda_sm90.cuh. The last pass of query_full carries a card that
+//   is of no block, and no bytes.
+// * Products of a warp group finish in order, so a consumer waits for all but the latest of them. Narrow heads leave
+//   registers to start the scores and dP of both steps of a block at once (kAhead). Otherwise a step starts its scores
+//   before the products of the step before it are waited for.
+// * No deadlock. The producer loads q(0), dout(0), q(1), ... A consumer lets go of step n with loads up to those of step
+//   n + 1, at the end of a block without them: with two stages or more, loading step n + 2 needs no more.
 // * dS^T has two buffers, used by blocks in turn, and a named barrier of both consumers passes once a block between
-// writing
-//   and reading. A consumer that has passed it in block n has finished its dq of block n - 1, and so has the other one:
-//   the buffer of n - 1 is free for n + 1. The fence before it makes what was written visible to wgmma.
-// * Registers at most: dk, dv, two score tiles and the weights of a step; or dk, dv, dq and the slopes of one.
+//   writing and reading. A consumer that has passed it in block n has finished its dq of block n - 1, and so has the
+//   other one: the buffer of n - 1 is free for n + 1. The fence before it makes what was written visible to wgmma.
+// * Registers at most: dk, dv, two score tiles for each step ahead and weights; or dk, dv, dq and slopes.
 #pragma once
 
 #include "cuda_sm90_backward_products.cuh"

@@ -38,7 +38,7 @@ __device__ __forceinline__ void consume(const BackwardParams& p, BackwardStorage
   float dk[S::kOut], dv[S::kOut];
 #pragma unroll
   for (int i = 0; i < S::kOut; ++i) dk[i] = dv[i] = 0.f;
-  alignas(4) T weights[S::kScores], slopes[S::kScores];
+  alignas(4) T weights[S::kAhead][S::kScores], slopes[S::kAhead][S::kScores];
   Ring<S::kStages> loaded, used;
   const auto release = [&] {
     arrive(shared.empty[used.stage]);
@@ -47,6 +47,23 @@ __device__ __forceinline__ void consume(const BackwardParams& p, BackwardStorage
 
   shared.keys.wait(0);
   for (int buffer = 0;; buffer ^= 1) {
+    // Of the steps begun. New in each block: older values must not live on in registers.
+    float scores[S::kAhead][S::kScores], rises[S::kAhead][S::kScores];
+    int stages[S::kAhead];
+    const auto begin = [&](int part) {
+      const int at = part % S::kAhead, stage = stages[at] = loaded.stage;
+      if (part > 0) shared.query_full[stage].wait(loaded.parity);
+      start_turned_scores<S>(shared.k, shared.steps[stage].q, group, scores[at]);
+      if (S::kAhead == 1 && part > 0) {
+        finish<1>(dk);
+        pin(dv);
+        release();
+      }
+      shared.dout_full[stage].wait(loaded.parity);
+      start_turned_scores<S>(shared.v, shared.steps[stage].dout, group, rises[at]);
+      loaded.advance();
+    };
+
     shared.query_full[loaded.stage].wait(loaded.parity);
     const QueryCard card = get(shared.cards[loaded.stage]);
     if (card.kind == QueryCard::kEnd) break;
@@ -56,57 +73,55 @@ __device__ __forceinline__ void consume(const BackwardParams& p, BackwardStorage
                      int64_t{card.tile} * a.tile_columns + line.line);
     }
 #pragma unroll
+    for (int part = 0; part < S::kAhead; ++part) begin(part);
+#pragma unroll
     for (int part = 0; part < S::kParts; ++part) {
-      if (part > 0) shared.query_full[loaded.stage].wait(loaded.parity);
-      const auto& step = shared.steps[loaded.stage];
-      float scores[S::kScores], rises[S::kScores];
-      start_turned_scores<S>(shared.k, step.q, group, scores);
-      if (part > 0) {
-        finish<1>(dk);
-        pin(dv);
-        release();
-      }
-      shared.dout_full[loaded.stage].wait(loaded.parity);
-      start_turned_scores<S>(shared.v, step.dout, group, rises);
-      finish<1>(scores);
+      constexpr int kOpen = 2 * S::kAhead - 1;  // products that may run on
+      const int at = part % S::kAhead;
+      if (part >= S::kAhead) begin(part);
+      const int stage = stages[at];
+      const auto& step = shared.steps[stage];
+      auto &values = scores[at], &dp = rises[at];  // s, then P, then dS
+      finish<kOpen>(values);
 #pragma unroll
       for (int n = 0; n < S::kScores / 4; ++n) {
-        const float2 lse = get(*reinterpret_cast<const float2*>(shared.lse[loaded.stage] + column + 8 * n));
+        const float2 lse = get(*reinterpret_cast<const float2*>(shared.lse[stage] + column + 8 * n));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          scores[4 * n + i] = exp2_of(scores[4 * n + i] * scale_log2 - (i % 2 ? lse.y : lse.x));
+          values[4 * n + i] = exp2_of(values[4 * n + i] * scale_log2 - (i % 2 ? lse.y : lse.x));
         }
       }
       if (pattern >= 0) {
-        clear_skipped(scores, a, pattern, key - line.line * a.bn,
+        clear_skipped(values, a, pattern, key - line.line * a.bn,
                       card.begin - card.tile * a.bm + part * S::kStep + column);
       }
       if (first + kRows > a.keys) {
 #pragma unroll
         for (int i = 0; i < S::kScores; ++i) {
-          if (key + i / 2 % 2 * 8 >= a.keys) scores[i] = 0.f;
+          if (key + i / 2 % 2 * 8 >= a.keys) values[i] = 0.f;
         }
       }
-      round_all(scores, weights);
-      start_sum<S>(weights, step.dout, dv);
-      finish<1>(rises);
+      round_all(values, weights[at]);
+      start_sum<S>(weights[at], step.dout, dv);
+      finish<kOpen>(dp);
 #pragma unroll
       for (int n = 0; n < S::kScores / 4; ++n) {
-        const float2 delta = get(*reinterpret_cast<const float2*>(shared.delta[loaded.stage] + column + 8 * n));
+        const float2 delta = get(*reinterpret_cast<const float2*>(shared.delta[stage] + column + 8 * n));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[4 * n + i] *= rises[4 * n + i] - (i % 2 ? delta.y : delta.x);
+        for (int i = 0; i < 4; ++i) values[4 * n + i] *= dp[4 * n + i] - (i % 2 ? delta.y : delta.x);
       }
-      round_all(scores, slopes);
-      store_slopes<S>(slopes, shared.slopes[buffer] + part * S::kStep * kRows, row);
+      round_all(values, slopes[at]);
+      store_slopes<S>(slopes[at], shared.slopes[buffer] + part * S::kStep * kRows, row);
       if (part + 1 < S::kParts) {
-        start_sum<S>(slopes, step.q, dk);
+        start_sum<S>(slopes[at], step.q, dk);
       } else {
         publish_to_products();
         named_wait(kSlopesWritten);
         finish<0>(dv);  // its factors would not fit beside dq
+        if (S::kAhead > 1) release();
         float dq[S::kOut];
         start_queries<S>(shared.slopes[buffer] + group * 64 * kRows, shared.k, dq);
-        start_sum<S>(slopes, step.q, dk);
+        start_sum<S>(slopes[at], step.q, dk);
         finish<1>(dq);
         const int64_t batch_head = int64_t{line.b} * a.heads + card.head;
         float* const to = p.dq + query_sums<S>(batch_head, p.padded, card.begin + group * 64, thread);
@@ -115,7 +130,6 @@ __device__ __forceinline__ void consume(const BackwardParams& p, BackwardStorage
         finish<0>(dk);
         release();
       }
-      loaded.advance();
     }
   }
 #pragma unroll

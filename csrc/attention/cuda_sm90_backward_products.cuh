@@ -5,15 +5,17 @@
 
 namespace maskaccel::cuda::sm90 {
 
+static_assert(kConsumers == 2);
+
 /// Sizes of the backward for heads of up to kDim elements. All operands lie in slabs of kSlab columns, with the widest
 /// swizzle that divides kDim: each is read along its rows in one product and across them in another.
 template <typename T_, int kDim_>
 struct BackwardShapes {
   using T = T_;
   static constexpr int kDim = kDim_;
-  static constexpr int kStep = kDim > 64 ? 64 : 128;  // queries of a step, for the registers of two score tiles
-  static constexpr int kParts = kRows / kStep;        // steps of a block of kRows queries
-  static constexpr int kStages = 3;
+  static constexpr int kStep = 64, kParts = kRows / kStep;  // queries of a step, steps of a block
+  static constexpr int kAhead = kDim > 64 ? 1 : 2;          // steps whose scores and dP registers hold at once
+  static constexpr int kStages = kDim > 96 ? 3 : 4;
   static constexpr int kSlab = kDim % 64 == 0 ? 64 : kDim % 32 == 0 ? 32 : 16;
   static constexpr int kScores = 64 * kStep / kGroup, kOut = 64 * kDim / kGroup;  // elements of a thread
   static constexpr int kBytesK = kRows * kDim * 2, kBytesQ = kStep * kDim * 2, kBytesTerm = kStep * 4;
