@@ -59,6 +59,8 @@ def tile_attention(
     `s = scale * q k^T + bias`, elements that the mask leaves out are -inf, `out = out_scale * softmax(s) v + out_add`.
     Time and memory traffic are in proportion to the tiles kept. A query that keeps nothing gets 0 (and lse -inf, and
     zero gradients).
+    On GPUs of compute capability 9.0 the gradient of q is summed in no fixed order, for speed; under
+    `torch.use_deterministic_algorithms(True)` the same input gives the same bits there too.
 
     Args:
         q: `(B, Sq, H, D)`, fp32, bf16 or fp16 (fp64 on the reference); any strides with a dense last dim. Kernels take
