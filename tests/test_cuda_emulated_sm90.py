@@ -100,7 +100,17 @@ def test_head_dims(threads, dim):
 
 
 @pytest.mark.parametrize(
-    ("dim", "block"), [(64, (128, 128)), (64, (256, 128)), (80, (128, 256)), (128, (384, 512)), (256, (128, 128))]
+    ("dim", "block"),
+    [
+        (64, (128, 128)),
+        (64, (256, 128)),
+        (80, (128, 256)),
+        (128, (384, 512)),
+        (256, (128, 128)),
+        (64, (128, 192)),
+        (128, (128, 64)),
+        (256, (128, 64)),
+    ],
 )
 def test_masks(threads, dim, block):
     """Partial, full and empty tiles; tiles of several blocks, cut at the last key."""

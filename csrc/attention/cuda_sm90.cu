@@ -54,10 +54,18 @@ void launch_shape(const AttentionArgs& a, Stream stream) {
 /// The head dim of the kernel that serves a head.
 constexpr int width_of(int dim) { return dim <= 64 ? 64 : dim <= 80 ? 80 : dim <= 96 ? 96 : dim <= 128 ? 128 : 256; }
 
+/// Whether a kernel of this head dim has blocks of 64 keys too, for tiles that are no multiple of 128: the usual heads.
+constexpr bool has_short_blocks(int width) { return kTuning.dim == 0 && (width == 64 || width == 128); }
+bool needs_short_blocks(const AttentionArgs& a) { return uses_mask_tiles(a) && a.bn % block_keys(a.dim) != 0; }
+
 template <typename T, int kDim>
 void launch_width(const AttentionArgs& a, Stream stream) {
   if constexpr (kTuning.dim == 0 || kTuning.dim == kDim) {
-    if (width_of(a.dim) == kDim) launch_shape<Shapes<T, kDim>>(a, stream);
+    if (width_of(a.dim) != kDim) return;
+    if constexpr (has_short_blocks(kDim)) {
+      if (needs_short_blocks(a)) return launch_shape<Shapes<T, kDim, 64>>(a, stream);
+    }
+    launch_shape<Shapes<T, kDim>>(a, stream);
   }
 }
 template <typename T, int... kDims>
@@ -77,7 +85,8 @@ bool sm90_serves(const AttentionArgs& a) {
   // The largest of the unscaled scores is that of the scaled ones only for a positive scale.
   if (!(a.scale > 0.f) || !std::isfinite(a.scale)) return false;
   if (!compiled(a)) return false;
-  if (uses_mask_tiles(a) && (a.bm % kRows != 0 || a.bn % block_keys(a.dim) != 0)) return false;
+  if (uses_mask_tiles(a) && a.bm % kRows != 0) return false;
+  if (needs_short_blocks(a) && (a.bn % 64 != 0 || !has_short_blocks(width_of(a.dim)))) return false;
   // The test of keep bits is for whole mask tiles: the rows of a warp group pair, the keys of a block.
   if (a.flags != 0 && (a.bm != kRows || a.bn != block_keys(a.dim) || a.dim > 128)) return false;
   const int64_t lines = ceil_div(a.queries, rows_of_tile(a)) * a.batch * a.heads;

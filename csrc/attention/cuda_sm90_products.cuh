@@ -22,12 +22,14 @@ constexpr int kThreads = kGroup * (1 + kConsumers);  // producer, consumers
 /// Q and K lie in slabs of 64 columns with the 128-byte swizzle. V is read across its rows, and its slabs have the
 /// widest swizzle that divides kDim: wgmma documents only whole swizzle atoms in that direction, so heads of 72 take 80
 /// columns.
-template <typename T_, int kDim_>
+template <typename T_, int kDim_, int kKeys_ = block_keys(kDim_)>
 struct Shapes {
   using T = T_;
   static constexpr int kDim = kDim_, kWide = (kDim + 63) / 64 * 64;
-  static constexpr int kKeys = block_keys(kDim);
-  static constexpr int kStages = kTuning.stages != 0 ? kTuning.stages : kDim > 128 ? 2 : kDim > 64 ? 3 : 4;
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kStages = kTuning.stages != 0            ? kTuning.stages
+                                 : kDim > 128                   ? 2
+                                 : (kDim > 64 ? 3 : 4) * (kKeys == 64 ? 2 : 1);
   static constexpr int kSlab = 64, kSlabV = kDim % 64 == 0 ? 64 : kDim % 32 == 0 ? 32 : 16;
   static constexpr int kScores = 64 * kKeys / kGroup, kOut = 64 * kDim / kGroup;  // elements of a thread
   static constexpr int kBytesQ = kRows * kWide * 2, kBytesK = kKeys * kWide * 2, kBytesV = kKeys * kDim * 2;
