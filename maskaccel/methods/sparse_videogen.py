@@ -1,8 +1,9 @@
 """Sparse VideoGen (Xi et al. 2025, arXiv 2502.01776): heads look within frames, or at one place through all frames.
 
 Spatial heads see a band of the raster index, temporal heads the same band once tokens are ordered by place and then by
-frame; both see the first frame. Which a head is, is tried at every call on a few queries: the mask whose result is
-nearer to the full attention's is taken.
+frame; both see a sink, the first tokens of their order, as many as a frame has. For spatial heads that is the first
+frame; for temporal heads it is inferred from the authors' code for Wan: the frame itself would lie in every tile. Which
+a head is, is tried at every call on a few queries: the mask whose result is nearer to the full attention's is taken.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class SparseVideoGen(SparseAttention):
     Attributes:
         width: Of the band on each side, in frames.
         samples: Queries that the masks are tried on.
-        sink: Whether the first frame is seen by all.
+        sink: Whether the first tokens of either order, as many as a frame has, are seen by all.
         dense_steps: Steps at the start that compute everything (the first fifth in the paper).
         dense_layers: Layers at the start that are left alone.
         seed: Of the choice of queries.
@@ -80,13 +81,10 @@ class SparseVideoGen(SparseAttention):
         order = torch.cat([whole[:prefix], temporal, whole[prefix + frames * places :]])
         line = TokenOrder((frames * places,), None, prefix, suffix)
         first = (torch.arange(tokens) >= prefix) & (torch.arange(tokens) < prefix + places)
-        found = []
-        for index in (whole, order):
-            rule = GridWindow(line, reach, "band")
-            sink = first[index].long() if self.sink else torch.zeros(tokens, dtype=torch.int64)
-            relation = ((WHERE, ALWAYS), (WHERE, ALWAYS))
-            found.append(TileMask.from_rule(Segments(sink, sink, relation, rule), (tokens, tokens), self.block))
-        return found[0], found[1], order
+        sink = first.long() if self.sink else torch.zeros(tokens, dtype=torch.int64)
+        rule = Segments(sink, sink, ((WHERE, ALWAYS), (WHERE, ALWAYS)), GridWindow(line, reach, "band"))
+        mask = TileMask.from_rule(rule, (tokens, tokens), self.block)
+        return mask, mask, order  # bands of places in two orders: the same tiles
 
 
 def _both(method: SparseVideoGen, places: Places) -> tuple[TileMask, Tensor, Tensor, Tensor]:
