@@ -161,41 +161,40 @@ __device__ __forceinline__ float clip_residual(float v) {
   return v > kMax ? kMax : (v < -kMax ? -kMax : v);
 }
 
-/// Mean and inverse deviation of rows that live in registers: two passes, exact for rows with a large mean.
+/// Mean and inverse deviation of a row.
 struct Stats {
   float mean, rstd;
 };
 
+/// Of a row of whole vectors that lives in registers: two passes, exact for rows with a large mean. The row loses its
+/// mean, so that of the result is 0.
 template <int kSteps, typename Reduce>
-__device__ __forceinline__ Stats row_stats(const Floats (&v)[kSteps], bool layer, float inv_width, float eps, int width,
-                                           int first, int step, Reduce& reduce) {
-  float sum = 0.f;
+__device__ __forceinline__ Stats row_stats(Floats (&v)[kSteps], bool layer, float inv_width, float eps, int width, int first,
+                                           int step, Reduce& reduce) {
   if (layer) {
+    float sum = 0.f;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s)
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum += v[s][i];
     const float mean = reduce.sum(sum) * inv_width;
-    float square = 0.f;
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const int left = width - first - s * step;  // zeros past the end of the row must not count
+    for (int s = 0; s < kSteps; ++s)
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const float centred = i < left ? v[s][i] - mean : 0.f;
-        square += centred * centred;
-      }
-    }
-    return Stats{mean, inverse_sqrt(reduce.sum(square) * inv_width + eps)};
+      for (int i = 0; i < kVec; ++i) v[s][i] -= mean;
   }
+  float square = 0.f;
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s)
+  for (int s = 0; s < kSteps; ++s) {
+    float part = square;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sum += v[s][i] * v[s][i];
-  return Stats{0.f, inverse_sqrt(reduce.sum(sum) * inv_width + eps)};
+    for (int i = 0; i < kVec; ++i) part += v[s][i] * v[s][i];
+    square = first + s * step < width ? part : square;  // what lies past the end of the row must not count
+  }
+  return Stats{0.f, inverse_sqrt(reduce.sum(square) * inv_width + eps)};
 }
 
-/// The same of a row that is read again for each pass: `value(d)` gives elements [d, d + 8), zeros past the end.
+/// Of a row that is read again for each pass: `value(d)` gives elements [d, d + 8), zeros past the end.
 template <typename Value, typename Reduce>
 __device__ __forceinline__ Stats stats_of(Value&& value, bool layer, float eps, const Common& c, int first, int step,
                                           Reduce& reduce) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef MASKACCEL_EMULATE
 #include "cuda_emulation.h"
@@ -28,6 +29,13 @@ template <typename T>
 __device__ __forceinline__ float round_to(float v) {
   if constexpr (sizeof(T) == 4) {
     return v;
+#ifndef MASKACCEL_EMULATE
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    // The upper half of a pair is the float itself. The conversion of a single value is four times slower.
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, 0f00000000;" : "=r"(bits) : "f"(v));
+    return __uint_as_float(bits);
+#endif
   } else {
     return static_cast<float>(T(v));
   }
@@ -37,6 +45,14 @@ __device__ __forceinline__ float round_to(float v) {
 template <typename T>
 __device__ __forceinline__ float round_if(float v, bool on) {
   return on ? round_to<T>(v) : v;
+}
+
+/// Rounds all to T where `on`.
+template <typename T>
+__device__ __forceinline__ void round_all(Floats& v, bool on) {
+  if (sizeof(T) == 4 || !on) return;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) v[i] = round_to<T>(v[i]);
 }
 
 template <typename T>
@@ -220,8 +236,8 @@ struct RowReduce {
         at ^= 1;
         if (lane == 0) buffer[threadIdx.x / 32] = Two{a, b};
         sync_threads();
-        a = warp_sum(lane < warps ? buffer[lane].a : 0.f);
-        b = warp_sum(lane < warps ? buffer[lane].b : 0.f);
+        a = over_warps(warps, lane, [&](int warp) { return buffer[warp].a; });
+        b = over_warps(warps, lane, [&](int warp) { return buffer[warp].b; });
       }
     }
     return Two{a, b};
@@ -236,10 +252,23 @@ struct RowReduce {
         at ^= 1;
         if (lane == 0) buffer[threadIdx.x / 32].a = a;
         sync_threads();
-        a = warp_sum(lane < warps ? buffer[lane].a : 0.f);
+        a = over_warps(warps, lane, [&](int warp) { return buffer[warp].a; });
       }
     }
     return a;
+  }
+
+ private:
+  /// Groups of 8 or 16 lanes form the same sum where there are no more warps: fewer exchanges.
+  template <typename Of>
+  __device__ __forceinline__ float over_warps(int warps, int lane, Of&& of) const {
+    const int mine = warps <= 8 ? lane & 7 : (warps <= 16 ? lane & 15 : lane);
+    float v = mine < warps ? of(mine) : 0.f;
+    if (warps > 16) v += shuffle_xor(v, 16);
+    if (warps > 8) v += shuffle_xor(v, 8);
+#pragma unroll
+    for (int mask = 4; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
+    return v;
   }
 };
 
@@ -282,6 +311,11 @@ void launch(const char* op, Kernel kernel, dim3 grid, int threads, size_t shared
 #ifdef MASKACCEL_EMULATE
   (void)op;
   (void)stream;
+  if constexpr (sizeof...(Args) == 1) {
+    const bool recorded =
+        (emulation::record_launch(reinterpret_cast<void*>(kernel), grid, threads, shared, &args, sizeof(args)) || ...);
+    if (recorded) return;
+  }
   emulation::run_grid(grid, threads, shared, [&] { kernel(args...); });
 #else
   kernel<<<grid, threads, shared, stream>>>(args...);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -256,6 +257,25 @@ inline void run_grid(dim3 grid, int threads, size_t shared_bytes, std::function<
         m.dynamic_shared.assign(shared_bytes / sizeof(float) + 1, std::nanf(""));
         run_cta(threads);
       }
+}
+
+/// Appends a launch to the file that MASKACCEL_EMULATE_RECORD names, instead of running it; false where that is not set.
+/// A line: kernel (as the linker calls it), grid, threads, bytes of dynamic shared memory, the bytes of the argument.
+inline bool record_launch(void* kernel, dim3 grid, int threads, size_t shared_bytes, const void* argument, size_t bytes) {
+  const char* const path = std::getenv("MASKACCEL_EMULATE_RECORD");
+  if (path == nullptr) return false;
+  std::FILE* file = std::fopen(path, "a");
+  if (file == nullptr) {
+    std::fprintf(stderr, "emulation: cannot write to %s\n", path);
+    std::abort();
+  }
+  Dl_info symbol{};
+  const bool named = dladdr(kernel, &symbol) != 0 && symbol.dli_saddr == kernel;  // a static kernel has no name here
+  std::fprintf(file, "%s %u %u %u %d %zu ", named ? symbol.dli_sname : "?", grid.x, grid.y, grid.z, threads, shared_bytes);
+  for (size_t i = 0; i < bytes; ++i) std::fprintf(file, "%02x", static_cast<const unsigned char*>(argument)[i]);
+  std::fputc('\n', file);
+  std::fclose(file);
+  return true;
 }
 
 }  // namespace maskaccel::emulation

@@ -61,10 +61,28 @@ inline HistoryParams read_history(const Call& call, const Arg& history, const Ar
   return p;
 }
 
-/// CTAs of 256 threads for the vectors of (B, N, D), each thread taking several of a large tensor.
+/// CTAs of 256 threads for the vectors of (B, N, D), each thread taking several of a large tensor: combine_sites.
 inline dim3 history_grid(const Call& call, const HistoryParams& p) {
   const int64_t vectors = int64_t(p.batch) * p.tokens * ceil_div(p.width, kVec);
   return dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(vectors, 256), int64_t(call.info().multiprocessors) * 64)));
 }
+
+/// Threads and CTAs of `combine_rows`: columns are shared out evenly, rows in runs that leave about four waves of CTAs.
+struct ColumnPlan {
+  int threads = 0;
+  dim3 grid{0, 0, 0};
+
+  static ColumnPlan of(const Call& call, HistoryParams& p) {
+    ColumnPlan plan;
+    const int64_t rows = int64_t(p.batch) * p.tokens, vectors = ceil_div(p.width, kVec);
+    if (rows == 0 || vectors == 0) return plan;
+    const int64_t blocks = ceil_div(vectors, kColumnThreads);
+    plan.threads = static_cast<int>(ceil_div(ceil_div(vectors, blocks), kWarp) * kWarp);
+    const int64_t ctas = std::max<int64_t>(1, int64_t{call.info().multiprocessors} * 4 * (768 / plan.threads) / blocks);
+    p.run = static_cast<int>(ceil_div(rows, ctas));
+    plan.grid = dim3(static_cast<unsigned>(ceil_div(rows, p.run)), static_cast<unsigned>(blocks));
+    return plan;
+  }
+};
 
 }  // namespace maskaccel::cuda

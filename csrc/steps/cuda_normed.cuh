@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) normed_kernel(const __grid_con
 #pragma unroll
       for (int s = 0; s < kRowSteps; ++s)
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) r[s][i] = (r[s][i] - stats.mean) * stats.rstd;
+        for (int i = 0; i < kVec; ++i) r[s][i] *= stats.rstd;
     }
 #pragma unroll
     for (int s = 0; s < kRowSteps; ++s) {

@@ -20,8 +20,8 @@ void scatter_combine(StableIValue* stack, uint64_t, uint64_t) {
   const Dtype stored = dtype_of_arg(a.history), dtype = dtype_of_arg(a.x ? a.x : a.history);
   Result out(call, {p.batch, p.tokens, p.width}, dtype);
   p.out = out.data();
-  const dim3 grid = history_grid(call, p);
-  if (grid.x > 0) {
+  const ColumnPlan plan = ColumnPlan::of(call, p);
+  if (plan.grid.x > 0) {
     p.value = a.data;
     p.newest = static_cast<int>(a.newest);
     p.fresh = a.fresh.data;
@@ -47,7 +47,9 @@ void scatter_combine(StableIValue* stack, uint64_t, uint64_t) {
         launch(call.op(), cluster_mean_kernel<H>, dim3(static_cast<unsigned>(p.rows), batch), kTokenThreads, 0, call.stream(), p);
       }
       by_dtype(dtype, [&](auto tag) {
-        launch(call.op(), scatter_kernel<H, typename decltype(tag)::type>, grid, 256, 0, call.stream(), p);
+        using T = typename decltype(tag)::type;
+        const auto kernel = p.all_vec() && p.fresh_vec ? scatter_kernel<H, T, true> : scatter_kernel<H, T, false>;
+        launch(call.op(), kernel, plan.grid, plan.threads, 0, call.stream(), p);
       });
     });
   }

@@ -86,45 +86,32 @@ __global__ void __launch_bounds__(kTokenThreads) cluster_mean_kernel(const __gri
 }
 
 /// As history_kernel; a thread first brings its vector of the newest value up to date.
-template <typename H, typename T>
-__global__ void __launch_bounds__(256) scatter_kernel(const __grid_constant__ ScatterParams p) {
-  const int vectors = (p.width + kVec - 1) / kVec;
-  const int64_t total = int64_t(p.batch) * p.tokens * vectors;
-  for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < total; k += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t row = k / vectors;
-    const int d = static_cast<int>(k % vectors) * kVec, b = static_cast<int>(row / p.tokens);
-    const int n = static_cast<int>(row % p.tokens);
-    const int64_t at = b * p.history_b + int64_t(n) * p.width;
-    const H* history = static_cast<const H*>(p.history) + at;
+template <typename H, typename T, bool kFast>
+__global__ void __launch_bounds__(kColumnThreads, 2) scatter_kernel(const __grid_constant__ ScatterParams p) {
+  combine_rows<H, T, kFast>(p, p.newest, [&](int b, int n, int row, int d) {
     const int64_t samples = int64_t(b) * p.rows;
     const int mine = p.row_of[row], lead = p.first != nullptr ? p.first[row] : -1;
-    // Not through the read-only path: this kernel writes the entry.
-    H* place = static_cast<H*>(p.value) + at;
+    H* place = static_cast<H*>(p.value) + b * p.history_b + int64_t(n) * p.width;
     Pack<H> value;
     if (mine >= 0) {
-      value = load_pack(static_cast<const H*>(p.fresh) + (samples + mine) * p.width, d, p.width, p.fresh_vec);
-    } else if (p.history_vec) {
-      value = *reinterpret_cast<const Pack<H>*>(place + d);
+      value = load_pack(static_cast<const H*>(p.fresh) + (samples + mine) * p.width, d, p.width, kFast || p.fresh_vec);
+    } else if (kFast || p.history_vec) {
+      value = *reinterpret_cast<const Pack<H>*>(place + d);  // not through the read-only path: this kernel writes the entry
     } else {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) value[i] = d + i < p.width ? place[d + i] : H(0.f);
     }
     if (mine < 0 && lead >= 0) {
-      const Floats mu = to_floats<float>(load_pack(p.mean + (samples + lead) * p.width, d, p.width, p.width % kVec == 0));
+      const bool vec = kFast || p.width % kVec == 0;
+      const Floats mu = to_floats<float>(load_pack(p.mean + (samples + lead) * p.width, d, p.width, vec));
       Floats moved = to_floats<H>(value);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) moved[i] = p.gamma * mu[i] + (1.f - p.gamma) * moved[i];
       value = to_pack<H>(moved);
     }
-    if (mine >= 0 || lead >= 0) store_pack(place, d, p.width, p.history_vec, value);
-    Floats sum = zeros();
-    for (int t = 0; t < p.terms; ++t) {
-      Pack<H> term = value;
-      if (t != p.newest) term = load_pack(history + t * p.history_k, d, p.width, p.history_vec);
-      add_term(p, t, d, to_floats<H>(term), sum);
-    }
-    store_sum<T>(p, b, n, d, sum);
-  }
+    if (mine >= 0 || lead >= 0) store_pack(place, d, p.width, kFast || p.history_vec, value);
+    return value;
+  });
 }
 
 }  // namespace maskaccel::cuda

@@ -58,12 +58,14 @@ void combine_history(StableIValue* stack, uint64_t, uint64_t) {
   HistoryParams p = read_history(call, history, weights, x, gate);
   Result out(call, {p.batch, p.tokens, p.width}, dtype);
   p.out = out.data();
-  const dim3 grid = history_grid(call, p);
-  if (grid.x > 0) {
+  const ColumnPlan plan = ColumnPlan::of(call, p);
+  if (plan.grid.x > 0) {
     by_dtype(stored, [&](auto history_tag) {
       by_dtype(dtype, [&](auto tag) {
-        launch(call.op(), history_kernel<typename decltype(history_tag)::type, typename decltype(tag)::type>, grid, 256, 0,
-               call.stream(), p);
+        using H = typename decltype(history_tag)::type;
+        using T = typename decltype(tag)::type;
+        const auto kernel = p.all_vec() ? history_kernel<H, T, true> : history_kernel<H, T, false>;
+        launch(call.op(), kernel, plan.grid, plan.threads, 0, call.stream(), p);
       });
     });
   }

@@ -73,14 +73,20 @@ struct HistoryParams {
   void* out = nullptr;
   int64_t history_k = 0, history_b = 0, x_b = 0, x_n = 0, gate_b = 0, gate_g = 0;
   int terms = 0, batch = 0, tokens = 0, width = 0, group = 1;
+  int run = 1;               // rows of a CTA
   bool per_channel = false;  // weights are (K, D)
   bool gate_wide = false, history_vec = false, x_vec = false, gate_vec = false, weights_vec = false, out_vec = false;
+
+  bool all_vec() const {
+    return out_vec && history_vec && (x == nullptr || x_vec) && (gate == nullptr || gate_vec) && (!per_channel || weights_vec);
+  }
 };
 
 /// sum += weights[t] * h for elements [d, d + 8) of a row.
+template <bool kFast = false>
 __device__ __forceinline__ void add_term(const HistoryParams& p, int t, int d, const Floats& h, Floats& sum) {
   if (p.per_channel) {
-    const Floats w = to_floats<float>(load_pack(p.weights + int64_t(t) * p.width, d, p.width, p.weights_vec));
+    const Floats w = to_floats<float>(load_pack(p.weights + int64_t(t) * p.width, d, p.width, kFast || p.weights_vec));
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sum[i] += w[i] * h[i];
   } else {
@@ -132,19 +138,63 @@ __device__ __forceinline__ void store_sum(const HistoryParams& p, int b, int n, 
   store_pack(out, d, p.width, p.out_vec, to_pack<T>(gated_sum<T>(p, b, n, d, sum)));
 }
 
-/// H: dtype of the history; T: dtype of x and of the result.
-template <typename H, typename T>
-__global__ void __launch_bounds__(256) history_kernel(const __grid_constant__ HistoryParams p) {
-  const int vectors = (p.width + kVec - 1) / kVec;
-  const int64_t total = int64_t(p.batch) * p.tokens * vectors;
-  for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < total; k += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t row = k / vectors;
-    const int d = static_cast<int>(k % vectors) * kVec, b = static_cast<int>(row / p.tokens);
-    const int n = static_cast<int>(row % p.tokens);
-    Floats sum[1];
-    forecast<H, 4>(p, b, n, d, 0, sum);
-    store_sum<T>(p, b, n, d, sum[0]);
+constexpr int kColumnThreads = 256;  // of a CTA that walks rows, a vector a thread, at most
+
+/// Combines the rows of this CTA. `value(b, n, row, d)` is the vector of entry `newest`, which is not read from the history.
+/// kFast: every operand lies on 16 bytes, so that the loads of several entries are under way together.
+template <typename H, typename T, bool kFast, typename Value>
+__device__ __forceinline__ void combine_rows(const HistoryParams& p, int newest, Value&& value) {
+  constexpr int kTogether = sizeof(H) < 4 ? 4 : 2;
+  const int d = (blockIdx.y * blockDim.x + threadIdx.x) * kVec;
+  if (d >= p.width) return;
+  const int total = p.batch * p.tokens;  // below 2^31: the binding checks
+  const int begin = blockIdx.x * p.run, end = total - begin < p.run ? total : begin + p.run;
+  Floats gate = zeros();
+  int64_t gate_at = -1;
+  int b = begin / p.tokens, n = begin % p.tokens;
+  for (int row = begin; row < end; ++row) {
+    const H* history = static_cast<const H*>(p.history) + b * p.history_b + int64_t(n) * p.width;
+    const T* x_row = static_cast<const T*>(p.x) + b * p.x_b + n * p.x_n;
+    const Pack<T> x = load_pack(x_row, d, p.x != nullptr ? p.width : 0, kFast || p.x_vec);
+    Pack<H> given;
+    if (newest >= 0) given = value(b, n, row, d);
+    Floats sum = zeros();
+    for (int t0 = 0; t0 < p.terms; t0 += kTogether) {
+      Pack<H> held[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int t = t0 + i;
+        held[i] = given;
+        if (t != newest) {
+          held[i] = load_pack(history + t * p.history_k, d, t < p.terms ? p.width : 0, kFast || p.history_vec);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (t0 + i < p.terms) add_term<kFast>(p, t0 + i, d, to_floats<H>(held[i]), sum);
+      }
+    }
+    if (p.gate != nullptr) {
+      const int64_t at = b * p.gate_b + (p.gate_g != 0 ? n / p.group * p.gate_g : 0);
+      if (at != gate_at) gate = load_operand<T>(p.gate, at, p.gate_wide, d, p.width, kFast || p.gate_vec);
+      gate_at = at;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum[i] *= gate[i];
+    }
+    if (p.x != nullptr) {
+      const Floats v = to_floats<T>(x);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum[i] += v[i];
+    }
+    store_pack(static_cast<T*>(p.out) + int64_t(row) * p.width, d, p.width, kFast || p.out_vec, to_pack<T>(sum));
+    if (++n == p.tokens) n = 0, ++b;
   }
+}
+
+/// H: dtype of the history; T: dtype of x and of the result.
+template <typename H, typename T, bool kFast>
+__global__ void __launch_bounds__(kColumnThreads, 2) history_kernel(const __grid_constant__ HistoryParams p) {
+  combine_rows<H, T, kFast>(p, -1, [](int, int, int, int) { return Pack<H>{}; });
 }
 
 }  // namespace maskaccel::cuda
