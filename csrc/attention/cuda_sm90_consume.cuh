@@ -99,6 +99,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int
           release_keys();
           soften(scores, pattern);
           finish<0>(out);
+          pin(weights);
           release_values();
           if (!kKeepBits || weighted) {
             round_all(scores, weights);
@@ -121,6 +122,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<S>& shared, int
       if (!kKeepBits || weighted) {
         begin_values();
         finish<0>(out);
+        pin(weights);
       } else {
         shared.value_full[values.stage].wait(values.parity);
       }
@@ -134,7 +136,10 @@ template <typename S, bool kKeepBits>
 __global__ void __launch_bounds__(kThreads, 1) sm90_forward_kernel(const __grid_constant__ Params p) {
 #if defined(MASKACCEL_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   auto& shared = storage<Storage<S>>();
-  if (threadIdx.x == 0) shared.start_barriers();
+  if (threadIdx.x == 0) {
+    prefetch(p.q), prefetch(p.k), prefetch(p.v);
+    shared.start_barriers();
+  }
   sync_threads();
   const int group = warp_group();
   if (group == 0) {

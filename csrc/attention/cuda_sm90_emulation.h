@@ -221,6 +221,8 @@ inline void publish_barriers() {
   cta().meetings.resize(m.warps.size());
 }
 
+inline void prefetch(const TensorMap&) {}
+
 inline void load_box(const TensorMap& map, Barrier& full, bool, void* to, int column, int row, int head, int batch) {
   cta().load(full, to, box_bytes(fields(map)),
              [f = fields(map), &full, to = shared_address(to), column, row, head, batch] {
@@ -319,8 +321,8 @@ void finish(float (&)[kSize]) {
   emulation::wait(lanes);
   cta().order.finish(warp, static_cast<uint32_t>(core.finished));
 }
-template <int kSize>
-void pin(float (&)[kSize]) {}
+template <typename T, int kSize>
+void pin(T (&)[kSize]) {}
 
 inline void sync_warp() {
   emulation::Barrier& lanes = emulation::machine().warps[emulation::current() / 32];

@@ -19,6 +19,13 @@ __host__ __device__ constexpr int fragment_row(int thread, int i) {
 }
 __host__ __device__ constexpr int fragment_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
+/// Where TMA and wgmma have the byte of `address` in shared memory, with the swizzle of `span` bytes (32, 64, 128; 16:
+/// none): the number of a 16-byte chunk is XORed with that of its 128-byte line, bits 4 and up with bits 7 and up, as
+/// many as a span has. A pattern takes 8 spans.
+__host__ __device__ constexpr uint32_t swizzled(uint32_t address, uint32_t span) {
+  return address ^ (address >> 7 & (span / 16 - 1)) << 4;
+}
+
 using TensorMap = CUtensorMap;
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
@@ -83,7 +90,12 @@ struct Barrier {
   }
 };
 
-__device__ __forceinline__ void publish_barriers() { cutlass::arch::fence_barrier_init(); }
+/// To other threads after __syncthreads, and to TMA.
+__device__ __forceinline__ void publish_barriers() {
+  cutlass::arch::fence_barrier_init();
+  cutlass::arch::fence_view_async_shared();
+}
+__device__ __forceinline__ void prefetch(const TensorMap& map) { cute::prefetch_tma_descriptor(&map); }
 
 /// Loads the box of `map` at these coordinates. `once`: nobody else will want it.
 __device__ __forceinline__ void load_box(const TensorMap& map, Barrier& full, bool once, void* to, int column, int row,
@@ -112,7 +124,8 @@ __device__ __forceinline__ void add_to_global(float* to, float a, float b, float
 }
 
 /// Starts the products of kSteps slices of 16, a(_, _, i) b(_, _, i): fragments of operands in shared memory or, for a,
-/// in registers. `fresh`: into a cleared accumulator. By all threads of a warp group.
+/// in registers, which are to be pinned before and after the wait. `fresh`: into a cleared accumulator. By all threads
+/// of a warp group.
 template <int kSteps, typename Mma, typename A, typename B, typename C>
 __device__ __forceinline__ void start(Mma mma, const A& a, const B& b, C& c, bool fresh) {
   using namespace cute;
@@ -127,10 +140,13 @@ __device__ __forceinline__ void start(Mma mma, const A& a, const B& b, C& c, boo
   warpgroup_commit_batch();
 }
 
-template <int kSize>
-__device__ __forceinline__ void pin(float (&values)[kSize]) {
+/// Keeps the compiler from moving what makes or uses these registers across.
+template <typename T, int kSize>
+__device__ __forceinline__ void pin(T (&values)[kSize]) {
+  using Register = std::conditional_t<sizeof(T) == 4, float, uint32_t>;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) cute::warpgroup_fence_operand(values[i]);
+  for (int i = 0; i < kSize * static_cast<int>(sizeof(T)) / 4; ++i)
+    cute::warpgroup_fence_operand(reinterpret_cast<Register*>(values)[i]);
 }
 
 /// Waits until at most kPending of the products started are unfinished; `c` is of the last one finished.

@@ -51,10 +51,6 @@ inline char* shared_pointer(uint32_t address, uint32_t bytes) {
   return reinterpret_cast<char*>(emulation::machine().dynamic_shared.data()) + (address - shared_begin());
 }
 
-/// Where the 16-byte chunk of `address` lies. In rows of `span` bytes (32, 64, 128; 16: no swizzle) its number is XORed
-/// with that of the 128-byte line: bits 4 and up with bits 7 and up, as many as a span has. Pattern of 8 span bytes.
-inline uint32_t swizzled(uint32_t address, uint32_t span) { return address ^ (address >> 7 & (span / 16 - 1)) << 4; }
-
 /// What a tensor map of up to four dims holds, in place of the driver's encoding.
 struct MapFields {
   const char* data;

@@ -3,9 +3,9 @@
 // All of it runs on the host too (cuda_sm90_emulation.h), down to the matrix descriptors: there, TMA writes where the
 // tensor maps say and wgmma reads where the descriptors say, so an operand whose two sides disagree shows in tests.
 // To add an operand: a layout, tiled from the GMMA atom of its swizzle; a static_assert that TMA's slabs are that
-// layout (in_slabs); a fragment of it in a tiled MMA of the right majors, from shared memory (SS) or registers (RS)
-// alike, whose registers are where fragment_row and fragment_column say (is_fragment); and start(). describe() takes
-// the width of its slabs.
+// layout (in_slabs, is_swizzle); a fragment of it in a tiled MMA of the right majors, from shared memory (SS) or
+// registers (RS) alike, whose registers are where fragment_row and fragment_column say (is_fragment); and start().
+// describe() takes the width of its slabs.
 #pragma once
 
 #include "cuda_sm90_machine.cuh"
@@ -47,6 +47,15 @@ constexpr bool in_slabs(Place place) {
   return true;
 }
 
+/// Whether CuTe's swizzle, of the layout of an operand, is the one of kSlab columns.
+template <int kSlab, typename Swizzle>
+constexpr bool is_swizzle(Swizzle swizzle) {
+  for (uint32_t address = 0; address < 2048; address += 16) {
+    if (swizzle(address) != swizzled(address, kSlab * 2)) return false;
+  }
+  return true;
+}
+
 /// Whether CuTe's (thread, element) layout of kColumns columns is that of fragment_row and fragment_column.
 template <int kColumns, typename Layout>
 constexpr bool is_fragment(Layout layout) {
@@ -73,6 +82,8 @@ struct Layouts {
   static_assert(in_slabs<kRows, S::kSlab, S::kWide>([](int r, int c) { return int(Q{}.layout_b()(r, c)); }));
   static_assert(in_slabs<S::kKeys, S::kSlab, S::kWide>([](int r, int c) { return int(K{}.layout_b()(r, c)); }));
   static_assert(in_slabs<S::kKeys, S::kSlabV, S::kDim>([](int r, int c) { return int(V{}.layout_b()(c, r)); }));
+  static_assert(is_swizzle<S::kSlab>(Q{}.layout_a()) && is_swizzle<S::kSlab>(K{}.layout_a()));
+  static_assert(is_swizzle<S::kSlabV>(V{}.layout_a()));
 
   using Scores = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<T, T, float, Sizes<64, S::kKeys, 16>, cute::GMMA::Major::K, cute::GMMA::Major::K>()));
@@ -99,9 +110,9 @@ __device__ __forceinline__ void start_scores(const T* query, const T* keys, int 
   start<S::kDim / 16>(mma, a, b, c, true);
 }
 
-/// out += weights V, unfinished. Weights as scores, columns of out as columns of scores.
+/// out += weights V, unfinished. Weights as scores, columns of out as columns of scores. Who waits pins the weights.
 template <typename S, typename T = typename S::T>
-__device__ __forceinline__ void start_values(const T (&weights)[S::kScores], const T* values, float (&out)[S::kOut]) {
+__device__ __forceinline__ void start_values(T (&weights)[S::kScores], const T* values, float (&out)[S::kOut]) {
   using namespace cute;
   using L = Layouts<S>;
   typename L::Values mma;
@@ -109,6 +120,7 @@ __device__ __forceinline__ void start_values(const T (&weights)[S::kScores], con
   const Tensor a = make_tensor(make_rmem_ptr(weights), shape);
   const Tensor b = mma.get_slice(0).partition_fragment_B(make_tensor(make_smem_ptr(values), typename L::V{}));
   Tensor c = make_tensor(make_rmem_ptr(out), partition_shape_C(mma, Shape<_64, Int<S::kDim>>{}));
+  pin(weights);
   start<S::kKeys / 16>(mma, a, b, c, false);
 }
 
