@@ -255,14 +255,7 @@ void backward_chunks(const AdalnBackward& s, int64_t begin, int64_t end) {
 }
 
 void backward(const AdalnBackward& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return backward_chunks<bf16>(s, begin, end);
-    case Dtype::f16:
-      return backward_chunks<f16>(s, begin, end);
-    default:
-      return backward_chunks<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { backward_chunks<decltype(t)>(s, begin, end); });
 }
 
 void reduce(const AdalnReduce& r, int64_t begin, int64_t end) {

@@ -126,14 +126,7 @@ void forward_rows(const AdalnForward& s, int64_t begin, int64_t end) {
 }
 
 void forward(const AdalnForward& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return forward_rows<bf16>(s, begin, end);
-    case Dtype::f16:
-      return forward_rows<f16>(s, begin, end);
-    default:
-      return forward_rows<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { forward_rows<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

@@ -57,14 +57,7 @@ void qk_forward_of(const QkNormRope& s, int which, int64_t begin, int64_t end) {
 }
 
 void qk_forward(const QkNormRope& s, int which, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return qk_forward_of<bf16>(s, which, begin, end);
-    case Dtype::f16:
-      return qk_forward_of<f16>(s, which, begin, end);
-    default:
-      return qk_forward_of<float>(s, which, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { qk_forward_of<decltype(t)>(s, which, begin, end); });
 }
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -184,14 +177,7 @@ void qk_chunks(const QkNormRope& s, int which, int64_t begin, int64_t end) {
 }
 
 void qk_backward(const QkNormRope& s, int which, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return qk_chunks<bf16>(s, which, begin, end);
-    case Dtype::f16:
-      return qk_chunks<f16>(s, which, begin, end);
-    default:
-      return qk_chunks<float>(s, which, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { qk_chunks<decltype(t)>(s, which, begin, end); });
 }
 
 }  // namespace

@@ -374,24 +374,11 @@ void run_sums_as(const AttentionColumnSums& s) {
 
 int64_t depth(Dtype dtype) { return dtype == Dtype::bf16 ? OperandOf<bf16>::kDepth : 1; }
 
-// f(T{}) for the dtype.
-template <class F>
-void with_dtype(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::f16:
-      return f(f16{});
-    default:
-      return f(float{});
-  }
-}
-
 void run(const AttentionBackward& s) {
-  with_dtype(s.dtype, [&](auto t) { run_as<decltype(t)>(s); });
+  by_dtype(s.dtype, [&](auto t) { run_as<decltype(t)>(s); });
 }
 void run_sums(const AttentionColumnSums& s) {
-  with_dtype(s.dtype, [&](auto t) { run_sums_as<decltype(t)>(s); });
+  by_dtype(s.dtype, [&](auto t) { run_sums_as<decltype(t)>(s); });
 }
 
 }  // namespace

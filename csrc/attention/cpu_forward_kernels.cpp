@@ -151,14 +151,7 @@ class TileRow {
       for (int64_t i = 0; i < count[0] + count[1]; ++i)
         visit(tiles[i], i < count[0] ? s_.elements.of(b_, h_, m_, tiles[i]) : nullptr);
     }
-    switch (s_.out_add_dtype) {
-      case Dtype::bf16:
-        return write<bf16>();
-      case Dtype::f16:
-        return write<f16>();
-      default:
-        return write<float>();
-    }
+    by_dtype(s_.out_add_dtype, [&](auto t) { write<decltype(t)>(); });
   }
 
  private:
@@ -291,28 +284,16 @@ void pack_tiles(const AttentionForward& s, int64_t begin, int64_t end) {
   }
 }
 
-template <class F>
-void with_type(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::f16:
-      return f(f16{});
-    default:
-      return f(float{});
-  }
-}
-
 void plan(AttentionForward& s) {
-  with_type(s.dtype, [&](auto type) { TileRow<decltype(type)>::plan(s); });
+  by_dtype(s.dtype, [&](auto type) { TileRow<decltype(type)>::plan(s); });
 }
 
 void pack(const AttentionForward& s, int64_t begin, int64_t end) {
-  with_type(s.dtype, [&](auto type) { pack_tiles<decltype(type)>(s, begin, end); });
+  by_dtype(s.dtype, [&](auto type) { pack_tiles<decltype(type)>(s, begin, end); });
 }
 
 void attend(const AttentionForward& s, float* work, int64_t b, int64_t h, int64_t m) {
-  with_type(s.dtype, [&](auto type) { TileRow<decltype(type)>(s, work, b, h, m).run(); });
+  by_dtype(s.dtype, [&](auto type) { TileRow<decltype(type)>(s, work, b, h, m).run(); });
 }
 
 }  // namespace

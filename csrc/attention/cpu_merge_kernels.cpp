@@ -99,25 +99,11 @@ void backward_tokens(const MergeAttentionBackward& m, int64_t begin, int64_t end
 }
 
 void merge(const MergeAttention& m, int64_t begin, int64_t end) {
-  switch (m.dtype) {
-    case Dtype::bf16:
-      return merge_tokens<bf16>(m, begin, end);
-    case Dtype::f16:
-      return merge_tokens<f16>(m, begin, end);
-    default:
-      return merge_tokens<float>(m, begin, end);
-  }
+  by_dtype(m.dtype, [&](auto t) { merge_tokens<decltype(t)>(m, begin, end); });
 }
 
 void backward(const MergeAttentionBackward& m, int64_t begin, int64_t end) {
-  switch (m.dtype) {
-    case Dtype::bf16:
-      return backward_tokens<bf16>(m, begin, end);
-    case Dtype::f16:
-      return backward_tokens<f16>(m, begin, end);
-    default:
-      return backward_tokens<float>(m, begin, end);
-  }
+  by_dtype(m.dtype, [&](auto t) { backward_tokens<decltype(t)>(m, begin, end); });
 }
 
 }  // namespace

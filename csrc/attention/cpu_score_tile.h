@@ -73,16 +73,7 @@ MASKACCEL_OUTLINE void add_relpos(const ScoreTerms& t, const ScoreTile& x, float
 // scores = scale * scores + bias + relative position
 MASKACCEL_OUTLINE void add_terms(const ScoreTerms& t, const ScoreTile& x, float scale) {
   if (t.bias != nullptr) {
-    switch (t.bias_dtype) {
-      case Dtype::bf16:
-        add_bias<bf16>(t, x, scale);
-        break;
-      case Dtype::f16:
-        add_bias<f16>(t, x, scale);
-        break;
-      default:
-        add_bias<float>(t, x, scale);
-    }
+    by_dtype(t.bias_dtype, [&](auto of) { add_bias<decltype(of)>(t, x, scale); });
     scale = 1.0f;
   }
   if (t.table != nullptr) return add_relpos(t, x, scale);

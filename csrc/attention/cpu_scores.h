@@ -52,16 +52,7 @@ MASKACCEL_OUTLINE void added_scores(const ScoreTerms& t, int64_t b, int64_t h, i
   for (int64_t l = n / W * W; l < (n + W - 1) / W * W; ++l) to[l] = 0.0f;
   if (t.bias != nullptr) {
     const int64_t at = b * t.bias_b + h * t.bias_h + i * t.bias_i + j * t.bias_j;
-    switch (t.bias_dtype) {
-      case Dtype::bf16:
-        bias_row(static_cast<const bf16*>(t.bias) + at, t.bias_j, n, to);
-        break;
-      case Dtype::f16:
-        bias_row(static_cast<const f16*>(t.bias) + at, t.bias_j, n, to);
-        break;
-      default:
-        bias_row(static_cast<const float*>(t.bias) + at, t.bias_j, n, to);
-    }
+    by_dtype(t.bias_dtype, [&](auto of) { bias_row(static_cast<const decltype(of)*>(t.bias) + at, t.bias_j, n, to); });
   } else {
     for (int64_t l = 0; l < n; ++l) to[l] = 0.0f;
   }

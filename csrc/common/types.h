@@ -24,6 +24,19 @@ constexpr Dtype dtype_of<bf16> = Dtype::bf16;
 template <>
 constexpr Dtype dtype_of<f16> = Dtype::f16;
 
+// f(T{}) for the storage type of the dtype.
+template <class F>
+decltype(auto) by_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::bf16:
+      return f(bf16{});
+    case Dtype::f16:
+      return f(f16{});
+    default:
+      return f(float{});
+  }
+}
+
 // Outputs whose rows are this aligned may be written past the cache.
 constexpr int64_t kLine = 64;
 

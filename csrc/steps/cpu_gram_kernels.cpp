@@ -93,14 +93,7 @@ void gram_chunks(const Gram& s, int64_t begin, int64_t end) {
 }
 
 void gram(const Gram& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return gram_chunks<bf16>(s, begin, end);
-    case Dtype::f16:
-      return gram_chunks<f16>(s, begin, end);
-    default:
-      return gram_chunks<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { gram_chunks<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

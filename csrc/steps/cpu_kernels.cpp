@@ -34,14 +34,7 @@ void difference_chunks(const RelativeDifference& s, int64_t begin, int64_t end) 
 }
 
 void relative_difference(const RelativeDifference& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return difference_chunks<bf16>(s, begin, end);
-    case Dtype::f16:
-      return difference_chunks<f16>(s, begin, end);
-    default:
-      return difference_chunks<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { difference_chunks<decltype(t)>(s, begin, end); });
 }
 
 template <class H, class T>
@@ -61,25 +54,11 @@ void combine_rows(const CombineHistory& s, int64_t begin, int64_t end) {
 
 template <class H>
 void combine_from(const CombineHistory& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return combine_rows<H, bf16>(s, begin, end);
-    case Dtype::f16:
-      return combine_rows<H, f16>(s, begin, end);
-    default:
-      return combine_rows<H, float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { combine_rows<H, decltype(t)>(s, begin, end); });
 }
 
 void combine_history(const CombineHistory& s, int64_t begin, int64_t end) {
-  switch (s.history_dtype) {
-    case Dtype::bf16:
-      return combine_from<bf16>(s, begin, end);
-    case Dtype::f16:
-      return combine_from<f16>(s, begin, end);
-    default:
-      return combine_from<float>(s, begin, end);
-  }
+  by_dtype(s.history_dtype, [&](auto t) { combine_from<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

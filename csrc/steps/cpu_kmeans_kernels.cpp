@@ -128,14 +128,7 @@ void assign_by(const Assign& s, int64_t begin, int64_t end) {
 }
 
 void assign(const Assign& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return assign_by<bf16>(s, begin, end);
-    case Dtype::f16:
-      return assign_by<f16>(s, begin, end);
-    default:
-      return assign_by<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { assign_by<decltype(t)>(s, begin, end); });
 }
 
 void start(const Assign& s, int64_t begin, int64_t end) {

@@ -48,25 +48,11 @@ void combine_rows(const CombineNorm& s, int64_t begin, int64_t end) {
 
 template <class H>
 void combine_from(const CombineNorm& s, int64_t begin, int64_t end) {
-  switch (s.combine.dtype) {
-    case Dtype::bf16:
-      return combine_rows<H, bf16>(s, begin, end);
-    case Dtype::f16:
-      return combine_rows<H, f16>(s, begin, end);
-    default:
-      return combine_rows<H, float>(s, begin, end);
-  }
+  by_dtype(s.combine.dtype, [&](auto t) { combine_rows<H, decltype(t)>(s, begin, end); });
 }
 
 void combine_norm(const CombineNorm& s, int64_t begin, int64_t end) {
-  switch (s.combine.history_dtype) {
-    case Dtype::bf16:
-      return combine_from<bf16>(s, begin, end);
-    case Dtype::f16:
-      return combine_from<f16>(s, begin, end);
-    default:
-      return combine_from<float>(s, begin, end);
-  }
+  by_dtype(s.combine.history_dtype, [&](auto t) { combine_from<decltype(t)>(s, begin, end); });
 }
 
 // Sums of |y - reference| and |reference| of a row whose y is being stored.
@@ -109,14 +95,7 @@ void difference_rows(const NormDifference& s, int64_t begin, int64_t end) {
 }
 
 void norm_difference(const NormDifference& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return difference_rows<bf16>(s, begin, end);
-    case Dtype::f16:
-      return difference_rows<f16>(s, begin, end);
-    default:
-      return difference_rows<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { difference_rows<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

@@ -26,14 +26,7 @@ void means(const GroupMeans& s, int64_t begin, int64_t end) {
 }
 
 void group_means(const GroupMeans& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return means<bf16>(s, begin, end);
-    case Dtype::f16:
-      return means<f16>(s, begin, end);
-    default:
-      return means<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { means<decltype(t)>(s, begin, end); });
 }
 
 // The newest value of one token, brought up to date. It is read again at once, from the nearest cache.
@@ -68,25 +61,11 @@ void scatter_rows(const ScatterCombine& s, int64_t begin, int64_t end) {
 
 template <class H>
 void scatter_from(const ScatterCombine& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return scatter_rows<H, bf16>(s, begin, end);
-    case Dtype::f16:
-      return scatter_rows<H, f16>(s, begin, end);
-    default:
-      return scatter_rows<H, float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { scatter_rows<H, decltype(t)>(s, begin, end); });
 }
 
 void scatter_combine(const ScatterCombine& s, int64_t begin, int64_t end) {
-  switch (s.history_dtype) {
-    case Dtype::bf16:
-      return scatter_from<bf16>(s, begin, end);
-    case Dtype::f16:
-      return scatter_from<f16>(s, begin, end);
-    default:
-      return scatter_from<float>(s, begin, end);
-  }
+  by_dtype(s.history_dtype, [&](auto t) { scatter_from<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

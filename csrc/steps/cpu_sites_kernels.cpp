@@ -94,25 +94,11 @@ void sites_rows(const CombineSites& s, int64_t begin, int64_t end) {
 
 template <class H>
 void sites_from(const CombineSites& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return sites_rows<H, bf16>(s, begin, end);
-    case Dtype::f16:
-      return sites_rows<H, f16>(s, begin, end);
-    default:
-      return sites_rows<H, float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { sites_rows<H, decltype(t)>(s, begin, end); });
 }
 
 void combine_sites(const CombineSites& s, int64_t begin, int64_t end) {
-  switch (s.history_dtype) {
-    case Dtype::bf16:
-      return sites_from<bf16>(s, begin, end);
-    case Dtype::f16:
-      return sites_from<f16>(s, begin, end);
-    default:
-      return sites_from<float>(s, begin, end);
-  }
+  by_dtype(s.history_dtype, [&](auto t) { sites_from<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

@@ -112,14 +112,7 @@ void write_of(const WriteKv& s, int64_t begin, int64_t end) {
 }
 
 void write(const WriteKv& s, int64_t begin, int64_t end) {
-  switch (s.qk.dtype) {
-    case Dtype::bf16:
-      return write_of<bf16>(s, begin, end);
-    case Dtype::f16:
-      return write_of<f16>(s, begin, end);
-    default:
-      return write_of<float>(s, begin, end);
-  }
+  by_dtype(s.qk.dtype, [&](auto t) { write_of<decltype(t)>(s, begin, end); });
 }
 
 template <class T>
@@ -139,14 +132,7 @@ void read_rows(const ReadKv& s, int64_t begin, int64_t end) {
 }
 
 void read(const ReadKv& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return read_rows<bf16>(s, begin, end);
-    case Dtype::f16:
-      return read_rows<f16>(s, begin, end);
-    default:
-      return read_rows<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { read_rows<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

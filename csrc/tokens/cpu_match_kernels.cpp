@@ -110,25 +110,11 @@ void match_of(const MatchTokens& s, int64_t begin, int64_t end) {
 }
 
 void pack(const MatchTokens& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return pack_of<bf16>(s, begin, end);
-    case Dtype::f16:
-      return pack_of<f16>(s, begin, end);
-    default:
-      return pack_of<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { pack_of<decltype(t)>(s, begin, end); });
 }
 
 void match(const MatchTokens& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return match_of<bf16>(s, begin, end);
-    case Dtype::f16:
-      return match_of<f16>(s, begin, end);
-    default:
-      return match_of<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { match_of<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

@@ -51,18 +51,6 @@ MASKACCEL_INLINE void each_row(int64_t count, int64_t begin, int64_t end, F&& f)
   }
 }
 
-template <class F>
-MASKACCEL_INLINE void by_dtype(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::f16:
-      return f(f16{});
-    default:
-      return f(float{});
-  }
-}
-
 void gather(const GatherRows& s, int64_t begin, int64_t end) {
   by_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);

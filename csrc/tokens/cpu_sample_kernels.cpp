@@ -234,14 +234,7 @@ void sample_of(const Sample& s, int64_t begin, int64_t end) {
 }
 
 void sample(const Sample& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case Dtype::bf16:
-      return sample_of<bf16>(s, begin, end);
-    case Dtype::f16:
-      return sample_of<f16>(s, begin, end);
-    default:
-      return sample_of<float>(s, begin, end);
-  }
+  by_dtype(s.dtype, [&](auto t) { sample_of<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace
