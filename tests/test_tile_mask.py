@@ -123,7 +123,18 @@ def test_flex_attention_round_trip() -> None:
     for b in range(2):
         for h in range(3):
             seen = block_mask.mask_mod(torch.tensor(b), torch.tensor(h), *index)
-            assert torch.equal(seen & tiled.to_bool()[b, h], mask[b, h])
+            assert torch.equal(seen, mask[b, h]), "what is not compiled looks at mask_mod alone"
+
+
+def test_flex_attention_that_is_not_compiled_leaves_out_tiles() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    tiles = torch.tensor([[[True, False], [True, True]]])
+    mask = TileMask.from_tiles(tiles, (256, 256), (128, 128))
+    q, k, v = (torch.randn(2, 3, 256, 16) for _ in range(3))
+    got = flex_attention(q, k, v, block_mask=mask.to_block_mask())
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.to_bool())
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_empty_rows_dense() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,19 +24,28 @@ def to_block_mask(mask: TileMask) -> Any:
     parts: list[Any] = []
     for kept in (partial, tiles & ~partial):
         parts += [kept.sum(-1).to(torch.int32), (~kept).long().sort(dim=-1, stable=True).indices.to(torch.int32)]
-    mask_mod = None
-    if mask.pattern_of is not None and mask.patterns is not None:
-        pattern_of, patterns = mask.pattern_of, mask.patterns
-        single_b, single_h = (int(n == 1) for n in pattern_of.shape[:2])
+    pattern_of, patterns = mask.pattern_of, mask.patterns
+    tile_at = _broadcasting(tiles)
+    pattern_at = None if pattern_of is None or patterns is None else _broadcasting(pattern_of)
 
-        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            which = pattern_of[b * (1 - single_b), h * (1 - single_h), i // bm, j // bn]
-            word = patterns[which.clamp(min=0), i % bm, j % bn // 32]
-            return (which < 0) | (((word >> (j % 32)) & 1) != 0)
+    # Whole, not of partial tiles alone: FlexAttention that is not compiled looks at nothing else.
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kept = tile_at(b, h, i // bm, j // bn)
+        if pattern_at is None or patterns is None:
+            return kept
+        which = pattern_at(b, h, i // bm, j // bn)
+        word = patterns[which.clamp(min=0), i % bm, j % bn // 32]
+        return kept & ((which < 0) | (((word >> (j % 32)) & 1) != 0))
 
     return BlockMask.from_kv_blocks(  # type: ignore[misc]
         *parts, BLOCK_SIZE=(bm, bn), mask_mod=mask_mod, seq_lengths=mask.shape
     )
+
+
+def _broadcasting(table: Tensor) -> Callable[..., Tensor]:
+    """Reads a (B|1, H|1, M, N) tensor at samples, heads, rows and columns."""
+    by_sample, by_head = (int(n > 1) for n in table.shape[:2])
+    return lambda b, h, m, n: table[b * by_sample, h * by_head, m, n]
 
 
 def from_block_mask(block_mask: Any) -> TileMask:
