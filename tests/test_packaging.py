@@ -215,3 +215,10 @@ def test_import_needs_torch_alone():
     code += "; print(len(m.PATCHES))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and int(done.stdout) > 40, done.stderr
+
+
+def test_import_leaves_the_compiler_alone():
+    """torch brings its compiler in when it is first used: that takes seconds, also in every worker of a data loader."""
+    code = "import sys, maskaccel.methods, maskaccel.ops; print(*(m for m in sys.modules if m.startswith('torch._dynamo')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stdout + done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,7 +18,15 @@ def remembered(build: F) -> F:
 
     Tensors made in inference mode could not be used in training later, so they are made outside of it.
     """
-    return cast(F, torch.compiler.disable(lru_cache(maxsize=128)(torch.inference_mode(False)(build))))
+    cached = lru_cache(maxsize=128)(torch.inference_mode(False)(build))
+
+    @wraps(build)
+    def found(*args: Any) -> Any:
+        return cached(*args)
+
+    # Not traced into graphs. torch.compiler.disable sets this too, but imports the compiler.
+    found._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(F, found)
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
