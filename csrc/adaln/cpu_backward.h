@@ -255,7 +255,7 @@ void backward_chunks(const AdalnBackward& s, int64_t begin, int64_t end) {
 }
 
 void backward(const AdalnBackward& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { backward_chunks<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { backward_chunks<decltype(t)>(s, begin, end); });
 }
 
 void reduce(const AdalnReduce& r, int64_t begin, int64_t end) {

@@ -126,7 +126,7 @@ void forward_rows(const AdalnForward& s, int64_t begin, int64_t end) {
 }
 
 void forward(const AdalnForward& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { forward_rows<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { forward_rows<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

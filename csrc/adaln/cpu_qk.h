@@ -57,7 +57,7 @@ void qk_forward_of(const QkNormRope& s, int which, int64_t begin, int64_t end) {
 }
 
 void qk_forward(const QkNormRope& s, int which, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { qk_forward_of<decltype(t)>(s, which, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { qk_forward_of<decltype(t)>(s, which, begin, end); });
 }
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -177,7 +177,7 @@ void qk_chunks(const QkNormRope& s, int which, int64_t begin, int64_t end) {
 }
 
 void qk_backward(const QkNormRope& s, int which, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { qk_chunks<decltype(t)>(s, which, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { qk_chunks<decltype(t)>(s, which, begin, end); });
 }
 
 }  // namespace

@@ -375,10 +375,10 @@ void run_sums_as(const AttentionColumnSums& s) {
 int64_t depth(Dtype dtype) { return dtype == Dtype::bf16 ? OperandOf<bf16>::kDepth : 1; }
 
 void run(const AttentionBackward& s) {
-  by_dtype(s.dtype, [&](auto t) { run_as<decltype(t)>(s); });
+  with_dtype(s.dtype, [&](auto t) { run_as<decltype(t)>(s); });
 }
 void run_sums(const AttentionColumnSums& s) {
-  by_dtype(s.dtype, [&](auto t) { run_sums_as<decltype(t)>(s); });
+  with_dtype(s.dtype, [&](auto t) { run_sums_as<decltype(t)>(s); });
 }
 
 }  // namespace

@@ -151,7 +151,7 @@ class TileRow {
       for (int64_t i = 0; i < count[0] + count[1]; ++i)
         visit(tiles[i], i < count[0] ? s_.elements.of(b_, h_, m_, tiles[i]) : nullptr);
     }
-    by_dtype(s_.out_add_dtype, [&](auto t) { write<decltype(t)>(); });
+    with_dtype(s_.out_add_dtype, [&](auto t) { write<decltype(t)>(); });
   }
 
  private:
@@ -285,15 +285,15 @@ void pack_tiles(const AttentionForward& s, int64_t begin, int64_t end) {
 }
 
 void plan(AttentionForward& s) {
-  by_dtype(s.dtype, [&](auto type) { TileRow<decltype(type)>::plan(s); });
+  with_dtype(s.dtype, [&](auto type) { TileRow<decltype(type)>::plan(s); });
 }
 
 void pack(const AttentionForward& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto type) { pack_tiles<decltype(type)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto type) { pack_tiles<decltype(type)>(s, begin, end); });
 }
 
 void attend(const AttentionForward& s, float* work, int64_t b, int64_t h, int64_t m) {
-  by_dtype(s.dtype, [&](auto type) { TileRow<decltype(type)>(s, work, b, h, m).run(); });
+  with_dtype(s.dtype, [&](auto type) { TileRow<decltype(type)>(s, work, b, h, m).run(); });
 }
 
 }  // namespace

@@ -220,7 +220,7 @@ void key_gradients_of(const LinearAttentionBackward& s, int64_t begin, int64_t e
 template <class F>
 MASKACCEL_INLINE void typed(const LinearAttention& s, F&& f) {
   const auto run = [&](auto map) {
-    by_dtype(s.dtype, [&](auto t) { f(map, static_cast<decltype(t)*>(nullptr)); });
+    with_dtype(s.dtype, [&](auto t) { f(map, static_cast<decltype(t)*>(nullptr)); });
   };
   if (s.elu) {
     run(Elu1{});

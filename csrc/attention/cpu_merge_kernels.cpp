@@ -99,11 +99,11 @@ void backward_tokens(const MergeAttentionBackward& m, int64_t begin, int64_t end
 }
 
 void merge(const MergeAttention& m, int64_t begin, int64_t end) {
-  by_dtype(m.dtype, [&](auto t) { merge_tokens<decltype(t)>(m, begin, end); });
+  with_dtype(m.dtype, [&](auto t) { merge_tokens<decltype(t)>(m, begin, end); });
 }
 
 void backward(const MergeAttentionBackward& m, int64_t begin, int64_t end) {
-  by_dtype(m.dtype, [&](auto t) { backward_tokens<decltype(t)>(m, begin, end); });
+  with_dtype(m.dtype, [&](auto t) { backward_tokens<decltype(t)>(m, begin, end); });
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ MASKACCEL_OUTLINE void add_relpos(const ScoreTerms& t, const ScoreTile& x, float
 // scores = scale * scores + bias + relative position
 MASKACCEL_OUTLINE void add_terms(const ScoreTerms& t, const ScoreTile& x, float scale) {
   if (t.bias != nullptr) {
-    by_dtype(t.bias_dtype, [&](auto of) { add_bias<decltype(of)>(t, x, scale); });
+    with_dtype(t.bias_dtype, [&](auto of) { add_bias<decltype(of)>(t, x, scale); });
     scale = 1.0f;
   }
   if (t.table != nullptr) return add_relpos(t, x, scale);

@@ -52,7 +52,7 @@ MASKACCEL_OUTLINE void added_scores(const ScoreTerms& t, int64_t b, int64_t h, i
   for (int64_t l = n / W * W; l < (n + W - 1) / W * W; ++l) to[l] = 0.0f;
   if (t.bias != nullptr) {
     const int64_t at = b * t.bias_b + h * t.bias_h + i * t.bias_i + j * t.bias_j;
-    by_dtype(t.bias_dtype, [&](auto of) { bias_row(static_cast<const decltype(of)*>(t.bias) + at, t.bias_j, n, to); });
+    with_dtype(t.bias_dtype, [&](auto of) { bias_row(static_cast<const decltype(of)*>(t.bias) + at, t.bias_j, n, to); });
   } else {
     for (int64_t l = 0; l < n; ++l) to[l] = 0.0f;
   }

@@ -26,7 +26,7 @@ constexpr Dtype dtype_of<f16> = Dtype::f16;
 
 // f(T{}) for the storage type of the dtype.
 template <class F>
-decltype(auto) by_dtype(Dtype dtype, F&& f) {
+decltype(auto) with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::bf16:
       return f(bf16{});

@@ -93,7 +93,7 @@ void gram_chunks(const Gram& s, int64_t begin, int64_t end) {
 }
 
 void gram(const Gram& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { gram_chunks<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { gram_chunks<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ void difference_chunks(const RelativeDifference& s, int64_t begin, int64_t end) 
 }
 
 void relative_difference(const RelativeDifference& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { difference_chunks<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { difference_chunks<decltype(t)>(s, begin, end); });
 }
 
 template <class H, class T>
@@ -54,11 +54,11 @@ void combine_rows(const CombineHistory& s, int64_t begin, int64_t end) {
 
 template <class H>
 void combine_from(const CombineHistory& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { combine_rows<H, decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { combine_rows<H, decltype(t)>(s, begin, end); });
 }
 
 void combine_history(const CombineHistory& s, int64_t begin, int64_t end) {
-  by_dtype(s.history_dtype, [&](auto t) { combine_from<decltype(t)>(s, begin, end); });
+  with_dtype(s.history_dtype, [&](auto t) { combine_from<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

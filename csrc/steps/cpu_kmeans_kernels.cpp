@@ -128,7 +128,7 @@ void assign_by(const Assign& s, int64_t begin, int64_t end) {
 }
 
 void assign(const Assign& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { assign_by<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { assign_by<decltype(t)>(s, begin, end); });
 }
 
 void start(const Assign& s, int64_t begin, int64_t end) {

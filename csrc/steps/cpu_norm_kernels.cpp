@@ -48,11 +48,11 @@ void combine_rows(const CombineNorm& s, int64_t begin, int64_t end) {
 
 template <class H>
 void combine_from(const CombineNorm& s, int64_t begin, int64_t end) {
-  by_dtype(s.combine.dtype, [&](auto t) { combine_rows<H, decltype(t)>(s, begin, end); });
+  with_dtype(s.combine.dtype, [&](auto t) { combine_rows<H, decltype(t)>(s, begin, end); });
 }
 
 void combine_norm(const CombineNorm& s, int64_t begin, int64_t end) {
-  by_dtype(s.combine.history_dtype, [&](auto t) { combine_from<decltype(t)>(s, begin, end); });
+  with_dtype(s.combine.history_dtype, [&](auto t) { combine_from<decltype(t)>(s, begin, end); });
 }
 
 // Sums of |y - reference| and |reference| of a row whose y is being stored.
@@ -95,7 +95,7 @@ void difference_rows(const NormDifference& s, int64_t begin, int64_t end) {
 }
 
 void norm_difference(const NormDifference& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { difference_rows<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { difference_rows<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

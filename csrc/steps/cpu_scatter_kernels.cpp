@@ -26,7 +26,7 @@ void means(const GroupMeans& s, int64_t begin, int64_t end) {
 }
 
 void group_means(const GroupMeans& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { means<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { means<decltype(t)>(s, begin, end); });
 }
 
 // The newest value of one token, brought up to date. It is read again at once, from the nearest cache.
@@ -61,11 +61,11 @@ void scatter_rows(const ScatterCombine& s, int64_t begin, int64_t end) {
 
 template <class H>
 void scatter_from(const ScatterCombine& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { scatter_rows<H, decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { scatter_rows<H, decltype(t)>(s, begin, end); });
 }
 
 void scatter_combine(const ScatterCombine& s, int64_t begin, int64_t end) {
-  by_dtype(s.history_dtype, [&](auto t) { scatter_from<decltype(t)>(s, begin, end); });
+  with_dtype(s.history_dtype, [&](auto t) { scatter_from<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

@@ -94,11 +94,11 @@ void sites_rows(const CombineSites& s, int64_t begin, int64_t end) {
 
 template <class H>
 void sites_from(const CombineSites& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { sites_rows<H, decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { sites_rows<H, decltype(t)>(s, begin, end); });
 }
 
 void combine_sites(const CombineSites& s, int64_t begin, int64_t end) {
-  by_dtype(s.history_dtype, [&](auto t) { sites_from<decltype(t)>(s, begin, end); });
+  with_dtype(s.history_dtype, [&](auto t) { sites_from<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ void write_of(const WriteKv& s, int64_t begin, int64_t end) {
 }
 
 void write(const WriteKv& s, int64_t begin, int64_t end) {
-  by_dtype(s.qk.dtype, [&](auto t) { write_of<decltype(t)>(s, begin, end); });
+  with_dtype(s.qk.dtype, [&](auto t) { write_of<decltype(t)>(s, begin, end); });
 }
 
 template <class T>
@@ -132,7 +132,7 @@ void read_rows(const ReadKv& s, int64_t begin, int64_t end) {
 }
 
 void read(const ReadKv& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { read_rows<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { read_rows<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

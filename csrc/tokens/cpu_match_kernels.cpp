@@ -110,11 +110,11 @@ void match_of(const MatchTokens& s, int64_t begin, int64_t end) {
 }
 
 void pack(const MatchTokens& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { pack_of<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { pack_of<decltype(t)>(s, begin, end); });
 }
 
 void match(const MatchTokens& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { match_of<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { match_of<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ MASKACCEL_INLINE void each_row(int64_t count, int64_t begin, int64_t end, F&& f)
 }
 
 void gather(const GatherRows& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto zero) {
+  with_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto source = [&](int64_t b, int64_t i) -> const T* {
       const int32_t id = s.ids.of(b)[i];
@@ -105,7 +105,7 @@ MASKACCEL_INLINE void segment_row(const SegmentRows& s, int64_t b, const int32_t
 }
 
 void segment(const SegmentRows& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto zero) {
+  with_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
     each_row(s.S, begin, end, [&](int64_t b, int64_t i, int64_t row) MASKACCEL_HOT {
       T* const to = static_cast<T*>(s.out) + row * s.D;
@@ -220,11 +220,11 @@ void merge_of(const MergeRows& s, int64_t begin, int64_t end) {
 }
 
 void merge(const MergeRows& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto zero) { merge_of<decltype(zero)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto zero) { merge_of<decltype(zero)>(s, begin, end); });
 }
 
 void merge_dfull(const MergeRows& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto zero) {
+  with_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
     const V lam = set1(s.lam);
     each_row(s.N, begin, end, [&](int64_t b, int64_t n, int64_t row) MASKACCEL_HOT {
@@ -278,11 +278,11 @@ void drows_of(const MergeRows& s, int64_t begin, int64_t end) {
 }
 
 void merge_drows(const MergeRows& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto zero) { drows_of<decltype(zero)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto zero) { drows_of<decltype(zero)>(s, begin, end); });
 }
 
 void merge_dgate(const MergeRows& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto zero) {
+  with_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
     each_row(s.K, begin, end, [&](int64_t b, int64_t slot, int64_t row) MASKACCEL_HOT {
       float* const to = static_cast<float*>(s.out) + row * s.D;
@@ -311,7 +311,7 @@ MASKACCEL_INLINE void sum_chunks(const MergeRows& s, int64_t count, int64_t begi
 }
 
 void merge_dgate_sum(const MergeRows& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto zero) {
+  with_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
     sum_chunks(s, s.K, begin, end, [&](int64_t b, int64_t slot, float* sum) MASKACCEL_HOT {
       const int32_t id = token_of(s, b, slot);
@@ -325,7 +325,7 @@ void merge_dgate_sum(const MergeRows& s, int64_t begin, int64_t end) {
 }
 
 void merge_dmask_sum(const MergeRows& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto zero) {
+  with_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
     sum_chunks(s, s.N, begin, end, [&](int64_t b, int64_t n, float* sum) MASKACCEL_HOT {
       if (s.inverse.of(b)[n] >= 0) return;
@@ -363,7 +363,7 @@ void modulate_rows(const GatherModulate& g, int64_t begin, int64_t end) {
 }
 
 void gather_modulate(const GatherModulate& g, int64_t begin, int64_t end) {
-  by_dtype(g.norm.dtype, [&](auto zero) { modulate_rows<decltype(zero)>(g, begin, end); });
+  with_dtype(g.norm.dtype, [&](auto zero) { modulate_rows<decltype(zero)>(g, begin, end); });
 }
 
 }  // namespace

@@ -234,7 +234,7 @@ void sample_of(const Sample& s, int64_t begin, int64_t end) {
 }
 
 void sample(const Sample& s, int64_t begin, int64_t end) {
-  by_dtype(s.dtype, [&](auto t) { sample_of<decltype(t)>(s, begin, end); });
+  with_dtype(s.dtype, [&](auto t) { sample_of<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace
