@@ -24,7 +24,7 @@ help:
 	@echo "make wheel    the wheel into dist/"
 	@echo "make gpu      GPU checks and benchmarks with the machine's own Python and torch (GPU_ARGS='--budget 540')"
 	@echo "make gpu-bundle  .wheels/: what make gpu needs on a machine without network, CUDA kernels included (GPU_PYTHON=3.12"
-	@echo "              GPU_ARCHS=90a, BUNDLE_ARGS; needs nvcc)"
+	@echo "              GPU_ARCHS=90a, GPU_VARIANTS=1: variants of the attention too, BUNDLE_ARGS; needs nvcc)"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the site into site/"
 	@echo "make native   the native library into maskaccel/lib (MASKACCEL_CUDA=1: with CUDA kernels)"
@@ -98,9 +98,11 @@ gpu:
 
 GPU_PYTHON ?= 3.12
 GPU_ARCHS ?= 90a
+# Status 1 of build_variants.py: some spill or were left out, as it said; the others travel.
 gpu-bundle: $(VENV)/.base $(VENV)/.cuda
 	@echo "== native library for $(GPU_ARCHS)"
 	MASKACCEL_CUDA=1 MASKACCEL_CUDA_ARCHS="$(GPU_ARCHS)" $(PY) setup.py --quiet build_ext --inplace
+	$(if $(filter 1,$(GPU_VARIANTS)),$(PY) tools/build_variants.py --jobs $(or $(MAX_JOBS),1) || test $$? = 1)
 	$(PY) tools/gpu_bundle.py pack --python $(GPU_PYTHON) $(BUNDLE_ARGS)
 
 lint: $(VENV)/.lint

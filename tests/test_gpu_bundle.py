@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -137,14 +139,21 @@ def test_without_a_bundle_the_script_runs_as_it_is(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "ran\n"
 
 
-def test_the_library_travels_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_travel_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library, folder = tmp_path / "tree" / "lib" / "libmaskaccel.so", tmp_path / "bundle"
-    folder.mkdir(), library.parent.parent.mkdir()
+    variants = tmp_path / "tree" / "build" / "variants" / "libmaskaccel_variants.so"
+    folder.mkdir(), library.parent.mkdir(parents=True), variants.parent.mkdir(parents=True)
     monkeypatch.setattr(bundle, "LIBRARY", library)
+    monkeypatch.setattr(bundle, "VARIANTS", variants)
     monkeypatch.setattr(bundle, "ROOT", tmp_path / "tree")
-    (folder / "libmaskaccel.so.xz").write_bytes(lzma.compress(b"machine code"))
+    library.write_bytes(b"machine code")
+    variants.write_bytes(b"variants")
+    names = [bundle.pack_library(path, folder)[0].split()[0] for path in (library, variants)]
+    assert names == [library.name, variants.name]
+    shutil.rmtree(tmp_path / "tree")
     bundle.unpack(folder, tmp_path)
     assert library.read_bytes() == b"machine code" and os.access(library, os.X_OK)
+    assert variants.read_bytes() == b"variants"
     library.write_bytes(b"one that was built here")
     bundle.unpack(folder, tmp_path)
     assert library.read_bytes() == b"one that was built here"
@@ -153,6 +162,32 @@ def test_the_library_travels_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     os.utime(folder / "libmaskaccel.so.xz", (later, later))
     bundle.unpack(folder, tmp_path)
     assert library.read_bytes() == b"mended machine code", "a second run on one machine kept the first run's library"
+
+
+def test_variants_go_where_their_stage_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks" / "gpu"), *sys.path])
+    assert importlib.import_module("variants").LIBRARY == bundle.VARIANTS
+
+
+def test_a_bundle_with_variants_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    library, variants, out = tmp_path / "libmaskaccel.so", tmp_path / "libmaskaccel_variants.so", tmp_path / "out"
+    library.write_bytes(b".nv_fatbin")
+    monkeypatch.setattr(bundle, "LIBRARY", library)
+    monkeypatch.setattr(bundle, "VARIANTS", variants)
+    monkeypatch.setattr(bundle, "download", lambda *_: [])
+    monkeypatch.setattr(bundle, "tree_bytes", lambda: 0)
+    command = ["gpu_bundle.py", "pack", "--out", str(out), "--data", "none"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bundle.main() == 0
+    assert "without variants" in capsys.readouterr().out
+    variants.write_bytes(os.urandom(2**20))
+    assert bundle.main() == 0
+    said = capsys.readouterr().out
+    assert "1.00 MiB  libmaskaccel_variants.so (1.0 MiB unpacked)" in said and "without variants" not in said
+    assert {path.name for path in out.iterdir()} == {"libmaskaccel.so.xz", "libmaskaccel_variants.so.xz"}
+    monkeypatch.setattr(sys, "argv", [*command, "--limit-mib", "0.5"])
+    assert bundle.main() == 1
+    assert "fewer variants" in capsys.readouterr().err
 
 
 def test_a_library_without_cuda_kernels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -215,6 +215,7 @@ def test_a_target_below_its_goal_is_missed():
         (["--stages", "macro"], "--stages: 'macro' is not known"),
         (["--only", "("], "--only: '(' is no regular expression"),
         (["--budget", "3"], "--budget: 3 is too short"),
+        (["--rounds", "0"], "--rounds: 0 is too few"),
     ],
 )
 def test_bad_words_are_named(words, said, monkeypatch, capsys):
@@ -223,6 +224,13 @@ def test_bad_words_are_named(words, said, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run.parsed()
     assert said in capsys.readouterr().err
+
+
+def test_an_expression_that_no_item_holds_is_named(monkeypatch, capsys):
+    """Else a misspelt item would end as `all well`."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--dry-run", "--stages", "ceilings,compile", "--only", "gem m"])
+    assert run.main() == 1
+    assert capsys.readouterr().out == "make gpu: no item of ceilings, compile holds --only 'gem m'; --list names them\n"
 
 
 def test_dry_run(tmp_path):

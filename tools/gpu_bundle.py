@@ -1,11 +1,12 @@
 """What `make gpu` needs on a machine without network, packed into one folder that travels beside the source tree.
 
-    python tools/gpu_bundle.py pack                       # .wheels/: wheels, library, data; prints all sizes
+    python tools/gpu_bundle.py pack                       # .wheels/: wheels, libraries, data; prints all sizes
     python tools/gpu_bundle.py run benchmarks/gpu/run.py  # there: unpack into a temporary folder, then run the script
 
 Wheels are those of requirements/gpu.txt, for the Python of the other machine. Nothing is installed into its
 environment: they are unpacked into a folder that the script finds by PYTHONPATH, and torch is never among them. The
-library is `maskaccel/lib/libmaskaccel.so` of this tree, built with CUDA kernels (`MASKACCEL_CUDA=1`).
+library is `maskaccel/lib/libmaskaccel.so` of this tree, built with CUDA kernels (`MASKACCEL_CUDA=1`); that of the
+variants (`tools/build_variants.py`) goes along where it was built.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".wheels"
 LIBRARY = ROOT / "maskaccel" / "lib" / "libmaskaccel.so"
+VARIANTS = ROOT / "build" / "variants" / "libmaskaccel_variants.so"  # benchmarks/gpu/variants.py loads it
 REQUIREMENTS = ROOT / "requirements" / "gpu.txt"
 SANITIZER = "nvidia-cuda-sanitizer-api==13.5.25"  # 18 MiB; those before 13.4 lack a program that it starts
 LIMIT_MIB = 64
@@ -179,14 +181,22 @@ def sizes(parts: Mapping[str, int], limit_mib: float) -> str:
     total = sum(parts.values())
     lines = [f"  {size / 2**20:7.2f} MiB  {name}" for name, size in [*parts.items(), ("together", total)]]
     if total > limit_mib * 2**20:
-        raise BundleError("\n".join([f"above {limit_mib} MiB: take fewer --train-images", *lines]))
+        words = f"above {limit_mib} MiB: take fewer --train-images, or fewer variants (build_variants.py --only)"
+        raise BundleError("\n".join([words, *lines]))
     return "\n".join(lines)
+
+
+def pack_library(library: Path, folder: Path) -> tuple[str, int]:
+    """What the packed library is called in the table of sizes, and its size."""
+    packed = folder / f"{library.name}.xz"
+    raw = library.read_bytes()
+    packed.write_bytes(lzma.compress(raw))
+    return f"{library.name} ({len(raw) / 2**20:.1f} MiB unpacked)", packed.stat().st_size
 
 
 def pack(args: argparse.Namespace) -> None:
     """Make the folder anew."""
-    library = LIBRARY.read_bytes() if LIBRARY.is_file() else b""
-    if b".nv_fatbin" not in library and not args.no_library:
+    if not (args.no_library or (LIBRARY.is_file() and b".nv_fatbin" in LIBRARY.read_bytes())):
         raise BundleError(f"{LIBRARY} has no CUDA kernels: MASKACCEL_CUDA=1 make native, or pass --no-library")
     args.out.mkdir(parents=True, exist_ok=True)
     for old in (*args.out.glob("*.whl"), *args.out.glob("*.xz")):
@@ -195,20 +205,32 @@ def pack(args: argparse.Namespace) -> None:
     outside = check_wheels(wheels, args.python, args.machine)
     parts = {"source tree": tree_bytes(), "wheels": sum(wheel.stat().st_size for wheel in wheels)}
     if not args.no_library:
-        packed = args.out / f"{LIBRARY.name}.xz"
-        packed.write_bytes(lzma.compress(library))
-        parts[f"library ({len(library) / 2**20:.1f} MiB unpacked)"] = packed.stat().st_size
+        parts |= [pack_library(path, args.out) for path in (LIBRARY, VARIANTS) if path.is_file()]
     if args.data != "none":
         made = pack_data(Path(args.data), args.out, args.train_images)
         parts["training images"] = sum(path.stat().st_size for path in made)
     print(f"{args.out} for Python {args.python} on {args.machine}")
     print(sizes(parts, args.limit_mib))
     print("expected there: " + ", ".join(outside))
+    if not (args.no_library or VARIANTS.is_file()):
+        print("without variants of the attention kernels: GPU_VARIANTS=1 (tools/build_variants.py) compiles them")
 
 
 # --------------------------------------------------------------------------------------------------------------- run
+def unpack_library(packed: Path, library: Path) -> None:
+    """Unpack a library into the tree, unless it is not in the bundle or the tree has one as new."""
+    if not packed.is_file() or (library.is_file() and library.stat().st_mtime >= packed.stat().st_mtime):
+        return
+    library.parent.mkdir(parents=True, exist_ok=True)
+    partial = library.with_suffix(".partial")
+    partial.write_bytes(lzma.decompress(packed.read_bytes()))
+    partial.chmod(0o755)
+    partial.replace(library)
+    print(f"bundle: {library.relative_to(ROOT)} from {packed.name}", flush=True)
+
+
 def unpack(folder: Path, target: Path) -> dict[str, str]:
-    """Unpack a bundle into `target`, the library into the tree if that has none as new.
+    """Unpack a bundle into `target`, the libraries into the tree if that has none as new.
 
     Returns:
         The environment that finds it all.
@@ -224,14 +246,8 @@ def unpack(folder: Path, target: Path) -> dict[str, str]:
         if importlib.util.find_spec("packaging"):
             for line in unmet(wheels):
                 print(f"bundle: {line}", flush=True)
-    library = folder / f"{LIBRARY.name}.xz"
-    if library.is_file() and not (LIBRARY.is_file() and LIBRARY.stat().st_mtime >= library.stat().st_mtime):
-        LIBRARY.parent.mkdir(exist_ok=True)
-        partial = LIBRARY.with_suffix(".partial")
-        partial.write_bytes(lzma.decompress(library.read_bytes()))
-        partial.chmod(0o755)
-        partial.replace(LIBRARY)
-        print(f"bundle: {LIBRARY.relative_to(ROOT)} from {library.name}", flush=True)
+    for library in (LIBRARY, VARIANTS):
+        unpack_library(folder / f"{library.name}.xz", library)
     data = sorted(folder.glob("*-ubyte.xz"))
     if data:
         images = target / "fashion-mnist"
@@ -259,7 +275,7 @@ def main() -> int:
     one.add_argument("--machine", default="x86_64")
     one.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder of the .gz files, or none")
     one.add_argument("--train-images", type=int, default=30_000, help="of 60,000")
-    one.add_argument("--no-library", action="store_true", help="the library travels in another way, or is not needed")
+    one.add_argument("--no-library", action="store_true", help="libraries travel in another way, or are not needed")
     one.add_argument("--sanitizer", action="store_true", help="compute-sanitizer too, for the stage `sanitize`")
     one.add_argument("--limit-mib", type=float, default=LIMIT_MIB, help="of source tree and bundle together")
     one.set_defaults(call=pack)

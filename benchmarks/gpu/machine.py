@@ -29,6 +29,11 @@ def _digest(*paths: Any) -> str:
     return digest.hexdigest()[:12]
 
 
+def has_cuda_kernels() -> bool:
+    """Whether the native library is there and holds machine code of a GPU."""
+    return LIBRARY.is_file() and b".nv_fatbin" in LIBRARY.read_bytes()
+
+
 def fingerprint(device: str) -> dict[str, Any]:
     """Machine, versions, commit and contents of the package and its library; `build` names what figures depend on."""
     found: dict[str, Any] = {

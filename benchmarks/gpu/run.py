@@ -32,7 +32,7 @@ BEGAN = time.monotonic()  # imports are part of a budget
 
 import stages  # noqa: E402
 import torch  # noqa: E402
-from machine import fingerprint  # noqa: E402
+from machine import LIBRARY, fingerprint, has_cuda_kernels  # noqa: E402
 from paths import ROOT  # noqa: E402
 from pool import Job, Pool, share_caches  # noqa: E402
 from results import Results, records  # noqa: E402
@@ -66,6 +66,7 @@ class Runner:
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in plan}
         self.failures: list[str] = []
         self.modules: dict[str, ModuleType] = {}
+        self.chosen = 0  # items that `only` holds, also those that are left out because they are known
         self.todo = self._todo()
 
     def _todo(self) -> dict[str, list[str]]:
@@ -83,6 +84,7 @@ class Runner:
             self.modules[name] = module
             if getattr(module, "KEEPS", True):
                 items = [item for item in items if self.only.search(f"{name}/{item}")]
+                self.chosen += len(items)
                 if self.resume:
                     self.counts[name]["kept"] = sum(self.results.done(name, item) for item in items)
                     items = [item for item in items if not self.results.done(name, item)]
@@ -223,6 +225,9 @@ def parsed() -> argparse.Namespace:
     args.stages = (
         ["correctness"] if args.correctness else args.stages.split(",") if args.stages else list(stages.STAGES)
     )
+    for name in ("seeds", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: {getattr(args, name)} is too few; at least 1")
     for name in args.stages:
         if name not in stages.STAGES:
             parser.error(f"--stages: {name!r} is not known; allowed are {', '.join(stages.STAGES)}")
@@ -249,7 +254,10 @@ def main() -> int:
     args = parsed()
     dry = args.dry_run
     if not (dry or args.list) and not torch.cuda.is_available():
-        print("make gpu: no CUDA device (torch.cuda.is_available() is false); nothing was run")
+        print(
+            "make gpu: no CUDA device (torch.cuda.is_available() is false), nothing was run; "
+            "--list and --dry-run need none"
+        )
         return 3
     context = Context("cuda", rounds=args.rounds, seeds=args.seeds)
     if dry:
@@ -264,9 +272,17 @@ def main() -> int:
         return 1
     plan = {name: plan for name, plan in stages.STAGES.items() if name in args.stages}
     runner = Runner(plan, context, results, args.budget, args.only, args.resume is not None)
+    if args.only and not (runner.chosen or runner.problems):
+        print(f"make gpu: no item of {', '.join(plan)} holds --only {args.only!r}; --list names them")
+        return 1
     if args.list:
         print("\n".join(listing(runner)))
         return 0
+    if not dry and not has_cuda_kernels():
+        print(
+            f"make gpu: {LIBRARY.relative_to(ROOT)} is absent or has no CUDA kernels: Triton's alone are checked and "
+            "timed; make gpu-bundle builds it where nvcc is"
+        )
     print(f"device: {found['device']}, torch {found['torch']}, triton {found['triton']}, build {found['build']}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
