@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_moved(const NormedParams& p, float change,
 }
 
 template <typename T, Source kSource>
-__global__ void __launch_bounds__(kMaxRowThreads) normed_kernel(const __grid_constant__ NormedParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) normed_kernel(const __grid_constant__ NormedParams p) {
   constexpr bool kForecast = kSource != Source::kRemembered;
   __shared__ Two reduce_buffer[2][kWarp];
   RowReduce<true> reduce{reduce_buffer};
