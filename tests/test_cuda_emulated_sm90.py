@@ -126,6 +126,17 @@ def test_shared_masks(threads, lead):
     call.masked(kept, (128, 128)).check(threads)
 
 
+def test_counts_that_lie_anywhere(threads, monkeypatch):
+    """Counts of lists as a view whose first pair lies on four bytes alone."""
+    call = Call(7, 1, 300, 300, 2, 2, 16)
+    call.masked(_islands(call, 0.5), (128, 128))
+    index, count, order = call.mask.lists()
+    count = torch.cat([count.new_zeros(1), count.flatten()])[1:].view(count.shape)
+    assert count.data_ptr() % 8 == 4
+    monkeypatch.setattr(call.mask, "lists", lambda: (index, count, order))
+    call.check(threads)
+
+
 def test_full_mask_is_no_mask(threads):
     """Bit by bit."""
     call = Call(3, 1, 260, 400, 1, 1, 128)

@@ -98,8 +98,9 @@ struct Producer {
   __device__ __forceinline__ Walk walk() const {
     const TileLists& lists = p.a.lists;
     if (lists.index == nullptr) return Walk(nullptr, 0, (p.a.keys + p.bn - 1) / p.bn, p.bn, S::kKeys, p.a.keys);
-    const int2 count = read(reinterpret_cast<const int2*>(lists.count) + item.line);
-    return Walk(lists.index + item.line * lists.width, count.x, count.x + count.y, p.bn, S::kKeys, p.a.keys);
+    const int* const count = lists.count + int64_t{2} * item.line;
+    const int partial = read(count), full = read(count + 1);
+    return Walk(lists.index + item.line * lists.width, partial, partial + full, p.bn, S::kKeys, p.a.keys);
   }
   __device__ __forceinline__ void load_keys(const Walk& walk) {
     Barrier& full = shared.key_full[keys.stage];

@@ -257,6 +257,7 @@ inline void publish_to_products() {
 }
 
 inline void add_to_global(float* to, float a, float b, float c, float d) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) stop("sums that do not lie on 16 bytes");
   to[0] += a, to[1] += b, to[2] += c, to[3] += d;
 }
 
@@ -373,6 +374,7 @@ T get(const T& from) {
 }
 template <typename T>
 T read(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) stop("a read that does not lie on its size");
   return *from;
 }
 inline void set_bits(int* word, int bits) { *word |= bits; }

@@ -297,8 +297,8 @@ void check_launch(const char* op);
 /// Allows a kernel so much dynamic shared memory on the current device; asks CUDA only where it was allowed less.
 void set_shared_limit(const void* kernel, int bytes);
 bool several_devices();
-/// A number in device memory that is 0, for a kernel that leaves it so; of its own for each launch under way. Null while
-/// the stream is captured: a replay may run beside other launches.
+/// A number in device memory that is 0, for a kernel that leaves it so; of its own for each launch under way. Null
+/// while the stream is captured, as a replay may run beside other launches, and where there is no memory for them.
 int* held_counter(int device, Stream stream);
 
 /// Dynamic shared memory that a kernel gets without asking: 48 KB hold its static shared memory too.

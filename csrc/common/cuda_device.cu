@@ -117,8 +117,8 @@ DeviceInfo device_info(int device) {
   return known[device];
 }
 
-// Asked of the loaded libtorch_cuda by name. Linking it would keep this library from loading on a CPU-only torch, and a weak
-// symbol would stay null on every torch: libtorch_cuda is neither in the global scope nor among our dependencies.
+// Asked of the loaded libtorch_cuda by name. Linking it would keep this library from loading on a CPU-only torch, and a
+// weak symbol would stay null on every torch: libtorch_cuda is neither in the global scope nor among our dependencies.
 Stream current_stream(int device) {
   using Getter = int32_t (*)(int32_t, void**);
   static const Getter getter = [] {
@@ -167,12 +167,17 @@ int* held_counter(int device, Stream stream) {
   if (status != cudaStreamCaptureStatusNone) return nullptr;
   Ring& ring = rings[device];
   std::call_once(ring.once, [&] {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // else no memory while any thread captures
+    cudaThreadExchangeStreamCaptureMode(&mode);
     void* data = nullptr;
-    check(cudaMalloc(&data, kCounters * sizeof(int)), "counters");
-    check(cudaMemsetAsync(data, 0, kCounters * sizeof(int), stream), "counters");
-    check(cudaStreamSynchronize(stream), "counters");  // other streams will read them
-    ring.data = static_cast<int*>(data);
+    const bool cleared = cudaMalloc(&data, kCounters * sizeof(int)) == cudaSuccess &&
+                         cudaMemsetAsync(data, 0, kCounters * sizeof(int), stream) == cudaSuccess &&
+                         cudaStreamSynchronize(stream) == cudaSuccess;  // other streams will read them
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (!cleared) cudaGetLastError();
+    if (cleared) ring.data = static_cast<int*>(data);
   });
+  if (ring.data == nullptr) return nullptr;
   return ring.data + ring.next++ % kCounters;
 }
 
