@@ -125,6 +125,33 @@ def test_a_script_runs_with_the_bundle(tmp_path: Path) -> None:
     assert not Path(file).exists()
 
 
+def test_wheels_that_do_not_fit_leave_the_others(tmp_path: Path, capsys) -> None:
+    """Those for another Python are named; where nothing can be unpacked, the run goes on without."""
+    other = wheel(tmp_path, "other", "1.0")
+    other = other.rename(other.with_name("other-1.0-cp39-cp39-manylinux_2_17_x86_64.whl"))
+    here = "{}.{}".format(*sys.version_info)
+    bundle.unpack_wheels([other, wheel(tmp_path, "maskaccel_peer", "3.1")], tmp_path / "site")
+    assert f"{other.name} is not for Python {here}: make gpu-bundle GPU_PYTHON={here}" in capsys.readouterr().out
+    assert (tmp_path / "site" / "maskaccel_peer.py").is_file() and not (tmp_path / "site" / "other.py").exists()
+    (tmp_path / "torn-1.0-py3-none-any.whl").write_bytes(b"half of a wheel")
+    bundle.unpack(tmp_path, tmp_path)
+    assert "bundle: no wheel is unpacked: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tags", "fits"),
+    [
+        ("py3-none-any", True),
+        ("py3-none-manylinux2014_x86_64", True),
+        ("cp38-abi3-manylinux2014_x86_64", True),
+        ("cp{}{}-cp{}{}-manylinux2014_x86_64.manylinux_2_17_x86_64".format(*sys.version_info[:2] * 2), True),
+        ("cp27-cp27mu-manylinux2014_x86_64", False),
+    ],
+)
+def test_wheels_for_this_python(tags: str, fits: bool) -> None:
+    assert bundle.fits_here(Path(f"peer-1.0-{tags}.whl")) is fits
+
+
 def test_without_a_bundle_the_script_runs_as_it_is(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("print('ran')")

@@ -229,6 +229,29 @@ def unpack_library(packed: Path, library: Path) -> None:
     print(f"bundle: {library.relative_to(ROOT)} from {packed.name}", flush=True)
 
 
+def fits_here(wheel: Path) -> bool:
+    """Whether a wheel is for this Python."""
+    pythons, abi, _ = wheel.stem.split("-")[-3:]
+    return abi in ("none", "abi3") or f"cp{sys.version_info[0]}{sys.version_info[1]}" in pythons.split(".")
+
+
+def unpack_wheels(wheels: list[Path], site: Path) -> None:
+    """Unpack wheels, and say what is amiss: most of a run needs none of them, so that it goes on without."""
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    for wheel in wheels:
+        if not fits_here(wheel):
+            print(f"bundle: {wheel.name} is not for Python {here}: make gpu-bundle GPU_PYTHON={here}", flush=True)
+    good = [wheel for wheel in wheels if fits_here(wheel)]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
+               "--disable-pip-version-check", "--target", str(site)]  # fmt: skip
+    done = subprocess.run([*install, *map(str, good)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print(f"bundle: no wheel is unpacked: {done.stderr.strip()[-300:]}", flush=True)
+    elif importlib.util.find_spec("packaging"):
+        for line in unmet(good):
+            print(f"bundle: {line}", flush=True)
+
+
 def unpack(folder: Path, target: Path) -> dict[str, str]:
     """Unpack a bundle into `target`, the libraries into the tree if that has none as new.
 
@@ -239,13 +262,8 @@ def unpack(folder: Path, target: Path) -> dict[str, str]:
     wheels = sorted(folder.glob("*.whl"))
     if wheels:
         site = target / "site"
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
-                   "--disable-pip-version-check", "--target", str(site)]  # fmt: skip
-        subprocess.run([*install, *map(str, wheels)], check=True)
+        unpack_wheels(wheels, site)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), environment.get("PYTHONPATH"))))
-        if importlib.util.find_spec("packaging"):
-            for line in unmet(wheels):
-                print(f"bundle: {line}", flush=True)
     for library in (LIBRARY, VARIANTS):
         unpack_library(folder / f"{library.name}.xz", library)
     data = sorted(folder.glob("*-ubyte.xz"))
