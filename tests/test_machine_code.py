@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from machine_code import model, sass, trace  # noqa: E402
+from machine_code import groups, model, sass, trace  # noqa: E402
 
 LISTING = (ROOT / "tests" / "data" / "add_sm90a.sass").read_text()
 ROWS, DEVICE = 3, model.DEVICES["h200"]
@@ -93,3 +93,41 @@ def test_resident_ctas():
     assert model.resident_ctas(DEVICE, 32, 0, 256) == 8
     assert model.resident_ctas(DEVICE, 80, 0, 256) == 3
     assert model.resident_ctas(DEVICE, 32, 100 * 1024, 256) == 2
+
+
+def _listing(*lines: str) -> list[sass.Instruction]:
+    """Instructions at 0x0, 0x10, ..., with control bits of no meaning."""
+    second = f"\n/* 0x{0:016x} */\n"
+    return sass.decode("".join(f"/*{16 * n:04x}*/ {line} ; /* 0x{0:016x} */{second}" for n, line in enumerate(lines)))
+
+
+PRODUCTS = (
+    "HGMMA.64x16x16.F32.BF16 R8, gdesc[UR4], RZ, !UPT, gsb0",  # to R8 .. R15
+    "HGMMA.64x16x16.F32.BF16 R24, R20, gdesc[UR8], R24, gsb0",  # from R20 .. R23 to R24 .. R31
+    "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [("FADD R8, R9, R10", False), ("FADD R2, R31, R3", True), ("CS2R R22, SRZ", True), ("MOV R24, R2", True),
+     ("STG.E.128 desc[UR6][R2.64], R18", True), ("STG.E.64 desc[UR6][R2.64], R18", False)],
+)  # fmt: skip
+def test_registers_of_products_in_flight(line, wrong):
+    """After a wait for all but the latest of two."""
+    rest = ("WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R2, R31, R20", "EXIT")
+    found = groups.in_flight(_listing(*PRODUCTS, line, *rest))
+    assert found == ([f"{line.split()[0]} at 0x30 uses registers of a product in flight"] if wrong else [])
+    assert groups.in_flight(_listing("FADD R8, R24, R20", *PRODUCTS[:2], "@P0 BRA 0x0", *rest)) != []
+    assert groups.in_flight(_listing("BRA 0x20", "FADD R8, R24, R20", *PRODUCTS[:2], "BRA 0x50", *rest)) == []
+
+
+def test_registers_past_the_window():
+    """Of the path behind `setmaxnreg` alone, branches followed."""
+    code = ("@P0 BRA 0x30", "MOV R24, R2", "EXIT", "USETMAXREG.DEALLOC.CTAPOOL 0x18", "BRA 0x60", "MOV R90, R2",
+            "MOV R23, R2", "LDG.E.64 R22, desc[UR6][R2.64]")  # fmt: skip
+    assert groups.past_window(_listing(*code, "EXIT")) == []
+    assert groups.past_window(_listing(*code, "LDG.E.128 R22, desc[UR6][R2.64]", "EXIT")) == [
+        "LDG.E.128 at 0x80 uses R25 of 24 registers"
+    ]
+    assert groups.past_window(_listing(*code, "@P1 BRA 0x50", "EXIT")) == ["MOV at 0x50 uses R90 of 24 registers"]

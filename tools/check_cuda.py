@@ -6,8 +6,8 @@ the instructions it is made for.
     python tools/check_cuda.py --archs 80,90a,120 --jobs 2 --json report.json
 
 Needs nvcc (not with --library) and cuobjdump (of the CUDA toolkit, or of the triton wheel); no GPU.
-Exit status: 0 all hot kernels clean, 1 a hot kernel spills, uses local memory or has the wrong instructions,
-2 something is missing or wrong.
+Exit status: 0 all hot kernels clean, 1 a hot kernel spills, uses local memory, has the wrong instructions or, on
+sm_90a, uses registers of a product in flight or registers that it gave away, 2 something is missing or wrong.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from machine_code import groups, sass
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("cuda*.cu"))
@@ -165,6 +167,9 @@ def check_instructions(kernels: list[dict[str, Any]], file: Path, cuobjdump: str
         if families and k["arch"] not in code:
             code[k["arch"]] = machine_code(file, k["arch"], cuobjdump)
         k["wrong"] = [fault for family in families for fault in faults(code[k["arch"]][k["kernel"]], family)]
+        if any("HGMMA" in family.must for family in families):
+            listing = sass.decode(code[k["arch"]][k["kernel"]])
+            k["wrong"] += groups.in_flight(listing)[:3] + groups.past_window(listing)[:3]
 
 
 def _compile_and_read(job: tuple[Path, str, Path, str, str]) -> tuple[list[dict[str, Any]], float]:
