@@ -168,6 +168,38 @@ def test_attention_of_a_mask(target, dim):
     assert torch.equal(out, first[0])
 
 
+@pytest.mark.parametrize("target", ANYWHERE)
+def test_masked_attention_on_several_streams_at_once(target):
+    """Launches that share rows of tiles among their CTAs: beside each other, beside a graph, and after it."""
+    gen = torch.Generator().manual_seed(0)
+    side, heads = (4, 2) if target.device == "cpu" else (24, 8)
+    qkv = [torch.randn(1, side * 128, heads, 64, generator=gen).bfloat16().to(target.device) for _ in range(3)]
+    tiles = torch.rand(1, heads, side, side, generator=gen) < 0.4
+    mask = TileMask.from_tiles(tiles.to(target.device), (side * 128,) * 2)
+
+    def call(*qkv: Tensor) -> Tensor:
+        return tile_attention(*qkv, mask, backend=target.backend)
+
+    target.kernel("tile_attention")
+    want = call(*qkv)
+    (captured,), replay = target.capture(call, tuple(qkv))
+    streams: list[contextlib.AbstractContextManager] = [contextlib.nullcontext()] * 3
+    if target.device != "cpu":
+        streams = [torch.cuda.stream(torch.cuda.Stream()) for _ in range(3)]
+    for _ in range(2 if target.device == "cpu" else 50):
+        spoil((captured,))
+        if target.device != "cpu":
+            torch.cuda.synchronize()
+        replay()
+        got = []
+        for stream in streams:
+            with stream:
+                got += [call(*qkv) for _ in range(2)]
+        if target.device != "cpu":
+            torch.cuda.synchronize()
+        assert all(torch.equal(out, want) for out in (*got, captured))
+
+
 @pytest.mark.parametrize("dim", [64, 72, 128])
 @pytest.mark.parametrize("target", ANYWHERE)
 def test_gradients_of_a_mask_in_a_graph(target, dim):
