@@ -25,8 +25,8 @@ HEADERS = tuple(ROOT / "csrc" / "attention" / f"cuda_{name}.h" for name in ("sch
 MULTIPROCESSORS, CLOCK = 132, 1.755e9  # of an H100 or H200
 PEAK = 4096  # FLOP a cycle and multiprocessor: wgmma of 16-bit operands
 L2_BYTES = 40 << 20  # of 50 MB: queries, results and lists take some
-MEMORY = 0.9 * 4.3e12  # bytes a second
-LAUNCH = 4e-6  # seconds: start of a kernel, and of the one that clears the counter
+MEMORY = 0.9 * 4.3e12  # bytes a second: nine tenths of what a copy on an H200 is assumed to reach
+LAUNCH = 4e-6  # seconds that a launch costs beside its items
 
 
 class Launch(ctypes.Structure):

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import paths  # noqa: F401
 
@@ -149,15 +149,3 @@ class Target:
         if self.got is None:
             return None
         return self.got <= self.goal if self.at_most else self.got >= self.goal
-
-
-class Stage(Protocol):
-    """The module of a stage; what is optional is not listed."""
-
-    SECONDS: float
-
-    def items(self, context: Context) -> list[str]:
-        """Names of the pieces of work, most important first."""
-
-    def run(self, item: str, context: Context) -> Record:
-        """One piece of work."""

@@ -14,8 +14,6 @@ from typing import NamedTuple
 from .sass import NONE
 from .trace import Step
 
-LINE = 32  # bytes of a sector
-
 
 class Device(NamedTuple):
     """A GPU, as far as the model knows it."""
