@@ -3,6 +3,7 @@
 
 #include "../common/cuda_binding.h"
 #include "cuda_qk.cuh"
+#include "cuda_qk_heads.cuh"
 #include "cuda_reduce.cuh"
 
 namespace maskaccel::cuda {
@@ -114,6 +115,14 @@ struct QkOperands {
     return most;
   }
   bool by_row() const { return across() || p.head_dim > 32 * kVec; }
+  int64_t longest() const { return std::max(p.side[0].tokens, p.side[1].tokens); }
+  /// Whether the fast kernels serve: heads of 40 to 128 elements, all operands by whole vectors.
+  bool whole_heads() const {
+    const int size = p.table_wide || dtype == Dtype::f32 ? 4 : 2;
+    return (p.lanes == 8 || p.lanes == 16) && std::all_of(p.side, p.side + 2, [](const QkSide& s) {
+      return s.vec && (s.weight == nullptr || s.weight_vec) && (s.bias == nullptr || s.bias_vec);
+    }) && tables_aligned(p, size);
+  }
 
   template <bool kBackward>
   void run(unsigned ctas) {
@@ -124,6 +133,15 @@ struct QkOperands {
       if (!by_row()) {
         p.lanes = 1;
         while (p.lanes < vectors) p.lanes *= 2;
+        if constexpr (!kBackward) {
+          if (whole_heads()) {
+            const dim3 tokens(static_cast<unsigned>(ceil_div(int64_t(p.batch) * longest(), kHeadWarps)), 2);
+            return by_heads<T>(p, [&](auto lanes, auto half, auto narrow) {
+              const auto kernel = qk_heads_kernel<T, lanes.value, half.value, narrow.value>;
+              launch(call.op(), kernel, tokens, kHeadThreads, 0, call.stream(), p);
+            });
+          }
+        }
         return launch(call.op(), qk_head_kernel<T, kBackward>, grid, kQkThreads, 0, call.stream(), p);
       }
       p.lanes = vectors;

@@ -2,7 +2,7 @@
 //
 // Per-head norms with heads of at most 256 elements: 8, 16 or 32 lanes own a head; a CTA walks tokens and keeps the
 // token's cos and sin and the weights in registers over its heads. Norms across heads, and longer heads: a CTA owns the
-// row. q and k are the y index of one grid.
+// row. q and k are the y index of one grid. Aligned heads of 40 to 128 elements have faster kernels (`cuda_qk_heads.cuh`).
 //
 // A lane holds 8 elements that contain whole rotation pairs: 8 neighbours for interleaved pairs, 4 neighbours of each
 // half for rotate-half. So a rotation needs no exchange between lanes.
