@@ -381,7 +381,7 @@ def test_bad_arguments_are_refused():
         "relpos_k": (good["relpos_k"].long(), "relpos_k must be contiguous int32"),
         "bm": (24, "bm is 24"),
         "bn": (0, "bn is 0"),
-        "needs": (16, "needs is 16"),
+        "needs": (32, "needs is 32"),
     }
     for name, (value, message) in bad.items():
         with pytest.raises(RuntimeError, match=message):

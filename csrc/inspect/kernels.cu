@@ -19,11 +19,16 @@ void check(cudaError_t error) {
 
 const std::map<std::string, const void*>& table() {
   static const std::map<std::string, const void*> all = {
-      {"forward_kernel<bfloat16_t, 2, true, 1>", reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kResidual>)},
-      {"forward_kernel<bfloat16_t, 2, true, 2>", reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kNormalise>)},
-      {"forward_kernel<bfloat16_t, 2, true, 3>", reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kBoth>)},
-      {"forward_kernel<bfloat16_t, 4, false, 2>", reinterpret_cast<const void*>(&forward_kernel<bf16, 4, false, kNormalise>)},
-      {"forward_kernel<bfloat16_t, 4, false, 3>", reinterpret_cast<const void*>(&forward_kernel<bf16, 4, false, kBoth>)},
+      {"forward_kernel<bfloat16_t, 2, true, 1, 1>",
+       reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kResidual, kPlain>)},
+      {"forward_kernel<bfloat16_t, 2, true, 2, 1>",
+       reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kNormalise, kPlain>)},
+      {"forward_kernel<bfloat16_t, 2, true, 3, 1>",
+       reinterpret_cast<const void*>(&forward_kernel<bf16, 2, true, kBoth, kPlain>)},
+      {"forward_kernel<bfloat16_t, 4, false, 2, 0>",
+       reinterpret_cast<const void*>(&forward_kernel<bf16, 4, false, kNormalise, kGeneral>)},
+      {"forward_kernel<bfloat16_t, 4, false, 3, 0>",
+       reinterpret_cast<const void*>(&forward_kernel<bf16, 4, false, kBoth, kGeneral>)},
       {"backward_kernel<bfloat16_t, 2>", reinterpret_cast<const void*>(&backward_kernel<bf16, kNormalise>)},
       {"backward_kernel<bfloat16_t, 3>", reinterpret_cast<const void*>(&backward_kernel<bf16, kBoth>)},
       {"qk_head_kernel<bfloat16_t, false>", reinterpret_cast<const void*>(&qk_head_kernel<bf16, false>)},

@@ -21,7 +21,7 @@ struct Occupancy {
   double fraction = 0;  // of the threads it can hold
 };
 
-/// Names such as "forward_kernel<bfloat16_t, 1, true, 3>".
+/// Names such as "forward_kernel<bfloat16_t, 2, true, 3, 1>".
 std::vector<std::string> kernel_names();
 int device_count();
 Attributes attributes(const std::string& kernel);
