@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _call, _registry
 from .._backends import automatic, namespace
@@ -25,7 +24,6 @@ BLOCK = (128, 128)  # of keep bits without a mask
 NO_MASK: tuple = (None,) * 8
 _INF = float("inf")
 _compiler = torch.compiler
-_is_grad_enabled = torch.is_grad_enabled
 
 
 @functools.cache
@@ -40,10 +38,6 @@ def _native(name: str, device: torch.device, dtype: torch.dtype, grad: bool) -> 
 
 def _finite(value: Any) -> bool:
     return (type(value) is float or type(value) is int) and -_INF < value < _INF
-
-
-def _differentiates(*args: Any) -> bool:
-    return (_is_grad_enabled() or forward_ad._current_level >= 0) and _call.wants_grad(args)
 
 
 def _lists(mask: TileMask | None) -> tuple:
@@ -72,7 +66,7 @@ def attention(
         scale = shape[3] ** -0.5
     elif not _finite(scale):
         return None
-    grad = _differentiates(q, k, v, bias, out_scale, out_add)
+    grad = _call.wants_grad((q, k, v, bias, out_scale, out_add))
     if grad and (prune or out_scale is not None or out_add is not None or _call.transformed()):
         return None
     flags, threshold = 0, 0.0
@@ -104,7 +98,7 @@ def column_sums(
     q: Tensor, k: Tensor, lse: Tensor, mask: TileMask | None, scale: float | None, bias: Tensor | None
 ) -> Tensor | None:
     """The sums of `attention_column_sums`."""
-    if _compiler._is_compiling_flag or _differentiates(q, k, lse, bias):
+    if _compiler._is_compiling_flag or _call.wants_grad((q, k, lse, bias)):
         return None
     if mask is not None and mask.shape != (q.shape[1], k.shape[1]):
         return None
